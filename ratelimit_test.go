@@ -1,0 +1,477 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/big"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"runtime"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unsafe"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestAllowAt(t *testing.T) {
+	type call struct {
+		at         time.Duration // since the first call
+		ok         bool
+		remaining  int
+		reset      time.Duration // since the first call
+		retryAfter time.Duration
+	}
+	const ms, s, day = time.Millisecond, time.Second, 24 * time.Hour
+
+	for _, tt := range []struct {
+		name  string
+		rate  float64
+		burst int
+		want  []call
+	}{
+		{"a burst, a refusal, and a token on the nanosecond", 10, 3, []call{
+			{at: 0, ok: true, remaining: 2, reset: 100 * ms},
+			{at: 0, ok: true, remaining: 1, reset: 200 * ms},
+			{at: 0, ok: true, remaining: 0, reset: 300 * ms},
+			{at: 0, ok: false, reset: 300 * ms, retryAfter: 100 * ms},
+			{at: 100*ms - 1, ok: false, reset: 300 * ms, retryAfter: 1},
+			{at: 100 * ms, ok: true, remaining: 0, reset: 400 * ms},
+			{at: 100 * ms, ok: false, reset: 400 * ms, retryAfter: 100 * ms},
+			{at: 399 * ms, ok: true, remaining: 1, reset: 500 * ms},
+		}},
+		{"a full bucket stays at burst", 10, 2, []call{
+			{at: 0, ok: true, remaining: 1, reset: 100 * ms},
+			{at: 365 * day, ok: true, remaining: 1, reset: 365*day + 100*ms},
+			{at: 365 * day, ok: true, remaining: 0, reset: 365*day + 200*ms},
+			{at: 365 * day, ok: false, reset: 365*day + 200*ms, retryAfter: 100 * ms},
+		}},
+		{"one request in two seconds", 0.5, 1, []call{
+			{at: 0, ok: true, remaining: 0, reset: 2 * s},
+			{at: 2*s - 1, ok: false, reset: 2 * s, retryAfter: 1},
+			{at: 2 * s, ok: true, remaining: 0, reset: 4 * s},
+		}},
+		{"one request in 1000 seconds", 0.001, 1, []call{
+			{at: 0, ok: true, remaining: 0, reset: 1000 * s},
+			{at: 1000*s - 1, ok: false, reset: 1000 * s, retryAfter: 1},
+			{at: 1000 * s, ok: true, remaining: 0, reset: 2000 * s},
+		}},
+		{"100000 requests a second", 100_000, 2, []call{
+			{at: 0, ok: true, remaining: 1, reset: 10_000},
+			{at: 0, ok: true, remaining: 0, reset: 20_000},
+			{at: 9_999, ok: false, reset: 20_000, retryAfter: 1},
+			{at: 10_000, ok: true, remaining: 0, reset: 30_000},
+		}},
+		{"an interval that is no whole number of nanoseconds is rounded down", 3, 1, []call{
+			{at: 0, ok: true, remaining: 0, reset: 333_333_333},
+			{at: 333_333_332, ok: false, reset: 333_333_333, retryAfter: 1},
+			{at: 333_333_333, ok: true, remaining: 0, reset: 666_666_666},
+		}},
+		{"a bucket of a million that takes 31 years to fill", 0.001, 1_000_000, []call{
+			{at: 0, ok: true, remaining: 999_999, reset: 1000 * s},
+			{at: 0, ok: true, remaining: 999_998, reset: 2000 * s},
+		}},
+		{"a bucket that would take 30000 years takes 73", 1e-6, 1_000_000, []call{
+			{at: 0, ok: true, remaining: 999_999, reset: maxRefill / 1_000_000},
+			{at: maxRefill / 1_000_000, ok: true, remaining: 999_999, reset: 2 * (maxRefill / 1_000_000)},
+		}},
+		{"an interval that would overflow", 1e-300, 1, []call{
+			{at: 0, ok: true, remaining: 0, reset: maxRefill},
+			{at: day, ok: false, reset: maxRefill, retryAfter: maxRefill - day},
+		}},
+		{"more than one request a nanosecond", 1e12, 2, []call{
+			{at: 0, ok: true, remaining: 1, reset: 1},
+			{at: 0, ok: true, remaining: 0, reset: 2},
+			{at: 0, ok: false, reset: 2, retryAfter: 1},
+			{at: 1, ok: true, remaining: 0, reset: 3},
+		}},
+		{"a clock set back by a year keeps the client waiting for one refill", 10, 3, []call{
+			{at: 0, ok: true, remaining: 2, reset: 100 * ms},
+			{at: -365 * day, ok: false, reset: -365*day + 500*ms, retryAfter: 300 * ms},
+			{at: -365*day + 300*ms - 1, ok: false, reset: -365*day + 500*ms, retryAfter: 1},
+			{at: -365*day + 300*ms, ok: true, remaining: 0, reset: -365*day + 600*ms},
+		}},
+		{"a request that was overtaken by a later one gives no token back", 10, 3, []call{
+			{at: 0, ok: true, remaining: 2, reset: 100 * ms},
+			{at: 0, ok: true, remaining: 1, reset: 200 * ms},
+			{at: 0, ok: true, remaining: 0, reset: 300 * ms},
+			{at: -50 * ms, ok: false, reset: 300 * ms, retryAfter: 150 * ms},
+			{at: 100*ms - 1, ok: false, reset: 300 * ms, retryAfter: 1},
+			{at: 100 * ms, ok: true, remaining: 0, reset: 400 * ms},
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			l := newRateLimiter(tt.rate, tt.burst)
+			first := time.Now()
+			var got []call
+			for _, c := range tt.want {
+				d := l.allowAt(1, first.Add(c.at))
+				got = append(got, call{c.at, d.ok, d.remaining, d.reset.Sub(first), d.retryAfter})
+			}
+			if diff := cmp.Diff(tt.want, got, cmp.AllowUnexported(call{})); diff != "" {
+				t.Errorf("decisions (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// A token bucket in exact arithmetic: tokens grow with time up to burst, and a request takes one.
+func TestAllowAtAgreesWithTokenCount(t *testing.T) {
+	const year = 365 * 24 * time.Hour
+	for _, rate := range []float64{0.001, 0.5, 1, 10, 2500, 100_000} { // the interval is whole nanoseconds
+		for _, burst := range []int{1, 2, 20, 1_000_000} {
+			t.Run(fmt.Sprintf("%v a second, burst %d", rate, burst), func(t *testing.T) {
+				random := rand.New(rand.NewPCG(uint64(burst), uint64(rate*1000)))
+				l := newRateLimiter(rate, burst)
+				now := time.Now()
+				one := big.NewRat(1, 1)
+				size := big.NewRat(int64(burst), 1)
+				tokens := new(big.Rat).Set(size)
+				// An exact rate: the float64 nearest to 0.001 is not a thousandth.
+				perNano := big.NewRat(int64(rate*1000), 1000*int64(time.Second))
+				nanos := func(tokens *big.Rat) time.Duration {
+					q := new(big.Rat).Quo(tokens, perNano)
+					if !q.IsInt() {
+						t.Fatalf("%v tokens take %v ns, want a whole number", tokens, q)
+					}
+					return time.Duration(q.Num().Int64())
+				}
+
+				for i := range 1000 {
+					var pause int64
+					switch random.IntN(4) { // else none
+					case 0:
+						pause = random.Int64N(2 * int64(l.interval))
+					case 1:
+						pause = int64(l.interval)
+					case 2:
+						if random.IntN(20) == 0 {
+							pause = random.Int64N(2 * int64(min(l.refill, year))) // centuries do not fit a time.Duration
+						}
+					}
+					now = now.Add(time.Duration(pause))
+					tokens.Add(tokens, new(big.Rat).Mul(perNano, big.NewRat(pause, 1)))
+					if tokens.Cmp(size) > 0 {
+						tokens.Set(size)
+					}
+
+					var want rateDecision
+					if tokens.Cmp(one) >= 0 {
+						tokens.Sub(tokens, one)
+						want.ok = true
+					} else {
+						want.retryAfter = nanos(new(big.Rat).Sub(one, tokens))
+					}
+					want.remaining = int(new(big.Int).Quo(tokens.Num(), tokens.Denom()).Int64())
+					want.reset = now.Add(nanos(new(big.Rat).Sub(size, tokens)))
+
+					if got := l.allowAt(1, now); got != want {
+						t.Fatalf("request %d: got %+v, want %+v", i, got, want)
+					}
+				}
+			})
+		}
+	}
+}
+
+// Whatever the rate, a client that never lets up gets what it is owed and hardly more.
+func TestAllowAtLongRunRate(t *testing.T) {
+	for _, rate := range []float64{0.007, 0.3, 1.5, 3, 7, 60.0 / 7, 999, 33_333.3} {
+		const burst, n = 5, 10_000
+		l := newRateLimiter(rate, burst)
+		now := time.Now()
+		end := now.Add(time.Duration(n / rate * 1e9))
+		var admitted int
+		for !now.After(end) {
+			d := l.allowAt(1, now)
+			if d.ok {
+				admitted++
+			}
+			now = now.Add(d.retryAfter)
+		}
+		if admitted < burst+n-1 || admitted > burst+n+1 {
+			t.Errorf("%v a second: %d admitted in the time of %d, burst %d", rate, admitted, n, burst)
+		}
+	}
+}
+
+func TestAllowAtConcurrently(t *testing.T) {
+	const burst = 100
+	l := newRateLimiter(10, burst)
+	now := time.Now()
+	var admitted atomic.Int64
+	var wg sync.WaitGroup
+	for range 1000 {
+		wg.Go(func() {
+			if l.allowAt(1, now).ok {
+				admitted.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if got := admitted.Load(); got != burst {
+		t.Errorf("%d of 1000 simultaneous requests admitted, want %d", got, burst)
+	}
+}
+
+func TestAllowAtClientsAreIndependent(t *testing.T) {
+	l := newRateLimiter(10, 1)
+	now := time.Now()
+	for i := range 1000 {
+		key := addressKey(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}))
+		if !l.allowAt(key, now).ok {
+			t.Errorf("first request of client %d refused", i)
+		}
+		if l.allowAt(key, now).ok {
+			t.Errorf("second request of client %d admitted", i)
+		}
+	}
+}
+
+// Two million clients call within five intervals, so that the table is full three times over.
+func TestAllowAtFullTable(t *testing.T) {
+	const (
+		interval  = 10 * time.Second
+		intervals = 5
+		clients   = 2_000_000
+		burst     = 20
+	)
+	before := heapInUse()
+	l := newRateLimiter(1/interval.Seconds(), burst)
+	now := time.Now()
+
+	key := func(i uint64) rateKey {
+		return addressKey(netip.AddrFrom16([16]byte{0x20, 1, 0xd, 0xb8, 4: byte(i >> 24), byte(i >> 16), byte(i >> 8), byte(i)}))
+	}
+	const drained, steady, edge = 1 << 30, 1<<30 + 1, 1<<30 + 2
+	for range burst { // two clients have used up their bursts; the edge client then keeps to the rate
+		l.allowAt(key(drained), now)
+		l.allowAt(key(edge), now)
+	}
+
+	var admitted int
+	for i := range uint64(clients) {
+		if !l.allowAt(key(i), now).ok {
+			t.Fatalf("first request of client %d refused", i)
+		}
+		now = now.Add(intervals * interval / clients)
+		if i%(clients/intervals/10) == 0 && l.allowAt(key(drained), now).ok {
+			admitted++
+		}
+		if (i+1)%(clients/intervals) == 0 {
+			if !l.allowAt(key(steady), now).ok {
+				t.Error("a client that keeps to the rate was refused")
+			}
+			if !l.allowAt(key(edge), now).ok {
+				t.Error("a client that keeps to the rate after a burst was refused")
+			}
+		}
+	}
+	if want := intervals - 1; admitted != want { // the fifth token comes just after its last request
+		t.Errorf("a client that never lets up was admitted %d times after its burst, want %d", admitted, want)
+	}
+
+	const limit = 32 << 20
+	if size := unsafe.Sizeof(*l) + uintptr(len(l.sets))*unsafe.Sizeof(l.sets[0]); size > limit {
+		t.Errorf("a limiter takes %d bytes, want at most %d", size, limit)
+	}
+	if grown := heapInUse() - before; grown > limit {
+		t.Errorf("%d clients took %d bytes of heap, want at most %d", clients, grown, limit)
+	}
+	runtime.KeepAlive(l)
+}
+
+// heapInUse returns the bytes of the heap's reachable objects.
+func heapInUse() int64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}
+
+func TestBucketSetReplacesTheFullestByAFullOne(t *testing.T) {
+	var s bucketSet
+	for i := range s.buckets {
+		s.bucket(rateKey(i+1), 0).fullAt = time.Duration(10 + i)
+	}
+	s.buckets[3].fullAt = 5
+	if got := s.bucket(100, 7).fullAt; got != 7 {
+		t.Errorf("a new client's bucket is full at %d, want 7, the present", got)
+	}
+
+	var got []rateKey
+	for i := range s.buckets {
+		got = append(got, s.buckets[i].key)
+	}
+	if diff := cmp.Diff([]rateKey{1, 2, 3, 100, 5, 6, 7, 8}, got); diff != "" {
+		t.Errorf("clients with a bucket (-want +got):\n%s", diff)
+	}
+}
+
+func TestAddressKey(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		a, b string
+		same bool
+	}{
+		{"one IPv4 address", "192.0.2.1", "192.0.2.1", true},
+		{"two IPv4 addresses", "192.0.2.1", "192.0.2.2", false},
+		{"an IPv4-mapped address is the IPv4 address", "192.0.2.1", "::ffff:192.0.2.1", true},
+		{"two IPv4-mapped addresses", "::ffff:192.0.2.1", "::ffff:192.0.2.2", false},
+		{"one IPv6 /64", "2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff", true},
+		{"neighbouring IPv6 /64s", "2001:db8:1:2::1", "2001:db8:1:3::1", false},
+		{"IPv6 zones", "fe80::1%eth0", "fe80::1%eth1", true},
+		{"an IPv6 and an IPv4-mapped address of one /64", "::1", "::ffff:0.0.0.1", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if same := addressKey(netip.MustParseAddr(tt.a)) == addressKey(netip.MustParseAddr(tt.b)); same != tt.same {
+				t.Errorf("%s and %s have one key: %t, want %t", tt.a, tt.b, same, tt.same)
+			}
+		})
+	}
+	addressKey(netip.Addr{}) // an unknown address is a client like any other
+}
+
+func TestLimit(t *testing.T) {
+	type response struct {
+		Status                              int
+		Limit, Remaining, Reset, RetryAfter string
+		Body                                string
+	}
+	serve := func(h http.Handler, client string) response {
+		r := httptest.NewRequest("POST", "/v1/chat/completions", nil)
+		r.RemoteAddr = client
+		r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, &exchange{}))
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		got := response{
+			Status:     w.Code,
+			Limit:      w.Header().Get("X-RateLimit-Limit"),
+			Remaining:  w.Header().Get("X-RateLimit-Remaining"),
+			Reset:      w.Header().Get("X-RateLimit-Reset"),
+			RetryAfter: w.Header().Get("Retry-After"),
+			Body:       w.Body.String(),
+		}
+		var body struct {
+			Error struct{ Type, Code, Message string }
+		}
+		if json.Unmarshal(w.Body.Bytes(), &body) == nil {
+			got.Body = body.Error.Type + " " + body.Error.Code + ": " + body.Error.Message
+		}
+		return got
+	}
+	byAddress := func(r *http.Request) rateKey {
+		return addressKey(netip.MustParseAddrPort(r.RemoteAddr).Addr())
+	}
+	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("passed")) })
+
+	t.Run("limited", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			h := newRateLimiter(0.4, 2).limit(byAddress, next)
+			start := time.Now().Unix()
+			at := func(seconds int64) string { return strconv.FormatInt(start+seconds, 10) }
+			got := []response{
+				serve(h, "192.0.2.1:1000"),
+				serve(h, "192.0.2.1:2000"),
+				serve(h, "192.0.2.1:3000"),
+				serve(h, "192.0.2.2:1000"),
+			}
+			time.Sleep(2500 * time.Millisecond)
+			got = append(got, serve(h, "192.0.2.1:1000"))
+			want := []response{
+				{200, "0.4", "1", at(3), "", "passed"}, // 2.5 s
+				{200, "0.4", "0", at(5), "", "passed"},
+				{429, "0.4", "0", at(5), "3", "rate_limit_error rate_limit_exceeded: Too many requests: this proxy allows " +
+					"each client 0.4 a second. Try again in 3 s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST."},
+				{200, "0.4", "1", at(3), "", "passed"},
+				{200, "0.4", "0", at(8), "", "passed"}, // 7.5 s
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("responses (-want +got):\n%s", diff)
+			}
+		})
+	})
+
+	t.Run("a rate of 0 is no limit", func(t *testing.T) {
+		h := newRateLimiter(0, 20).limit(byAddress, next)
+		for range 100 {
+			if diff := cmp.Diff(response{Status: 200, Body: "passed"}, serve(h, "192.0.2.1:1000")); diff != "" {
+				t.Fatalf("response (-want +got):\n%s", diff)
+			}
+		}
+	})
+}
+
+func TestAllowAtDoesNotAllocate(t *testing.T) {
+	l := newRateLimiter(10, 20)
+	addr := netip.MustParseAddr("2001:db8::1%eth0")
+	now := time.Now()
+	if n := testing.AllocsPerRun(100, func() { l.allowAt(addressKey(addr), now) }); n != 0 {
+		t.Errorf("%v allocations a request, want 0", n)
+	}
+}
+
+func BenchmarkAllowAt(b *testing.B) {
+	b.Run("one client", func(b *testing.B) {
+		l := newRateLimiter(10, 20)
+		now := time.Now()
+		b.ReportAllocs()
+		for b.Loop() {
+			l.allowAt(1, now)
+		}
+	})
+	b.Run("many clients", func(b *testing.B) {
+		l := newRateLimiter(10, 20)
+		now := time.Now()
+		b.ReportAllocs()
+		for b.Loop() {
+			l.allowAt(rateKey(rand.Uint64()), now)
+		}
+	})
+	b.Run("one client in parallel", func(b *testing.B) {
+		l := newRateLimiter(10, 20)
+		now := time.Now()
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				l.allowAt(1, now)
+			}
+		})
+	})
+	b.Run("many clients in parallel", func(b *testing.B) {
+		l := newRateLimiter(10, 20)
+		now := time.Now()
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				l.allowAt(rateKey(rand.Uint64()), now)
+			}
+		})
+	})
+}
+
+func BenchmarkAddressKey(b *testing.B) {
+	addr := netip.MustParseAddr("2001:db8::1")
+	b.ReportAllocs()
+	for b.Loop() {
+		addressKey(addr)
+	}
+}
+
+func BenchmarkLimit(b *testing.B) {
+	next := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
+	h := newRateLimiter(1e9, 20).limit(func(*http.Request) rateKey { return 1 }, next)
+	w := httptest.NewRecorder()
+	r := httptest.NewRequest("GET", "/v1/models", nil)
+	b.ReportAllocs()
+	for b.Loop() {
+		h.ServeHTTP(w, r)
+	}
+}
