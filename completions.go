@@ -1,0 +1,353 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"slices"
+	"strings"
+)
+
+// A completion is what the translation of an answer back to a text completion needs of its request.
+type completion struct {
+	echo  string // the prompt where the request's echo is true, else ""
+	model string // stands in where an answer names no model; "" where the request names none
+}
+
+// asksNothing lists the values with which a parameter that chat completions lack asks for nothing, so
+// that dropping it changes nothing. logprobs is a number here, and 0 asks for the sampled token's;
+// false is how chat completions spell null.
+var asksNothing = map[string][]string{
+	"best_of":  {"null", "0", "1"},
+	"logprobs": {"null", "false"},
+	"suffix":   {"null", `""`},
+}
+
+// newCompletion translates the body of a text completion request (OpenAI API reference, POST
+// /v1/completions) to that of a chat completion request: prompt becomes the user's message, and members
+// that both know, or neither, keep their order and the bytes of their values, which are checked with the
+// chat request. The error is an *apiError (400) that names the param.
+func newCompletion(body []byte) (chat []byte, c *completion, err error) {
+	c = new(completion)
+	var prompt json.RawMessage
+	var echo bool
+	out := bytes.NewBufferString("{")
+	err = scanObject(body, func(name []byte, start, end int) error {
+		value := body[start:end]
+		switch name := string(name); name {
+		case "messages":
+			return invalidRequest(name, "unsupported_parameter",
+				"messages belongs to a chat completion: send it to /v1/chat/completions, or send a prompt here.")
+		case "prompt":
+			prompt = singlePrompt(value)
+			return nil
+		case "best_of", "logprobs", "suffix":
+			if !slices.Contains(asksNothing[name], string(value)) {
+				return invalidRequest(name, "unsupported_parameter",
+					"%s is not supported, for a chat endpoint serves text completions here. Leave it out.", name)
+			}
+			return nil
+		case "echo":
+			if v := string(value); v != "true" && v != "false" && v != "null" {
+				return invalidRequest(name, "invalid_type", "echo must be true or false.")
+			}
+			echo = string(value) == "true"
+			return nil
+		case "model":
+			// One of the wrong type is for whoever checks the chat request.
+			_ = json.Unmarshal(value, &c.model)
+		}
+		quoted, err := plainJSON(string(name))
+		if err != nil {
+			return err
+		}
+		out.Write(quoted)
+		out.WriteByte(':')
+		out.Write(value)
+		out.WriteByte(',')
+		return nil
+	})
+	if err != nil {
+		return nil, nil, badBody(err)
+	}
+	if prompt == nil {
+		return nil, nil, invalidRequest("prompt", "invalid_prompt",
+			"prompt must be a string, or an array of exactly one string. Several prompts and token arrays are not supported: send one request a prompt.")
+	}
+	if echo {
+		if err := json.Unmarshal(prompt, &c.echo); err != nil {
+			return nil, nil, invalidRequest("prompt", "invalid_prompt", "prompt is not a valid JSON string.")
+		}
+	}
+	out.WriteString(`"messages":[{"role":"user","content":`)
+	out.Write(prompt)
+	out.WriteString(`}]}`)
+	return out.Bytes(), c, nil
+}
+
+// singlePrompt returns the JSON of the one string that v is or, as an array, holds; nil for anything else.
+func singlePrompt(v json.RawMessage) json.RawMessage {
+	if v[0] == '[' {
+		// Not all of it at once: as a slice, an array of a million tokens takes many times its size.
+		dec := json.NewDecoder(bytes.NewReader(v))
+		var first json.RawMessage
+		if _, err := dec.Token(); err != nil || dec.Decode(&first) != nil || dec.More() {
+			return nil
+		}
+		v = first
+	}
+	if v[0] != '"' {
+		return nil
+	}
+	return v
+}
+
+// An answerHead is what chat and text completions have in common.
+type answerHead struct {
+	ID                string          `json:"id"`
+	Object            string          `json:"object"`
+	Created           json.Number     `json:"created"` // Unix seconds
+	Model             string          `json:"model"`
+	SystemFingerprint json.RawMessage `json:"system_fingerprint,omitempty"`
+}
+
+// A chatAnswer is a chat completion, or a chunk of one's stream.
+type chatAnswer struct {
+	answerHead
+	Choices []chatChoice    `json:"choices"`
+	Usage   json.RawMessage `json:"usage"`
+	Error   json.RawMessage `json:"error"` // in place of all else, when a stream fails
+}
+
+type chatChoice struct {
+	Index        int          `json:"index"`
+	Message      *chatContent `json:"message"` // of a whole answer
+	Delta        chatContent  `json:"delta"`   // of a chunk
+	FinishReason *string      `json:"finish_reason"`
+}
+
+// A chatContent is the part of a message that is its text: reasoning_content isn't.
+type chatContent struct {
+	Content string `json:"content"` // "" for null
+}
+
+// A textAnswer is a text completion, or a chunk of one's stream.
+type textAnswer struct {
+	answerHead
+	Choices []textChoice    `json:"choices"`
+	Usage   json.RawMessage `json:"usage,omitempty"`
+}
+
+type textChoice struct {
+	Text         string    `json:"text"`
+	Index        int       `json:"index"`
+	Logprobs     *struct{} `json:"logprobs"` // always null
+	FinishReason *string   `json:"finish_reason"`
+}
+
+// newAnswer returns the text completion for a, as yet without choices.
+func (c *completion) newAnswer(a *chatAnswer) *textAnswer {
+	t := &textAnswer{answerHead: a.answerHead, Choices: make([]textChoice, 0, len(a.Choices)), Usage: a.Usage}
+	t.Object = "text_completion"
+	if id, ok := strings.CutPrefix(t.ID, "chatcmpl-"); ok {
+		t.ID = "cmpl-" + id
+	}
+	if t.Model == "" {
+		t.Model = c.model
+	}
+	return t
+}
+
+// add appends the choice with its text. Why it finished stays, but for reasons that text completions lack.
+func (t *textAnswer) add(choice chatChoice, text string) {
+	if r := choice.FinishReason; r != nil && (*r == "tool_calls" || *r == "function_call") {
+		*r = "stop"
+	}
+	t.Choices = append(t.Choices, textChoice{Text: text, Index: choice.Index, FinishReason: choice.FinishReason})
+}
+
+// response translates a whole chat completion to a text completion. What isn't a chat completion is an
+// error, which quotes nothing of it.
+func (c *completion) response(chat []byte) ([]byte, error) {
+	errNoChat := errors.New("the answer is not a chat completion")
+	var a chatAnswer
+	if err := json.Unmarshal(chat, &a); err != nil || a.Choices == nil {
+		return nil, errNoChat
+	}
+	t := c.newAnswer(&a)
+	for _, choice := range a.Choices {
+		if choice.Message == nil {
+			return nil, errNoChat
+		}
+		t.add(choice, c.echo+choice.Message.Content)
+	}
+	return plainJSON(t)
+}
+
+// stream translates a stream of chat completion chunks (server-sent events) into one of text completion
+// chunks. Read returns as soon as one event has come in whole and never waits for a second one. [DONE],
+// error events, comments and fields other than data pass; lines end in \n then, whatever they ended in.
+//
+// After the events before it, an error of r is returned as it is, and data that isn't a chat completion
+// chunk, or an event of more than maxEventBytes, is an error that quotes nothing of the stream. The last
+// event need not have its blank line.
+func (c *completion) stream(r io.Reader) io.Reader {
+	return &completionStream{completion: c, r: r, echoed: make(map[int]bool)}
+}
+
+// maxEventBytes bounds the memory for one event: 16 MiB, where a chunk takes less than 1 KiB.
+const maxEventBytes = 16 << 20
+
+// A completionStream is the reader that completion.stream returns.
+type completionStream struct {
+	*completion
+	r   io.Reader
+	buf [4096]byte
+
+	event   []byte       // the lines of the event under way, each but the last with a \n
+	started bool         // the first line is over, before which a byte order mark may stand
+	afterCR bool         // the last line ended in \r: a \n right behind it belongs to it
+	echoed  map[int]bool // the choices that have had their prompt, by index
+
+	out bytes.Buffer // translated events
+	err error        // what follows them
+}
+
+func (s *completionStream) Read(p []byte) (int, error) {
+	for s.out.Len() == 0 {
+		if s.err != nil {
+			return 0, s.err
+		}
+		n, err := s.r.Read(s.buf[:])
+		s.err = s.take(s.buf[:n])
+		switch {
+		case s.err != nil:
+		case err == io.EOF && len(s.event) > 0:
+			// The transport would have told a cut: the blank line behind the last event was left out.
+			for s.err = nil; s.err == nil && len(s.event) > 0; {
+				s.err = s.take([]byte("\n"))
+			}
+			if s.err == nil {
+				s.err = io.EOF
+			}
+		default:
+			s.err = err
+		}
+	}
+	return s.out.Read(p)
+}
+
+// take adds b to the stream and translates each event that it completes. Lines and events are those of
+// WHATWG HTML §9.2.6. A \r ends its line at once: waiting for the \n of a \r\n would hold the event back.
+func (s *completionStream) take(b []byte) error {
+	for len(b) > 0 {
+		if s.afterCR && b[0] == '\n' {
+			s.afterCR = false
+			b = b[1:]
+			continue
+		}
+		s.afterCR = false
+		line, end := b, bytes.IndexAny(b, "\r\n")
+		if end >= 0 {
+			line = b[:end]
+		}
+		if len(s.event)+len(line) > maxEventBytes {
+			return errors.New("the stream has an event of more than 16 MiB")
+		}
+		s.event = append(s.event, line...)
+		if end < 0 {
+			return nil
+		}
+		s.afterCR = b[end] == '\r'
+		b = b[end+1:]
+		if !s.started {
+			s.started = true
+			s.event = bytes.TrimPrefix(s.event, []byte("\uFEFF"))
+		}
+		if len(s.event) > 0 && s.event[len(s.event)-1] != '\n' {
+			s.event = append(s.event, '\n')
+			continue
+		}
+		if err := s.translate(s.event); err != nil {
+			return err
+		}
+		s.event = s.event[:0]
+	}
+	return nil
+}
+
+// translate writes the translation of a whole event to s.out.
+func (s *completionStream) translate(event []byte) error {
+	var data, comments, fields []byte
+	for line := range bytes.Lines(event) {
+		name, value, _ := bytes.Cut(line[:len(line)-1], []byte(":"))
+		switch string(name) {
+		case "data":
+			data = append(append(data, bytes.TrimPrefix(value, []byte(" "))...), '\n')
+		case "":
+			comments = append(comments, line...)
+		default:
+			fields = append(fields, line...)
+		}
+	}
+	data = bytes.TrimSpace(data)
+
+	var a chatAnswer
+	err := json.Unmarshal(data, &a)
+	// An error counts whatever else is wrong with the chunk: one that has decoded is there beside err.
+	if len(data) == 0 || string(data) == "[DONE]" || present(a.Error) {
+		s.out.Write(event)
+		s.out.WriteByte('\n')
+		return nil
+	}
+	if err != nil || a.Choices == nil && !present(a.Usage) {
+		return errors.New("the stream has data that is not a chat completion chunk")
+	}
+	keep := present(a.Usage)
+	t := s.newAnswer(&a)
+	for _, choice := range a.Choices {
+		text := choice.Delta.Content
+		if text != "" || choice.FinishReason != nil {
+			keep = true
+			if !s.echoed[choice.Index] {
+				s.echoed[choice.Index] = true
+				text = s.echo + text
+			}
+		}
+		t.add(choice, text)
+	}
+	s.out.Write(comments)
+	if keep {
+		chunk, err := plainJSON(t)
+		if err != nil {
+			return err
+		}
+		s.out.Write(fields)
+		s.out.WriteString("data: ")
+		s.out.Write(chunk)
+		s.out.WriteByte('\n')
+	}
+	// Nothing is left of a dropped chunk but its comments: clients take fields without data for an
+	// event, whose empty data they can't parse.
+	if keep || len(comments) > 0 {
+		s.out.WriteByte('\n')
+	}
+	return nil
+}
+
+// present reports whether v, a member of an object, is there and not null.
+func present(v json.RawMessage) bool {
+	return len(v) > 0 && string(v) != "null"
+}
+
+// plainJSON returns the JSON of v on one line. Unlike json.Marshal it leaves <, > and & as they are.
+func plainJSON(v any) ([]byte, error) {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		return nil, err
+	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
+}

@@ -1,0 +1,576 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"testing/synctest"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestNewCompletion(t *testing.T) {
+	tests := []struct {
+		name string
+		body string
+		want string
+		c    completion
+	}{
+		{
+			"a prompt becomes the user's message",
+			`{"model":"m","prompt":"Say hi"}`,
+			`{"model":"m","messages":[{"role":"user","content":"Say hi"}]}`,
+			completion{model: "m"},
+		},
+		{
+			"a prompt alone",
+			`{"prompt":""}`,
+			`{"messages":[{"role":"user","content":""}]}`,
+			completion{},
+		},
+		{
+			"an array of one string",
+			` { "prompt" : [ "a\nb" ] } `,
+			`{"messages":[{"role":"user","content":"a\nb"}]}`,
+			completion{},
+		},
+		{
+			"other members keep order, bytes and case",
+			`{"top_k":20,"prompt":"p","seed":12345678901234567890,"temperature":0.10,"stop":[ "<a>", "&" ],"Prompt":1,"n":2,"stream":true,"stream_options":{"include_usage":true},"logit_bias":{"50256": -100},"a<b":1E400}`,
+			`{"top_k":20,"seed":12345678901234567890,"temperature":0.10,"stop":[ "<a>", "&" ],"Prompt":1,"n":2,"stream":true,"stream_options":{"include_usage":true},"logit_bias":{"50256": -100},"a<b":1E400,"messages":[{"role":"user","content":"p"}]}`,
+			completion{},
+		},
+		{
+			"parameters that ask for nothing are dropped",
+			`{"suffix":null,"best_of":1,"logprobs":null,"echo":false,"prompt":"p"}`,
+			`{"messages":[{"role":"user","content":"p"}]}`,
+			completion{},
+		},
+		{
+			"their other spellings are too",
+			`{"suffix":"","best_of":null,"logprobs":false,"echo":null,"prompt":"p","stream":null}`,
+			`{"stream":null,"messages":[{"role":"user","content":"p"}]}`,
+			completion{},
+		},
+		{
+			"echo keeps the prompt",
+			`{"prompt":["a <b> \u00e9\ud83d\ude00"],"echo":true}`,
+			`{"messages":[{"role":"user","content":"a <b> \u00e9\ud83d\ude00"}]}`,
+			completion{echo: "a <b> é😀"},
+		},
+		{
+			"invalid UTF-8 and lone surrogates",
+			"{\"echo\":true,\"prompt\":\"a\xff\\ud800\",\"\xff\":1}",
+			"{\"\uFFFD\":1,\"messages\":[{\"role\":\"user\",\"content\":\"a\xff\\ud800\"}]}",
+			completion{echo: "a\uFFFD\uFFFD"},
+		},
+		{
+			"a model of the wrong type is for the chat request's check",
+			`{"model":5,"prompt":"p"}`,
+			`{"model":5,"messages":[{"role":"user","content":"p"}]}`,
+			completion{},
+		},
+		{
+			"the last of several prompts counts",
+			`{"prompt":"a","prompt":"b","p\u0072ompt":"c"}`,
+			`{"messages":[{"role":"user","content":"c"}]}`,
+			completion{},
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			chat, c, err := newCompletion([]byte(tt.body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.want, string(chat)); diff != "" {
+				t.Errorf("chat request (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(&tt.c, c, cmp.AllowUnexported(completion{})); diff != "" {
+				t.Errorf("completion (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestNewCompletionErrors(t *testing.T) {
+	tests := []struct {
+		body    string
+		param   string
+		message string // a part of it
+	}{
+		{``, "", "can't be read"},
+		{`{`, "", "can't be read"},
+		{`{"prompt":"p",}`, "", "can't be read"},
+		{`{"prompt":"p"} x`, "", "can't be read"},
+		{`{"prompt":"p"}{}`, "", "can't be read"},
+		{`[]`, "", "want a JSON object"},
+		{`null`, "", "want a JSON object"},
+		{`"prompt"`, "", "want a JSON object"},
+		{strings.Repeat(`{"a":`, 10001) + `1` + strings.Repeat(`}`, 10001), "", "can't be read"},
+		{`{}`, "prompt", "exactly one string"},
+		{`{"Prompt":"p"}`, "prompt", "exactly one string"},
+		{`{"prompt":null}`, "prompt", "exactly one string"},
+		{`{"prompt":[]}`, "prompt", "exactly one string"},
+		{`{"prompt":[null]}`, "prompt", "exactly one string"},
+		{`{"prompt":["a","b"]}`, "prompt", "exactly one string"},
+		{`{"prompt":[1,2]}`, "prompt", "token arrays are not supported"},
+		{`{"prompt":[[1,2]]}`, "prompt", "token arrays are not supported"},
+		{`{"prompt":5}`, "prompt", "exactly one string"},
+		{`{"prompt":{}}`, "prompt", "exactly one string"},
+		{`{"prompt":"p","suffix":"s"}`, "suffix", "Leave it out"},
+		{`{"prompt":"p","suffix":1}`, "suffix", "Leave it out"},
+		{`{"prompt":"p","best_of":2}`, "best_of", "Leave it out"},
+		{`{"prompt":"p","best_of":"1"}`, "best_of", "Leave it out"},
+		{`{"prompt":"p","logprobs":0}`, "logprobs", "Leave it out"},
+		{`{"prompt":"p","logprobs":5}`, "logprobs", "Leave it out"},
+		{`{"prompt":"p","logprobs":true}`, "logprobs", "Leave it out"},
+		{`{"prompt":"p","echo":1}`, "echo", "true or false"},
+		{`{"prompt":"p","messages":[]}`, "messages", "/v1/chat/completions"},
+		{`{"model":"m","messages":[{"role":"user","content":"hi"}]}`, "messages", "/v1/chat/completions"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.body[:min(len(tt.body), 60)], func(t *testing.T) {
+			_, _, err := newCompletion([]byte(tt.body))
+			e, ok := errors.AsType[*apiError](err)
+			if !ok {
+				t.Fatalf("error is %v, want an apiError", err)
+			}
+			if e.status != 400 || e.param != tt.param || !strings.Contains(e.message, tt.message) {
+				t.Errorf("got %d, param %q, message %q; want 400, param %q, message with %q",
+					e.status, e.param, e.message, tt.param, tt.message)
+			}
+		})
+	}
+}
+
+func TestCompletionResponse(t *testing.T) {
+	tests := []struct {
+		name string
+		c    completion
+		chat string
+		want string
+	}{
+		{
+			"an answer of Qwen's",
+			completion{model: "alias"},
+			`{"choices":[{"message":{"role":"assistant","content":"a <b>","reasoning_content":"hm"},"finish_reason":"stop","index":0,"logprobs":null}],"object":"chat.completion","usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"},"created":1735120033,"system_fingerprint":null,"model":"qwen3-coder-plus","id":"chatcmpl-6ada9ed2"}`,
+			`{"id":"cmpl-6ada9ed2","object":"text_completion","created":1735120033,"model":"qwen3-coder-plus","system_fingerprint":null,"choices":[{"text":"a <b>","index":0,"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"}}`,
+		},
+		{
+			"echo, and tool calls",
+			completion{echo: "p\n"},
+			`{"id":"x-1","created":1,"model":"m","system_fingerprint":"fp","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"length"},{"index":1,"message":{"content":null},"finish_reason":"tool_calls"},{"index":2,"message":{},"finish_reason":"function_call"}]}`,
+			`{"id":"x-1","object":"text_completion","created":1,"model":"m","system_fingerprint":"fp","choices":[{"text":"p\na","index":0,"logprobs":null,"finish_reason":"length"},{"text":"p\n","index":1,"logprobs":null,"finish_reason":"stop"},{"text":"p\n","index":2,"logprobs":null,"finish_reason":"stop"}]}`,
+		},
+		{
+			"as little as can be",
+			completion{model: "m"},
+			`{"choices":[{"message":{"content":"a"}}],"usage":null}`,
+			`{"id":"","object":"text_completion","created":0,"model":"m","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}],"usage":null}`,
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := tt.c.response([]byte(tt.chat))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(tt.want, string(got)); diff != "" {
+				t.Errorf("text completion (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestCompletionResponseErrors(t *testing.T) {
+	for _, chat := range []string{
+		``, `<html>secret`, `null`, `[]`, `{}`, `"secret"`,
+		`{"error":{"message":"secret"}}`,
+		`{"choices":"secret"}`,
+		`{"choices":[{"delta":{"content":"secret"}}]}`,
+		`{"choices":[{"message":{"content":["secret"]}}]}`,
+		`{"choices":[{"message":{"content":"a"}}]}secret`,
+		`{"choices":[{"index":314159265358979323846,"message":{"content":"a"}}]}`,
+	} {
+		got, err := new(completion).response([]byte(chat))
+		if err == nil {
+			t.Errorf("response(%s) = %s, want an error", chat, got)
+		} else if s := err.Error(); strings.Contains(s, "secret") || strings.Contains(s, "314") {
+			t.Errorf("response(%s): the error %q quotes the answer", chat, s)
+		}
+	}
+}
+
+// textChunk returns the event of a text completion chunk: the head that streamTests share, then rest.
+func textChunk(rest string) string {
+	return `data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"m",` + rest + "}\n\n"
+}
+
+// streamTests are whole streams; err is what ends them, nil for io.EOF.
+var streamTests = []struct {
+	name string
+	c    completion
+	in   string
+	want string
+	err  string
+}{
+	{
+		name: "empty",
+	},
+	{
+		name: "a stream of Qwen's",
+		in: `data: {"choices":[{"delta":{"content":"","role":"assistant"},"index":0,"logprobs":null,"finish_reason":null}],"object":"chat.completion.chunk","usage":null,"created":1,"system_fingerprint":null,"model":"m","id":"chatcmpl-1"}
+
+data: {"choices":[{"finish_reason":null,"delta":{"content":null,"reasoning_content":"hm"},"index":0}],"object":"chat.completion.chunk","usage":null,"created":1,"system_fingerprint":null,"model":"m","id":"chatcmpl-1"}
+
+data: {"choices":[{"finish_reason":null,"delta":{"content":"a <b>"},"index":0}],"object":"chat.completion.chunk","usage":null,"created":1,"system_fingerprint":null,"model":"m","id":"chatcmpl-1"}
+
+data: {"choices":[{"finish_reason":"tool_calls","delta":{"content":""},"index":0}],"object":"chat.completion.chunk","usage":null,"created":1,"system_fingerprint":null,"model":"m","id":"chatcmpl-1"}
+
+data: {"choices":[],"object":"chat.completion.chunk","usage":{"prompt_tokens":1},"created":1,"system_fingerprint":null,"model":"m","id":"chatcmpl-1"}
+
+data: [DONE]
+
+`,
+		want: textChunk(`"system_fingerprint":null,"choices":[{"text":"a <b>","index":0,"logprobs":null,"finish_reason":null}],"usage":null`) +
+			textChunk(`"system_fingerprint":null,"choices":[{"text":"","index":0,"logprobs":null,"finish_reason":"stop"}],"usage":null`) +
+			textChunk(`"system_fingerprint":null,"choices":[],"usage":{"prompt_tokens":1}`) +
+			"data: [DONE]\n\n",
+	},
+	{
+		name: "echo goes before each choice's first text",
+		c:    completion{echo: "p ", model: "m"},
+		in: `data: {"id":"chatcmpl-1","created":1,"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}
+
+data: {"id":"chatcmpl-1","created":1,"choices":[{"index":0,"delta":{"content":"a"}},{"index":1,"delta":{"content":""}}]}
+
+data: {"id":"chatcmpl-1","created":1,"choices":[{"index":0,"delta":{"content":"b"}}]}
+
+data: {"id":"chatcmpl-1","created":1,"choices":[{"index":1,"delta":{"content":"c"}}]}
+
+data: {"id":"chatcmpl-1","created":1,"choices":[{"index":2,"finish_reason":"stop"}]}
+
+data: {"id":"chatcmpl-1","created":1,"choices":[{"index":1,"delta":{},"finish_reason":"length"}]}
+
+`,
+		want: textChunk(`"choices":[{"text":"p a","index":0,"logprobs":null,"finish_reason":null},{"text":"","index":1,"logprobs":null,"finish_reason":null}]`) +
+			textChunk(`"choices":[{"text":"b","index":0,"logprobs":null,"finish_reason":null}]`) +
+			textChunk(`"choices":[{"text":"p c","index":1,"logprobs":null,"finish_reason":null}]`) +
+			textChunk(`"choices":[{"text":"p ","index":2,"logprobs":null,"finish_reason":"stop"}]`) +
+			textChunk(`"choices":[{"text":"","index":1,"logprobs":null,"finish_reason":"length"}]`),
+	},
+	{
+		name: "a role chunk stays for its usage, and a usage for itself",
+		c:    completion{model: "m", echo: "p"},
+		in: `data: {"id":"chatcmpl-1","created":1,"choices":[{"delta":{"role":"assistant"}}],"usage":{"a":1}}
+
+data: {"id":"chatcmpl-1","created":1,"choices":[{"delta":{"content":"a"}}],"usage":{"a":2}}
+
+data: {"id":"chatcmpl-1","created":1,"choices":null,"usage":{"a":3}}
+
+`,
+		want: textChunk(`"choices":[{"text":"","index":0,"logprobs":null,"finish_reason":null}],"usage":{"a":1}`) +
+			textChunk(`"choices":[{"text":"pa","index":0,"logprobs":null,"finish_reason":null}],"usage":{"a":2}`) +
+			textChunk(`"choices":[],"usage":{"a":3}`),
+	},
+	{
+		name: "line ends, a byte order mark, no space, data in several lines",
+		c:    completion{model: "m"},
+		in: "\uFEFFdata:{\"id\":\"chatcmpl-1\",\rdata:\"created\":1,\r\ndata: \"choices\":[{\"delta\":{\"content\":\"\\r\\n\"}}],\ndata:\"usage\":{\ndata:}\ndata: }\n\r" +
+			"data: [DONE]\r\n\r\n" + ": one\r\r" + ":two\n\n" + ":three\n\r\n" + ":four\r\n\r\n\r\n",
+		want: textChunk(`"choices":[{"text":"\r\n","index":0,"logprobs":null,"finish_reason":null}],"usage":{}`) +
+			"data: [DONE]\n\n: one\n\n:two\n\n:three\n\n:four\n\n\n",
+	},
+	{
+		name: "comments and other fields",
+		c:    completion{model: "m"},
+		in: ": keep-alive\n\n" +
+			"retry: 3000\n\n" +
+			"id: 1\nevent: result\n:c\ndata: {\"id\":\"chatcmpl-1\",\"created\":1,\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n" +
+			"id: 2\n:of a dropped chunk\ndata: {\"choices\":[]}\n\n" +
+			"id: 3\ndata: {\"choices\":[]}\n\n" +
+			"data:\n\n" +
+			"id: 4\ndata: [DONE] \n\n",
+		want: ": keep-alive\n\n" +
+			"retry: 3000\n\n" +
+			":c\nid: 1\nevent: result\n" + textChunk(`"choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}]`) +
+			":of a dropped chunk\n\n" +
+			"data:\n\n" +
+			"id: 4\ndata: [DONE] \n\n",
+	},
+	{
+		name: "an error passes unchanged",
+		in:   "event: error\ndata:{\"error\": {\"message\":\"<\"},\n:c\ndata: \"id\":5}\n\ndata: [DONE]\n\n",
+		want: "event: error\ndata:{\"error\": {\"message\":\"<\"},\n:c\ndata: \"id\":5}\n\ndata: [DONE]\n\n",
+	},
+	{
+		name: "data that isn't JSON ends the stream",
+		in:   ": c\n\ndata: <html>secret\n\ndata: [DONE]\n\n",
+		want: ": c\n\n",
+		err:  "the stream has data that is not a chat completion chunk",
+	},
+	{
+		name: "so does JSON that isn't a chunk",
+		in:   ": c\n\ndata: {\"code\":\"secret\",\"choices\":null,\"usage\":null}\n\ndata: [DONE]\n\n",
+		want: ": c\n\n",
+		err:  "the stream has data that is not a chat completion chunk",
+	},
+	{
+		name: "and a chunk of the wrong types",
+		in:   `data: {"id":5,"choices":[{"delta":{"content":"secret"}}]}` + "\n\n",
+		err:  "the stream has data that is not a chat completion chunk",
+	},
+	{
+		name: "the last event without its blank line",
+		in:   ": c\n\ndata: [DONE]\n",
+		want: ": c\n\ndata: [DONE]\n\n",
+	},
+	{
+		name: "the last line without its end",
+		in:   ": c\r\n\r\ndata: [DONE]",
+		want: ": c\n\ndata: [DONE]\n\n",
+	},
+}
+
+func TestCompletionStream(t *testing.T) {
+	for _, tt := range streamTests {
+		t.Run(tt.name, func(t *testing.T) {
+			check := func(how string, r io.Reader) {
+				t.Helper()
+				got, err := io.ReadAll(tt.c.stream(r))
+				if diff := cmp.Diff(tt.want, string(got)); diff != "" {
+					t.Fatalf("%s: stream (-want +got):\n%s", how, diff)
+				}
+				if got := errorText(err); got != tt.err {
+					t.Fatalf("%s: error %q, want %q", how, got, tt.err)
+				}
+			}
+			check("whole", strings.NewReader(tt.in))
+			check("bytewise", iotest.OneByteReader(strings.NewReader(tt.in)))
+			check("error beside data", iotest.DataErrReader(strings.NewReader(tt.in)))
+			for i := range tt.in {
+				check("split", splitReader(tt.in, i))
+			}
+			if tt.err == "" {
+				if err := iotest.TestReader(tt.c.stream(strings.NewReader(tt.in)), []byte(tt.want)); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+// splitReader returns a reader of s that takes two reads, the first up to i.
+func splitReader(s string, i int) io.Reader {
+	return io.MultiReader(strings.NewReader(s[:i]), strings.NewReader(s[i:]))
+}
+
+// errorText returns what err says, "" for nil.
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+func TestCompletionStreamWaitsForOneEventAlone(t *testing.T) {
+	for _, end := range []string{"\n\n", "\r\r", "\r\n\r\n", "\r\n\r", "\n\r", "\r\n\n"} {
+		synctest.Test(t, func(t *testing.T) {
+			upstream, w := io.Pipe()
+			stream := (&completion{model: "m"}).stream(upstream)
+			var got strings.Builder
+			done := make(chan error)
+			go func() {
+				_, err := io.Copy(&got, stream)
+				done <- err
+			}()
+			write := func(s, want string) {
+				t.Helper()
+				if _, err := io.WriteString(w, s); err != nil {
+					t.Error(err)
+				}
+				synctest.Wait() // the reader waits for more
+				if diff := cmp.Diff(want, got.String()); diff != "" {
+					t.Errorf("after an event that ends in %q (-want +got):\n%s", end, diff)
+				}
+				got.Reset()
+			}
+			event := `data: {"id":"chatcmpl-1","created":1,"choices":[{"delta":{"content":"a"}}]}`
+			want := textChunk(`"choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}]`)
+			write(event+end, want)
+			if strings.HasSuffix(end, "\r") {
+				write("\n", "") // the other half of the line end
+			}
+			write(event[:30], "")
+			write(event[30:]+end, want)
+			write(": keep-alive"+end, ": keep-alive\n\n")
+			if err := errors.Join(w.Close(), <-done); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestCompletionStreamUpstreamError(t *testing.T) {
+	broken := errors.New("connection reset")
+	for _, rest := range []string{"", "data: half"} {
+		r := new(completion).stream(io.MultiReader(strings.NewReader(": c\n\n"+rest), iotest.ErrReader(broken)))
+		got, err := io.ReadAll(r)
+		if string(got) != ": c\n\n" || err != broken {
+			t.Errorf("got %q and error %v, want the whole event and the error of the upstream", got, err)
+		}
+		if _, err := r.Read(make([]byte, 1)); err != broken {
+			t.Errorf("a later Read: error %v, want the same as before", err)
+		}
+	}
+}
+
+func TestCompletionStreamEventSize(t *testing.T) {
+	for _, n := range []int{maxEventBytes - 1, maxEventBytes} { // with its \n the line is one longer
+		in := ":" + strings.Repeat("x", n-1) + "\n\n"
+		got, err := io.Copy(io.Discard, new(completion).stream(strings.NewReader(in)))
+		if fits := n < maxEventBytes; fits && (err != nil || got != int64(len(in))) || !fits && (err == nil || got != 0) {
+			t.Errorf("a line of %d bytes: %d bytes, error %v", n, got, err)
+		}
+	}
+}
+
+func FuzzNewCompletion(f *testing.F) {
+	f.Add([]byte(`{"model":"m","prompt":"p","echo":true,"max_tokens":1E400}`))
+	f.Add([]byte(`{"prompt":["\ud800<\u0000"],"stream":false,"suffix":null}`))
+	f.Add([]byte(`{"prompt":[[1,2]],"x":{"y":[{}]}}`))
+	f.Add([]byte("{\"\xff\":\"\xff\",\"prompt\":\"\xff\",\"prompt\":[]}"))
+	f.Add([]byte(`{"messages":[]} 1`))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		chat, c, err := newCompletion(body)
+		if err != nil {
+			if _, ok := err.(*apiError); !ok || chat != nil || c != nil {
+				t.Fatalf("newCompletion = %q, %v, %v: want an apiError alone", chat, c, err)
+			}
+			return
+		}
+		// A map, for its keys compare exactly.
+		var request map[string]json.RawMessage
+		if err := json.Unmarshal(body, &request); err != nil {
+			t.Fatalf("accepted a body that is bad: %v", err)
+		}
+		var prompt string
+		if json.Unmarshal(request["prompt"], &prompt) != nil {
+			var prompts []string
+			if err := json.Unmarshal(request["prompt"], &prompts); err != nil || len(prompts) != 1 {
+				t.Fatalf("accepted prompt %s", request["prompt"])
+			}
+			prompt = prompts[0]
+		}
+		var got map[string]json.RawMessage
+		if err := json.Unmarshal(chat, &got); err != nil {
+			t.Fatalf("%q: %v", chat, err)
+		}
+		var messages []map[string]string
+		if err := json.Unmarshal(got["messages"], &messages); err != nil {
+			t.Fatalf("%q: %v", chat, err)
+		}
+		if diff := cmp.Diff([]map[string]string{{"role": "user", "content": prompt}}, messages); diff != "" {
+			t.Errorf("messages (-want +got):\n%s", diff)
+		}
+		for _, name := range []string{"prompt", "best_of", "echo", "logprobs", "suffix"} {
+			delete(request, name)
+		}
+		delete(got, "messages")
+		if diff := cmp.Diff(request, got); diff != "" {
+			t.Errorf("other members (-want +got):\n%s", diff)
+		}
+	})
+}
+
+func FuzzCompletionResponse(f *testing.F) {
+	f.Add([]byte(`{"id":"chatcmpl-1","created":1,"model":"m","choices":[{"index":0,"message":{"content":"a\ud800"},"finish_reason":"stop"}],"usage":{"a":[1.0]}}`), "p")
+	f.Add([]byte(`{"choices":[{"message":{}},{"message":{"content":null},"finish_reason":"tool_calls"}],"system_fingerprint":{}}`), "")
+	f.Add([]byte(`{"created":"1e5","choices":[]}`), "\xff")
+	f.Add([]byte(`{"error":{}}`), "")
+	f.Fuzz(func(t *testing.T, chat []byte, echo string) {
+		text, err := (&completion{echo: echo}).response(chat)
+		if (err == nil) == (text == nil) {
+			t.Fatalf("response = %q, %v: want one of both", text, err)
+		}
+		if err != nil {
+			return
+		}
+		var in struct {
+			Choices []struct{ Message struct{ Content string } }
+		}
+		var out struct {
+			Object  string
+			Choices []struct{ Text string }
+		}
+		if err := errors.Join(json.Unmarshal(chat, &in), json.Unmarshal(text, &out)); err != nil {
+			t.Fatal(err)
+		}
+		var want, got []string
+		for _, c := range in.Choices {
+			want = append(want, strings.ToValidUTF8(echo, "")+c.Message.Content)
+		}
+		for _, c := range out.Choices {
+			got = append(got, strings.ReplaceAll(c.Text, "\uFFFD", ""))
+		}
+		for i := range want {
+			want[i] = strings.ReplaceAll(want[i], "\uFFFD", "")
+		}
+		if diff := cmp.Diff(want, got); diff != "" || out.Object != "text_completion" {
+			t.Errorf("object %q, texts (-want +got):\n%s", out.Object, diff)
+		}
+	})
+}
+
+func FuzzCompletionStream(f *testing.F) {
+	for _, tt := range streamTests {
+		f.Add(tt.in, tt.c.echo, uint(len(tt.in)/2))
+	}
+	f.Add("data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\r\n\r\ndata\r:\r\r\uFEFF\n", "p", uint(49))
+	f.Fuzz(func(t *testing.T, in, echo string, i uint) {
+		c := &completion{echo: echo}
+		want, wantErr := io.ReadAll(c.stream(strings.NewReader(in)))
+		for _, r := range []io.Reader{
+			splitReader(in, int(i%uint(len(in)+1))),
+			iotest.OneByteReader(strings.NewReader(in)),
+			iotest.DataErrReader(iotest.HalfReader(strings.NewReader(in))),
+		} {
+			got, err := io.ReadAll(c.stream(r))
+			if diff := cmp.Diff(string(want), string(got)); diff != "" || errorText(err) != errorText(wantErr) {
+				t.Fatalf("error %v, want %v; stream (-whole +split):\n%s", err, wantErr, diff)
+			}
+		}
+		if len(want) > 0 && want[0] != '\n' && !bytes.HasSuffix(want, []byte("\n\n")) {
+			t.Errorf("the stream ends within an event: %q", want)
+		}
+	})
+}
+
+func BenchmarkNewCompletion(b *testing.B) {
+	body := []byte(`{"model":"qwen3-coder-plus","max_tokens":256,"temperature":0.2,"stream":true,"prompt":"` +
+		strings.Repeat("word ", 2000) + `"}`)
+	b.SetBytes(int64(len(body)))
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, _, err := newCompletion(body); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkCompletionStream(b *testing.B) {
+	in := strings.Repeat(`data: {"choices":[{"delta":{"content":" word"},"index":0,"logprobs":null,"finish_reason":null}],"object":"chat.completion.chunk","usage":null,"created":1735120033,"system_fingerprint":null,"model":"qwen3-coder-plus","id":"chatcmpl-6ada9ed2-7f33-9de2-8bb0-78bd4035025a"}`+"\n\n", 100)
+	c := new(completion)
+	b.SetBytes(int64(len(in)))
+	b.ReportAllocs()
+	for b.Loop() { // 100 chunks
+		if _, err := io.Copy(io.Discard, c.stream(strings.NewReader(in))); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
