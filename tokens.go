@@ -1,0 +1,454 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// maxTokenWait bounds how long a request waits for a token.
+	maxTokenWait = 30 * time.Second
+	// maxRefreshPause bounds the growing pauses between attempts to refresh.
+	maxRefreshPause = 30 * time.Second
+	// maxSignInPause bounds those between attempts to start a sign-in.
+	maxSignInPause = time.Minute
+	// maxNap bounds how long the source sleeps, so that a wall clock that jumped, or a laptop that slept, is noticed.
+	maxNap = time.Minute
+	// unservedPause is how long no refresh is tried for a 401 after one that a fresh token got too.
+	unservedPause = time.Minute
+)
+
+// A tokenSource hands out Qwen's access token and renews it before it expires, or hands out an API key. It is safe for
+// concurrent use: requests read one atomic pointer, run alone renews the token, and many requests that
+// wait for it wait for one refresh, each no longer than its context lives.
+type tokenSource struct {
+	oauth  *oauthClient     // nil with an API key
+	store  *credentialStore // nil with an API key
+	base   *url.URL         // API_BASE_URL; nil: what the token says
+	buffer time.Duration    // TOKEN_REFRESH_BUFFER
+	log    *slog.Logger
+	prompt io.Writer // where people read the sign-in link
+
+	state   atomic.Pointer[authState]
+	mu      sync.Mutex    // held while state is replaced
+	wake    chan struct{} // 1 slot: there may be something to do for run
+	signIns chan struct{} // 1 slot: a sign-in to start, for run
+
+	unserved atomic.Pointer[unserved] // nil while the API takes the token
+}
+
+// An authState is what is known of the credentials at one time. It does not change; a new one takes its place.
+type authState struct {
+	token      *token        // nil where nobody is signed in
+	rejected   bool          // the API answered 401 to token
+	refreshing bool          // token is being renewed now
+	attempts   int           // failed attempts to renew token
+	failed     error         // why the last one failed; the next is at retryAt
+	retryAt    time.Time     //
+	refused    error         // why token can't be renewed at all; nil while it may be
+	fileErr    error         // why the credential file could not be used
+	signIn     signIn        // the one under way, or the last
+	changed    chan struct{} // closed when another state has taken this one's place
+}
+
+// The statuses of a sign-in, as /auth tells them.
+const (
+	signInNone     = ""
+	signInStarting = "starting" // no code yet; err says why where there was an attempt
+	signInPending  = "pending"  // link and code are there, the user has yet to follow them
+	signInComplete = "complete"
+	signInDenied   = "denied"
+	signInExpired  = "expired"
+	signInFailed   = "failed"
+)
+
+// A signIn is the state of one device flow.
+type signIn struct {
+	status string
+	auth   *deviceAuth // nil while starting
+	err    error       // why it is where it is; may be nil
+	ended  time.Time   // zero while it is under way
+}
+
+func (s *signIn) active() bool { return s.status == signInStarting || s.status == signInPending }
+
+// An unserved is a run of 401s that fresh tokens got too: the account is signed in, and the API does not serve it.
+type unserved struct{ since, last time.Time }
+
+// newTokenSource returns a source over the credential file, which is read here. It needs run to renew anything.
+func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
+	s := &tokenSource{
+		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log, prompt: prompt,
+		wake: make(chan struct{}, 1), signIns: make(chan struct{}, 1),
+	}
+	t, err := store.load()
+	if errors.Is(err, errNoCredentials) {
+		err = nil
+	}
+	if err != nil {
+		log.Error("the credential file can't be used; it is left as it is until a sign-in is complete", "error", err)
+	}
+	s.state.Store(&authState{token: s.prepare(t), fileErr: err, changed: make(chan struct{})})
+	return s
+}
+
+// newKeySource returns a source of key, which goes to base.
+func newKeySource(key string, base *url.URL) *tokenSource {
+	s := &tokenSource{base: base}
+	s.state.Store(&authState{token: s.prepare(&token{access: key})})
+	return s
+}
+
+// keyed reports whether the source hands out an API key.
+func (s *tokenSource) keyed() bool { return s.oauth == nil }
+
+// prepare makes t ready for the request path.
+func (s *tokenSource) prepare(t *token) *token {
+	if t == nil {
+		return nil
+	}
+	t.authorization = "Bearer " + t.access
+	if t.base = s.base; t.base == nil {
+		t.base, t.baseErr = apiBase(t.resourceURL)
+	}
+	buffer := s.buffer
+	if life := t.expiry.Sub(t.obtained); life > 0 {
+		buffer = min(buffer, life/2)
+	}
+	t.refreshAt = t.expiry.Add(-buffer)
+	return t
+}
+
+// Token returns a token that is good now. It waits only where the one at hand has expired. The error is an
+// *apiError, or that of ctx.
+func (s *tokenSource) Token(ctx context.Context) (*token, error) {
+	if t := s.state.Load().token; t.good(time.Now()) {
+		return t, nil
+	}
+	return s.wait(ctx, nil)
+}
+
+// Replace returns a token other than rejected, to which the API answered 401: the one that has taken its place
+// already, or else that of a refresh. Its error is as Token's.
+func (s *tokenSource) Replace(ctx context.Context, rejected *token) (*token, error) {
+	s.update(func(st *authState) { st.rejected = st.rejected || st.token == rejected })
+	return s.wait(ctx, rejected)
+}
+
+// wait returns a good token other than not, and sees to it that run renews the one there is.
+func (s *tokenSource) wait(ctx context.Context, not *token) (*token, error) {
+	timeout := time.NewTimer(maxTokenWait)
+	defer timeout.Stop()
+	for {
+		st, now := s.state.Load(), time.Now()
+		if st.token != not && st.token.good(now) {
+			return st.token, nil
+		}
+		if err := st.problem(now); err != nil {
+			if err.status == http.StatusUnauthorized && now.Sub(st.signIn.ended) > time.Minute {
+				s.startSignIn() // the link of the last one is dead: whoever looks at the log shall find a live one
+			}
+			return nil, err
+		}
+		wakeUp(s.wake)
+		select {
+		case <-st.changed:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-timeout.C:
+			return nil, unavailable(time.Second, errors.New("waited too long for a token refresh"))
+		}
+	}
+}
+
+// problem returns why no good token can be had at now, in the words that everything else uses too, and nil
+// where there is one or a refresh is under way or due.
+func (st *authState) problem(now time.Time) *apiError {
+	good := st.token.good(now) && !st.rejected
+	switch {
+	case good && st.token.baseErr != nil:
+		return baseRefused(st.token.baseErr)
+	case good:
+		return nil
+	case st.token == nil:
+		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in",
+			message: "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log.", err: st.fileErr}
+	case st.refused != nil:
+		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "sign_in_expired",
+			message: "Qwen no longer accepts the proxy's sign-in. Sign in again: open /auth on the proxy, or follow the link in its log.", err: st.refused}
+	case !st.refreshing && st.retryAt.After(now):
+		return unavailable(st.retryAt.Sub(now), st.failed)
+	}
+	return nil
+}
+
+// baseRefused is the answer where the credentials name an API that is none of Qwen's.
+func baseRefused(err error) *apiError {
+	return &apiError{status: http.StatusInternalServerError, typ: typeConfiguration, code: "resource_url_refused",
+		message: "The proxy does not send the token there: " + err.Error() + "."}
+}
+
+// unavailable is the answer while a token can't be renewed for now.
+func unavailable(retryAfter time.Duration, err error) *apiError {
+	return &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "token_refresh_failed", retryAfter: retryAfter,
+		message: "The proxy's access token has expired and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying.", err: err}
+}
+
+// notServed is the answer while the API turns away even fresh tokens.
+func notServed() *apiError {
+	return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "qwen_oauth_unavailable",
+		message: "Qwen's API does not serve this account: its free tier for sign-ins ended on 2026-04-15, and a fresh token was refused too. Set QWEN_API_KEY on the proxy to use an API key."}
+}
+
+// update puts a changed copy of the state in its place and wakes who waits for a change.
+func (s *tokenSource) update(change func(*authState)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.state.Load()
+	next := *old
+	change(&next)
+	next.changed = make(chan struct{})
+	s.state.Store(&next)
+	close(old.changed)
+}
+
+// wakeUp fills c's one slot.
+func wakeUp(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// run renews the token and carries out sign-ins until ctx ends. A refresh under way then is finished first: its
+// refresh token is spent.
+func (s *tokenSource) run(ctx context.Context) {
+	var flows sync.WaitGroup
+	defer flows.Wait()
+	if s.keyed() {
+		return
+	}
+	if s.state.Load().token == nil {
+		s.startSignIn()
+	}
+	nap := time.NewTimer(0)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.signIns:
+			flows.Go(func() { s.signIn(ctx) })
+		case <-s.wake:
+		case <-nap.C:
+		}
+		for s.due(time.Now()) <= 0 {
+			s.refresh(ctx)
+		}
+		nap.Reset(min(s.due(time.Now()), maxNap))
+	}
+}
+
+// due returns how long it is from now until the token is to be renewed.
+func (s *tokenSource) due(now time.Time) time.Duration {
+	st := s.state.Load()
+	switch {
+	case st.token == nil || st.refused != nil:
+		return maxNap
+	case st.rejected:
+		return st.retryAt.Sub(now)
+	}
+	return max(st.token.refreshAt.Sub(now), st.retryAt.Sub(now))
+}
+
+// refresh renews the token once and puts what came of it into the state.
+func (s *tokenSource) refresh(ctx context.Context) {
+	old := s.state.Load().token
+	s.update(func(st *authState) { st.refreshing = true })
+	fresh, err := s.redeem(context.WithoutCancel(ctx), old)
+	switch {
+	case err == nil:
+		s.log.Info("token refreshed", "expires", fresh.expiry)
+		s.setToken(fresh)
+	case refused(err):
+		s.log.Error("Qwen refused to renew the sign-in; sign in again", "error", err)
+		s.update(func(st *authState) { st.refreshing, st.refused = false, err })
+		s.startSignIn()
+	default:
+		s.update(func(st *authState) {
+			pause := backoff(st.attempts, maxRefreshPause)
+			st.refreshing, st.failed, st.retryAt = false, err, time.Now().Add(pause)
+			st.attempts++
+		})
+		st := s.state.Load()
+		s.log.Warn("token refresh failed; trying again", "error", err, "attempt", st.attempts,
+			"in", time.Until(st.retryAt).Round(time.Millisecond), "token", old)
+	}
+}
+
+// redeem exchanges old's refresh token for a fresh token and stores that.
+func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
+	if old.refresh == "" {
+		return nil, &oauthError{Code: "no refresh token"}
+	}
+	fresh, err := s.oauth.refresh(ctx, old.refresh)
+	if refused(err) {
+		// Another process may have been first, and old be dead for that reason.
+		if stored, loadErr := s.store.load(); loadErr == nil && stored.refresh != old.refresh {
+			if stored.good(time.Now()) {
+				return stored, nil
+			}
+			old = stored
+			fresh, err = s.oauth.refresh(ctx, old.refresh)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	fresh.members = old.members
+	if fresh.refresh == "" {
+		fresh.refresh = old.refresh
+	}
+	if fresh.resourceURL == "" {
+		fresh.resourceURL = old.resourceURL
+	}
+	if fresh.idToken == "" {
+		fresh.idToken = old.idToken
+	}
+	if fresh.scope == "" {
+		fresh.scope = old.scope
+	}
+	s.save(fresh)
+	return fresh, nil
+}
+
+// save stores t before it is used. Where that fails t is good all the same, until the process ends.
+func (s *tokenSource) save(t *token) {
+	if err := s.store.save(t); err != nil {
+		s.log.Error("the credentials could not be stored and are lost when the proxy stops; mend this and sign in again",
+			"file", s.store.path(), "error", err)
+	}
+}
+
+// setToken puts t into use.
+func (s *tokenSource) setToken(t *token) {
+	s.prepare(t)
+	s.update(func(st *authState) {
+		*st = authState{token: t, signIn: st.signIn}
+	})
+}
+
+// startSignIn starts a sign-in where none is under way.
+func (s *tokenSource) startSignIn() {
+	s.update(func(st *authState) {
+		if !st.signIn.active() {
+			st.signIn = signIn{status: signInStarting}
+			wakeUp(s.signIns)
+		}
+	})
+}
+
+// signIn carries out one device flow, as the state's signIn tells.
+func (s *tokenSource) signIn(ctx context.Context) {
+	set := func(next signIn) {
+		s.update(func(st *authState) { st.signIn = next })
+	}
+	auth, err := s.oauth.authorize(ctx)
+	for n := 0; err != nil; n++ {
+		if ctx.Err() != nil {
+			return
+		}
+		if refused(err) {
+			s.log.Error("Qwen refused to start a sign-in", "error", err)
+			set(signIn{status: signInFailed, err: err, ended: time.Now()})
+			return
+		}
+		if n == 0 {
+			s.log.Warn("a sign-in is needed, but Qwen can't be reached; trying again until it can", "error", err)
+		}
+		set(signIn{status: signInStarting, err: err})
+		if !sleep(ctx, backoff(n, maxSignInPause)) {
+			return
+		}
+		auth, err = s.oauth.authorize(ctx)
+	}
+	set(signIn{status: signInPending, auth: auth})
+	s.log.Warn("waiting for sign-in", "expires", auth.expires)
+	printSignIn(s.prompt, auth)
+
+	t, err := s.oauth.poll(ctx, auth)
+	if err == nil {
+		if stored, loadErr := s.store.load(); loadErr == nil {
+			t.members = stored.members // of whoever shares the file, to be kept
+		}
+		s.save(t)
+		s.setToken(t)
+		set(signIn{status: signInComplete, auth: auth, ended: time.Now()})
+		s.log.Info("signed in", "expires", t.expiry)
+		if t.baseErr != nil {
+			s.log.Error(baseRefused(t.baseErr).message)
+		}
+		return
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	status := signInFailed
+	if e, ok := errors.AsType[*oauthError](err); ok {
+		switch e.Code {
+		case "access_denied":
+			status = signInDenied
+		case "expired_token":
+			status = signInExpired
+		}
+	}
+	s.log.Warn("sign-in ended without success; open /auth on the proxy to start again", "status", status, "error", err)
+	set(signIn{status: status, auth: auth, err: err, ended: time.Now()})
+}
+
+// printSignIn tells people how to sign in; link and code stand alone on their lines, to be copied.
+func printSignIn(w io.Writer, d *deviceAuth) {
+	fmt.Fprintf(w, "\nTo sign in to Qwen, open this page in a browser on any device:\n\n%s\n\nand check that it shows this code:\n\n%s\n\n",
+		d.verificationURIComplete, d.userCode)
+}
+
+// servedWith notes how the API took a token: ok is false where it answered 401 to a fresh one too.
+func (s *tokenSource) servedWith(ok bool) {
+	old := s.unserved.Load()
+	switch {
+	case ok && old != nil:
+		s.unserved.Store(nil)
+	case !ok:
+		now := time.Now()
+		next := &unserved{since: now, last: now}
+		if old != nil {
+			next.since = old.since
+		}
+		if s.unserved.CompareAndSwap(old, next) && old == nil {
+			s.log.Error(notServed().message)
+		}
+	}
+}
+
+// ready returns nil when a usable token or key is at hand, else what a request would be told.
+func (s *tokenSource) ready() *apiError {
+	now := time.Now()
+	if u := s.unserved.Load(); u != nil && now.Sub(u.since) >= unservedPause {
+		return notServed()
+	}
+	st := s.state.Load()
+	if err := st.problem(now); err != nil {
+		return err
+	}
+	if !st.token.good(now) {
+		return unavailable(0, errors.New("a refresh is under way"))
+	}
+	return nil
+}
