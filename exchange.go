@@ -1,0 +1,351 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"log/slog"
+	"net/http"
+	"net/netip"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+)
+
+// An exchange is one request and its answer as the access log tells them. It is the ResponseWriter that
+// every handler gets; exchangeOf finds it by the request's context.
+type exchange struct {
+	w            http.ResponseWriter
+	rc           *http.ResponseController
+	id           string     // X-Request-ID
+	client       netip.Addr // the client's; the zero Addr for a Unix socket's
+	start        time.Time
+	writeTimeout time.Duration
+	err          *apiError // what failed, first; nil where nothing did
+	upstreamID   string    // Qwen's own request id
+
+	mu        sync.Mutex // guards w and what follows: a keep-alive is written from another goroutine
+	status    int        // 0 until the header is written
+	bytes     int64      // of the body
+	firstByte time.Time  // zero until a byte of the body is written
+	lastWrite time.Time
+	deadline  time.Time // of the connection's writes
+	sse       bool      // the body is an event stream
+	tail      [4]byte   // the last bytes of an event stream
+	done      bool      // the handler has returned: w is no longer ours
+}
+
+type exchangeKey struct{}
+
+// exchangeOf returns the exchange that ctx belongs to, for every request that came through track.
+func exchangeOf(ctx context.Context) *exchange {
+	x, _ := ctx.Value(exchangeKey{}).(*exchange)
+	return x
+}
+
+func (x *exchange) Header() http.Header { return x.w.Header() }
+
+// Unwrap is for http.ResponseController.
+func (x *exchange) Unwrap() http.ResponseWriter { return x.w }
+
+func (x *exchange) WriteHeader(status int) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.writeHeader(status)
+}
+
+func (x *exchange) writeHeader(status int) {
+	if x.status == 0 {
+		x.status = status
+		x.lastWrite = time.Now()
+	}
+	x.w.WriteHeader(status)
+}
+
+func (x *exchange) Write(p []byte) (int, error) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.write(p)
+}
+
+func (x *exchange) write(p []byte) (int, error) {
+	if x.status == 0 {
+		x.writeHeader(http.StatusOK)
+	}
+	x.renewDeadline()
+	if x.firstByte.IsZero() {
+		x.firstByte = x.lastWrite
+	}
+	n, err := x.w.Write(p)
+	x.bytes += int64(n)
+	if x.sse {
+		x.tail = lastBytes(x.tail, p[:n])
+	}
+	return n, err
+}
+
+// FlushError is Flush with its error, as http.ResponseController looks for it.
+func (x *exchange) FlushError() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.renewDeadline()
+	return x.rc.Flush()
+}
+
+// renewDeadline gives the next write writeTimeout. It is not moved for each of a quick succession of
+// writes, since that costs more than the write's own bookkeeping; the sixteenth put on top makes up for it.
+func (x *exchange) renewDeadline() {
+	x.lastWrite = time.Now()
+	slack := x.writeTimeout / 16
+	if x.deadline.Sub(x.lastWrite) < x.writeTimeout {
+		x.deadline = x.lastWrite.Add(x.writeTimeout + slack)
+		x.rc.SetWriteDeadline(x.deadline) // an error shows in the write
+	}
+}
+
+// keepAlive writes a comment (WHATWG EventSource, "authors can include a comment line every 15 seconds or so")
+// where the client of an event stream has heard nothing for every and the stream stands between two events. It
+// returns how long it is until it should be called again.
+func (x *exchange) keepAlive(every time.Duration) time.Duration {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.done || !x.sse || x.status == 0 {
+		return every
+	}
+	if silent := time.Since(x.lastWrite); silent < every {
+		return every - silent
+	}
+	if !betweenEvents(x.tail, x.bytes) {
+		return every
+	}
+	if _, err := x.write([]byte(": keep-alive\n\n")); err == nil {
+		x.rc.Flush()
+	}
+	return every
+}
+
+// lastBytes returns the last four bytes of tail and p together.
+func lastBytes(tail [4]byte, p []byte) [4]byte {
+	if len(p) >= 4 {
+		return [4]byte(p[len(p)-4:])
+	}
+	copy(tail[:], tail[len(p):])
+	copy(tail[4-len(p):], p)
+	return tail
+}
+
+// betweenEvents reports whether an event stream of n bytes that ends in tail has ended its last line and the
+// blank one behind it. Lines end in LF, CRLF or CR.
+func betweenEvents(tail [4]byte, n int64) bool {
+	if n == 0 {
+		return true
+	}
+	end := tail[:]
+	if n < 4 {
+		end = tail[4-n:]
+	}
+	rest, ok := trimNewline(end)
+	if !ok {
+		return false
+	}
+	_, ok = trimNewline(rest)
+	return ok || len(rest) == 0 // a blank line alone
+}
+
+// trimNewline returns s without the line end at its end, and whether there was one.
+func trimNewline(s []byte) ([]byte, bool) {
+	switch n := len(s); {
+	case n >= 2 && s[n-2] == '\r' && s[n-1] == '\n':
+		return s[:n-2], true
+	case n >= 1 && (s[n-1] == '\n' || s[n-1] == '\r'):
+		return s[:n-1], true
+	}
+	return s, false
+}
+
+// fail notes what failed, for the log. The first failure counts: others follow from it.
+func (x *exchange) fail(err *apiError) {
+	if x.err == nil {
+		x.err = err
+	}
+}
+
+// finish ends x: nothing is written to it any more.
+func (x *exchange) finish() {
+	x.mu.Lock()
+	x.done = true
+	x.mu.Unlock()
+}
+
+// writeError answers a request with err, of which it writes nothing but the apiError's message. It is for
+// requests that have had no other answer yet.
+func writeError(w http.ResponseWriter, r *http.Request, err error) {
+	e := toAPIError(err)
+	x := exchangeOf(r.Context())
+	x.fail(e)
+	if e.status == statusClientClosedRequest {
+		return // nobody is there to read an answer
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/json")
+	h.Set("Cache-Control", "no-store")
+	if e.retryAfter > 0 {
+		h.Set("Retry-After", retryAfterSeconds(e.retryAfter))
+	}
+	w.WriteHeader(e.status)
+	w.Write(e.body(x.id)) // a client that's gone needs no answer
+}
+
+// Header values that never change. net/http reads them only.
+var (
+	valueNosniff    = []string{"nosniff"}
+	valueDeny       = []string{"DENY"}
+	valueNoReferrer = []string{"no-referrer"}
+	valueHSTS       = []string{"max-age=31536000"}
+	valueClose      = []string{"close"}
+)
+
+// track is the outermost handler: it gives each request its exchange, id and security headers, answers
+// for a panic, and writes the access log.
+func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		x := &exchange{w: w, rc: http.NewResponseController(w), id: requestID(r), client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout}
+		h := w.Header()
+		h["X-Request-Id"] = []string{x.id}
+		h["X-Content-Type-Options"] = valueNosniff
+		h["X-Frame-Options"] = valueDeny
+		h["Referrer-Policy"] = valueNoReferrer
+		if r.TLS != nil {
+			h["Strict-Transport-Security"] = valueHSTS
+		}
+		if len(r.TransferEncoding) > 0 {
+			// net/http takes a request with both Transfer-Encoding and Content-Length, and then hides the
+			// latter. "the server MUST close the connection after responding to such a request" (RFC 9112 §6.1).
+			h["Connection"] = valueClose
+		}
+		r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, x))
+
+		m.requests.Add(1)
+		m.inFlight.Add(1)
+		defer func() {
+			v := recover()
+			if v != nil && v != http.ErrAbortHandler {
+				log.Error("a defect of the proxy: please report it", "request_id", x.id, "panic", v, "stack", string(debug.Stack()))
+				err := &apiError{status: http.StatusInternalServerError, typ: typeServer, code: "internal_error",
+					message: "The proxy failed to handle the request. Its log says why."}
+				x.fail(err)
+				if x.status == 0 {
+					writeError(x, r, err)
+					v = nil
+				}
+			}
+			x.finish()
+			m.inFlight.Add(-1)
+			if x.err != nil && x.err.code == codeRateLimit {
+				m.rateLimited.Add(1)
+			}
+			x.log(r, log, cfg.debug)
+			if v != nil {
+				panic(http.ErrAbortHandler) // an answer that was begun must not look whole
+			}
+		}()
+		next.ServeHTTP(x, r)
+	})
+}
+
+// log writes the access line.
+func (x *exchange) log(r *http.Request, log *slog.Logger, detail bool) {
+	status, level := x.status, slog.LevelInfo
+	if status == 0 {
+		status = http.StatusOK
+		if x.err != nil {
+			status = x.err.status
+		}
+	}
+	if status >= 500 {
+		level = slog.LevelError
+	}
+	if !log.Enabled(r.Context(), level) {
+		return
+	}
+	attrs := make([]slog.Attr, 0, 16)
+	attrs = append(attrs,
+		slog.String("request_id", x.id),
+		slog.String("method", clip(r.Method, 20)),
+		slog.String("path", clip(r.URL.Path, 200)),
+		slog.Int("status", status),
+		slog.Float64("duration_ms", milliseconds(time.Since(x.start))),
+	)
+	if !x.firstByte.IsZero() {
+		attrs = append(attrs, slog.Float64("first_byte_ms", milliseconds(x.firstByte.Sub(x.start))))
+	}
+	attrs = append(attrs, slog.Int64("bytes", x.bytes), slog.String("client", x.clientName()))
+	if x.upstreamID != "" {
+		attrs = append(attrs, slog.String("upstream_request_id", x.upstreamID))
+	}
+	if x.err != nil {
+		attrs = append(attrs, slog.String("error_type", x.err.typ), slog.String("error", x.err.Error()))
+	}
+	if detail {
+		attrs = append(attrs, slog.String("proto", r.Proto), slog.Int64("request_bytes", r.ContentLength), slog.Any("headers", safeHeaders(r)))
+	}
+	log.LogAttrs(r.Context(), level, "request", attrs...)
+}
+
+func (x *exchange) clientName() string {
+	if !x.client.IsValid() {
+		return "unix"
+	}
+	return x.client.String()
+}
+
+// milliseconds returns d in milliseconds, to the microsecond.
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// safeHeaders returns the request's headers for a debug log: the names of all, and the values of those
+// that hold no secret whatever the client puts there on purpose.
+func safeHeaders(r *http.Request) slog.Value {
+	attrs := []slog.Attr{slog.String("Host", clip(r.Host, 200))}
+	for name, values := range r.Header {
+		switch name {
+		case "Accept", "Accept-Encoding", "Content-Type", "Content-Length", "User-Agent", "Origin", "Sec-Fetch-Site", "Connection":
+			attrs = append(attrs, slog.String(name, clip(strings.Join(values, ", "), 200)))
+		default:
+			attrs = append(attrs, slog.String(name, "(not shown)"))
+		}
+		if len(attrs) == 50 {
+			break
+		}
+	}
+	return slog.GroupValue(attrs...)
+}
+
+// requestID returns the client's X-Request-ID where it is 1 to 128 characters of [A-Za-z0-9._-], else a new one.
+func requestID(r *http.Request) string {
+	if ids := r.Header["X-Request-Id"]; len(ids) == 1 && validRequestID(ids[0]) {
+		return ids[0]
+	}
+	return rand.Text()
+}
+
+func validRequestID(s string) bool {
+	if s == "" || len(s) > 128 {
+		return false
+	}
+	for i := range len(s) {
+		c := s[i]
+		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '.' || c == '_' || c == '-') {
+			return false
+		}
+	}
+	return true
+}
+
+// clientAddr returns the address of the client's end of the connection.
+func clientAddr(r *http.Request) netip.Addr {
+	ap, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Addr{} // a Unix socket's peer has none
+	}
+	return ap.Addr().Unmap()
+}

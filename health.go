@@ -1,0 +1,118 @@
+package main
+
+import (
+	"encoding/json"
+	"math"
+	"net/http"
+	"runtime"
+	"sync/atomic"
+	"time"
+)
+
+// metrics are the counts that /health/detailed tells, since the start.
+type metrics struct {
+	started        time.Time
+	requests       atomic.Int64
+	inFlight       atomic.Int64 // now
+	streams        atomic.Int64 // open now
+	rateLimited    atomic.Int64
+	upstreamErrors atomic.Int64
+}
+
+// A health tells how the server is. It starts nothing.
+type health struct {
+	tokens   *tokenSource
+	metrics  *metrics
+	stopping atomic.Bool // no new work is to be sent here
+}
+
+// writeJSON answers with v.
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err) // track answers for it
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	w.Write(append(b, '\n'))
+}
+
+// root handles GET /.
+func (h *health) root(w http.ResponseWriter, _ *http.Request) {
+	writeJSON(w, http.StatusOK, map[string]string{"message": "Qwen API proxy is running", "version": version().Version})
+}
+
+// live handles GET /health: the process serves.
+func (h *health) live(w http.ResponseWriter, _ *http.Request) {
+	writeJSON(w, http.StatusOK, map[string]string{"status": "healthy"})
+}
+
+// reason returns why the server is not ready, nil where it is.
+func (h *health) reason() *apiError {
+	if h.stopping.Load() {
+		return errShuttingDown
+	}
+	return h.tokens.ready()
+}
+
+// ready handles GET /health/ready.
+func (h *health) ready(w http.ResponseWriter, _ *http.Request) {
+	if err := h.reason(); err != nil {
+		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"status": "not_ready", "code": err.code, "reason": err.message})
+		return
+	}
+	writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
+}
+
+// detailed handles GET /health/detailed.
+func (h *health) detailed(w http.ResponseWriter, r *http.Request) {
+	type auth struct {
+		Method        string     `json:"method"` // "oauth" or "api_key"
+		Authenticated bool       `json:"authenticated"`
+		Reason        string     `json:"reason,omitempty"`
+		Expires       *time.Time `json:"expires_at,omitempty"`
+		Upstream      string     `json:"upstream,omitempty"`
+		SignIn        string     `json:"sign_in,omitempty"`
+	}
+	st := h.tokens.state.Load()
+	a := auth{Method: "oauth", SignIn: st.signIn.status}
+	if h.tokens.keyed() {
+		a.Method = "api_key"
+	}
+	if err := h.tokens.ready(); err != nil {
+		a.Reason = err.message
+	} else {
+		a.Authenticated = true
+	}
+	if t := st.token; t != nil {
+		if !t.expiry.IsZero() {
+			a.Expires = &t.expiry
+		}
+		if t.base != nil {
+			a.Upstream = t.base.String()
+		}
+	}
+	status := "healthy"
+	if h.reason() != nil {
+		status = "degraded"
+	}
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	writeJSON(w, http.StatusOK, map[string]any{
+		"status":         status,
+		"version":        version().Version,
+		"uptime_seconds": math.Round(time.Since(h.metrics.started).Seconds()),
+		"requests": map[string]int64{
+			"total":           h.metrics.requests.Load(),
+			"in_flight":       h.metrics.inFlight.Load(),
+			"open_streams":    h.metrics.streams.Load(),
+			"rate_limited":    h.metrics.rateLimited.Load(),
+			"upstream_errors": h.metrics.upstreamErrors.Load(),
+		},
+		"memory":     map[string]uint64{"heap_bytes": mem.HeapAlloc, "system_bytes": mem.Sys},
+		"goroutines": runtime.NumGoroutine(),
+		"auth":       a,
+		"request_id": exchangeOf(r.Context()).id,
+	})
+}

@@ -1,0 +1,567 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// The endpoints of the upstream's API, behind its base URL.
+const (
+	pathChat       = "/chat/completions"
+	pathEmbeddings = "/embeddings"
+	pathResponses  = "/responses"
+)
+
+// maxErrorBody bounds how much of an upstream's error answer is read to see what it is, in bytes.
+const maxErrorBody = 1 << 20
+
+// maxTranslated bounds an answer that is translated as a whole, in bytes.
+const maxTranslated = 64 << 20
+
+// Why a call to Qwen was cut off, as its context's cause.
+var (
+	errUpstreamTimeout = &apiError{status: http.StatusGatewayTimeout, typ: typeNetwork, code: "upstream_timeout",
+		message: "Qwen did not answer in time. Try again, or raise UPSTREAM_TIMEOUT on the proxy."}
+	errStreamIdle = &apiError{status: http.StatusGatewayTimeout, typ: typeStreaming, code: "upstream_idle",
+		message: "Qwen fell silent in the middle of its answer. Try again, or raise STREAM_IDLE_TIMEOUT on the proxy."}
+	errShuttingDown = &apiError{status: http.StatusServiceUnavailable, typ: typeServer, code: "shutting_down", retryAfter: time.Second,
+		message: "The proxy is shutting down. Try again."}
+)
+
+// A proxy forwards requests to Qwen's API with the proxy's own credentials, by an httputil.ReverseProxy. What
+// can fail happens before it or in the RoundTripper beneath it.
+type proxy struct {
+	cfg       *config
+	tokens    *tokenSource
+	bodies    bodyReader
+	metrics   *metrics
+	transport http.RoundTripper
+	reverse   httputil.ReverseProxy
+
+	defaultModel []byte            // as JSON
+	aliases      map[string][]byte // as JSON
+}
+
+// newProxy returns a proxy over transport, which must not follow redirects nor unpack bodies.
+func newProxy(cfg *config, tokens *tokenSource, m *metrics, transport http.RoundTripper) *proxy {
+	p := &proxy{
+		cfg: cfg, tokens: tokens, metrics: m, transport: transport,
+		bodies:       bodyReader{max: cfg.maxBody, budget: cfg.maxBuffered, timeout: cfg.readTimeout},
+		defaultModel: jsonString(cfg.defaultModel),
+		aliases:      map[string][]byte{},
+	}
+	for alias, model := range cfg.aliases {
+		p.aliases[alias] = jsonString(model)
+	}
+	p.reverse = httputil.ReverseProxy{
+		Rewrite:        p.director,
+		Transport:      roundTripper(p.roundTrip),
+		ModifyResponse: p.modifyResponse,
+		ErrorHandler:   writeError,
+		BufferPool:     &copyBuffers{},
+		ErrorLog:       log.New(io.Discard, "", 0), // the access log says the same, with the request's id
+	}
+	return p
+}
+
+// newTransport returns the transport for calls to Qwen.
+func newTransport() *http.Transport {
+	dialer := &net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}
+	return &http.Transport{
+		Proxy:               http.ProxyFromEnvironment,
+		DialContext:         dialer.DialContext,
+		TLSHandshakeTimeout: 10 * time.Second,
+		ForceAttemptHTTP2:   true,
+		DisableCompression:  true, // bodies pass as they are
+		MaxIdleConnsPerHost: 256,
+		IdleConnTimeout:     90 * time.Second,
+		// A connection that died without a word is found out before a request waits for it.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second},
+	}
+}
+
+type roundTripper func(*http.Request) (*http.Response, error)
+
+func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// copyBuffers are the buffers that answers are copied through.
+type copyBuffers struct{ pool sync.Pool }
+
+func (c *copyBuffers) Get() []byte {
+	if b, ok := c.pool.Get().(*[32 << 10]byte); ok {
+		return b[:]
+	}
+	return make([]byte, 32<<10)
+}
+
+func (c *copyBuffers) Put(b []byte) { c.pool.Put((*[32 << 10]byte)(b)) }
+
+// A call is one request on its way to Qwen.
+type call struct {
+	x          *exchange
+	path       string // one of the path constants
+	ctx        context.Context
+	cancel     context.CancelCauseFunc
+	body       *requestBody
+	token      *token
+	completion *completion // nil but for a text completion
+
+	// The watch over Qwen's silences.
+	timer     *time.Timer
+	waiting   atomic.Int64 // since when Qwen is waited for, in ns after x.start; 0 while it is not
+	streaming atomic.Bool  // the answer's headers have come
+}
+
+type callKey struct{}
+
+func callOf(ctx context.Context) *call { return ctx.Value(callKey{}).(*call) }
+
+// forward returns the handler that proxies requests to path.
+func (p *proxy) forward(path string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c := &call{x: exchangeOf(r.Context()), path: path}
+		if err := p.begin(c, w, r); err != nil {
+			writeError(w, r, err)
+			return
+		}
+		p.serve(c, w, r)
+	})
+}
+
+// completions handles text completions, by way of the chat endpoint.
+func (p *proxy) completions(w http.ResponseWriter, r *http.Request) {
+	c := &call{x: exchangeOf(r.Context()), path: pathChat, completion: &completion{}}
+	if err := p.begin(c, w, r); err != nil {
+		writeError(w, r, err)
+		return
+	}
+	p.serve(c, w, r)
+}
+
+// begin reads and checks the request and gets a token for it: all that can fail before anything goes to Qwen.
+func (p *proxy) begin(c *call, w http.ResponseWriter, r *http.Request) (err error) {
+	if c.body, err = p.bodies.read(w, r); err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			c.body.release()
+		}
+	}()
+	if c.completion != nil {
+		chat, completion, err := newCompletion(c.body.data)
+		if err != nil {
+			return err
+		}
+		c.completion = completion
+		c.body.set(chat)
+	}
+	if err := p.prepare(c.body, c.path); err != nil {
+		return err
+	}
+	if c.token, err = p.tokens.Token(r.Context()); err != nil {
+		return err
+	}
+	if c.token.baseErr != nil {
+		return baseRefused(c.token.baseErr)
+	}
+	return nil
+}
+
+// prepare checks what the proxy has to know of a body and puts in the model where it names none, or an
+// alias. All other bytes stay as they are.
+func (p *proxy) prepare(body *requestBody, path string) error {
+	type span struct{ start, end int }
+	var model, stream, required span
+	members := 0
+	need := map[string]string{pathChat: "messages", pathEmbeddings: "input"}[path]
+	err := scanObject(body.data, func(name []byte, start, end int) error {
+		members++
+		var seen *span
+		switch {
+		case string(name) == "model":
+			seen = &model
+		case string(name) == "stream":
+			seen = &stream
+		case need != "" && string(name) == need:
+			seen = &required
+		default:
+			return nil
+		}
+		if seen.end != 0 {
+			// Which of two counts is anybody's guess; the upstream's need not be ours.
+			return invalidRequest(string(name), "duplicate_member", "The request has %q twice. Send it once.", name)
+		}
+		*seen = span{start, end}
+		return nil
+	})
+	if err != nil {
+		return badBody(err)
+	}
+	value := func(s span) []byte { return body.data[s.start:s.end] }
+
+	if need != "" {
+		switch v := value(required); {
+		case len(v) == 0 || string(v) == "null":
+			return invalidRequest(need, "missing_required_parameter", "The request has no %q. It is required.", need)
+		case path == pathChat && v[0] != '[':
+			return invalidRequest(need, "invalid_type", "%q has to be an array of messages.", need)
+		}
+	}
+	switch v := value(stream); string(v) {
+	case "", "null", "true", "false":
+	default:
+		return invalidRequest("stream", "invalid_type", `"stream" has to be true or false.`)
+	}
+	switch v := value(model); {
+	case len(v) == 0: // missing: it goes first, where it can't run into anything
+		at := bytes.IndexByte(body.data, '{') + 1
+		insert := append([]byte(`"model":`), p.defaultModel...)
+		if members > 0 {
+			insert = append(insert, ',')
+		}
+		body.replace(at, at, insert)
+	case string(v) == "null" || string(v) == `""`:
+		body.replace(model.start, model.end, p.defaultModel)
+	case v[0] != '"':
+		return invalidRequest("model", "invalid_type", `"model" has to be a string.`)
+	case len(p.aliases) > 0:
+		var name string
+		if json.Unmarshal(v, &name) == nil && p.aliases[name] != nil {
+			body.replace(model.start, model.end, p.aliases[name])
+		}
+	}
+	return nil
+}
+
+// badBody returns what the client is told of scanObject's error.
+func badBody(err error) error {
+	if syntax, ok := errors.AsType[*syntaxError](err); ok {
+		return invalidRequest("", "invalid_json", "The request body can't be read: %v.", syntax)
+	}
+	return err
+}
+
+// serve sends the call to Qwen and its answer to the client.
+func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
+	defer c.body.release()
+	c.ctx, c.cancel = context.WithCancelCause(context.WithValue(r.Context(), callKey{}, c))
+	defer c.cancel(nil)
+	c.wait()
+	c.timer = time.AfterFunc(p.nextLook(c), func() { p.look(c) })
+	defer c.timer.Stop()
+	p.reverse.ServeHTTP(w, r.WithContext(c.ctx))
+}
+
+// wait notes that from now on Qwen is waited for.
+func (c *call) wait() { c.waiting.Store(int64(time.Since(c.x.start)) | 1) }
+
+// arrived notes that Qwen is not waited for: it's the client's turn.
+func (c *call) arrived() { c.waiting.Store(0) }
+
+// look ends a call that Qwen has been silent in for too long, and comforts a client that waits. It
+// runs seldom, and finds out from the times noted whether it is time: a timer moved at every chunk costs more.
+func (p *proxy) look(c *call) {
+	if p.nextLook(c) <= 0 {
+		if c.streaming.Load() {
+			c.cancel(errStreamIdle)
+		} else {
+			c.cancel(errUpstreamTimeout)
+		}
+		return
+	}
+	next := p.nextLook(c)
+	if p.cfg.keepAlive > 0 {
+		next = min(next, c.x.keepAlive(p.cfg.keepAlive))
+	}
+	if c.ctx.Err() == nil {
+		c.timer.Reset(max(next, time.Millisecond))
+	}
+}
+
+// nextLook returns how long Qwen may still be silent.
+func (p *proxy) nextLook(c *call) time.Duration {
+	limit := p.cfg.upstreamTimeout
+	if c.streaming.Load() {
+		limit = p.cfg.idleTimeout
+	}
+	if since := c.waiting.Load(); since != 0 {
+		limit -= time.Since(c.x.start) - time.Duration(since)
+	}
+	return limit
+}
+
+// allowedRequestHeaders are those of the client's that Qwen needs. All others stay here.
+var allowedRequestHeaders = []string{"Accept", "Accept-Language", "Idempotency-Key"}
+
+// director points a request at Qwen and sets the bearer token. It is the Rewrite of ReverseProxy: hop-by-hop
+// headers are gone by then, so no client can have the token removed.
+func (p *proxy) director(r *httputil.ProxyRequest) {
+	c := callOf(r.In.Context())
+	h := make(http.Header, 10)
+	for _, name := range allowedRequestHeaders {
+		if v, ok := r.Out.Header[name]; ok {
+			h[name] = v
+		}
+	}
+	if _, ok := h["Idempotency-Key"]; !ok {
+		// Present but empty, it's not sent, and lets net/http send a POST again on a new connection where a
+		// kept-alive one was dead before a byte of an answer came.
+		h["Idempotency-Key"] = nil
+	}
+	h["Content-Type"] = []string{"application/json"}
+	h["User-Agent"] = []string{userAgent}
+	h["X-Request-Id"] = []string{c.x.id}
+	if !p.tokens.keyed() {
+		h["X-Dashscope-Authtype"] = []string{"qwen-oauth"}
+		h["X-Dashscope-Cachecontrol"] = []string{"enable"}
+	}
+	r.Out.Header = h
+	r.Out.Method = http.MethodPost
+	c.aim(r.Out)
+}
+
+// aim points req at the API of the call's token, with the token and a fresh reader of the body.
+func (c *call) aim(req *http.Request) {
+	base := c.token.base
+	req.URL = &url.URL{Scheme: base.Scheme, Host: base.Host, Path: base.Path + c.path}
+	req.Host = ""
+	req.Header["Authorization"] = []string{c.token.authorization}
+	req.Body = c.body.open()
+	req.GetBody = func() (io.ReadCloser, error) { return c.body.open(), nil }
+	req.ContentLength = int64(len(c.body.data))
+	req.TransferEncoding = nil
+}
+
+// roundTrip sends the request, and sends it once more with a fresh token where the API answers 401 to the
+// one it had. It is the Transport of ReverseProxy.
+func (p *proxy) roundTrip(req *http.Request) (*http.Response, error) {
+	c := callOf(req.Context())
+	// The context that ReverseProxy made would hand on the upstream's 1xx answers.
+	req = req.WithContext(c.ctx)
+	res, err := p.transport.RoundTrip(req)
+	if err == nil && res.StatusCode == http.StatusUnauthorized && !p.tokens.keyed() {
+		res, err = p.renew(c, req, res)
+	} else if err == nil && !p.tokens.keyed() {
+		p.tokens.servedWith(true)
+	}
+	if err != nil {
+		return nil, c.cause(err)
+	}
+	return res, nil
+}
+
+// renew answers a 401 of the API's: with what comes of the same request under a fresh token, or with
+// notServed where a fresh token fares no better.
+func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Response, error) {
+	id := res.Header.Get("X-Request-Id")
+	io.CopyN(io.Discard, res.Body, 64<<10) // so that the connection can be used again
+	res.Body.Close()
+	if u := p.tokens.unserved.Load(); u != nil && time.Since(u.last) < unservedPause {
+		c.x.upstreamID = id
+		return nil, notServed()
+	}
+	fresh, err := p.tokens.Replace(c.ctx, c.token)
+	if err != nil {
+		return nil, err
+	}
+	c.token = fresh
+	if fresh.baseErr != nil {
+		return nil, baseRefused(fresh.baseErr)
+	}
+	again := req.Clone(c.ctx)
+	c.aim(again)
+	c.wait()
+	if res, err = p.transport.RoundTrip(again); err != nil {
+		return nil, err
+	}
+	if res.StatusCode == http.StatusUnauthorized {
+		res.Body.Close()
+		c.x.upstreamID = id
+		p.tokens.servedWith(false)
+		return nil, notServed()
+	}
+	p.tokens.servedWith(true)
+	return res, nil
+}
+
+// cause returns why the call failed: what cut it off, where something did, else err.
+func (c *call) cause(err error) error {
+	if cause := context.Cause(c.ctx); cause != nil {
+		return cause
+	}
+	return err
+}
+
+// allowedResponseHeaders are those of Qwen's that a client needs. No other passes.
+var allowedResponseHeaders = []string{
+	"Content-Type", "Content-Length", "Content-Encoding", "Content-Language", "Retry-After", "Retry-After-Ms", "X-Should-Retry",
+	"X-Ratelimit-Limit-Requests", "X-Ratelimit-Limit-Tokens", "X-Ratelimit-Remaining-Requests", "X-Ratelimit-Remaining-Tokens",
+	"X-Ratelimit-Reset-Requests", "X-Ratelimit-Reset-Tokens",
+}
+
+// modifyResponse makes of Qwen's answer what the client gets: a stream or a JSON answer as it is, with the
+// headers that a client needs; an error of OpenAI's shape as it is; of anything else an error that says so.
+func (p *proxy) modifyResponse(res *http.Response) error {
+	c := callOf(res.Request.Context())
+	c.streaming.Store(true)
+	h := make(http.Header, 8)
+	for _, name := range allowedResponseHeaders {
+		if v, ok := res.Header[name]; ok {
+			h[name] = v
+		}
+	}
+	if id := res.Header.Get("X-Request-Id"); id != "" {
+		c.x.upstreamID = clip(id, 128)
+		h["X-Upstream-Request-Id"] = []string{c.x.upstreamID}
+	}
+	res.Header = h
+	body := &responseBody{call: c, res: res, src: res.Body}
+	c.wait()
+	if res.StatusCode != http.StatusOK {
+		return p.failure(c, res, body)
+	}
+	// Into a stream that is packed nothing can be put.
+	if body.sse = isEventStream(h.Get("Content-Type")) && h.Get("Content-Encoding") == ""; body.sse {
+		h["Cache-Control"] = []string{"no-cache"}
+		h["X-Accel-Buffering"] = []string{"no"} // nginx passes each event on at once then
+		c.x.mu.Lock()
+		c.x.sse = true
+		c.x.mu.Unlock()
+		if c.completion != nil {
+			body.translated = c.completion.stream(body.src)
+			h.Del("Content-Length")
+			res.ContentLength = -1
+		}
+		res.Body = body
+		p.metrics.streams.Add(1)
+		body.closed = func() { p.metrics.streams.Add(-1) }
+		return nil
+	}
+	if c.completion != nil {
+		return p.translate(c, res, body)
+	}
+	return body.peek()
+}
+
+// isEventStream reports whether a Content-Type is that of server-sent events.
+func isEventStream(contentType string) bool {
+	mediaType, _, _ := strings.Cut(contentType, ";")
+	return strings.EqualFold(strings.TrimSpace(mediaType), "text/event-stream")
+}
+
+// translate makes a text completion of a whole chat completion.
+func (p *proxy) translate(c *call, res *http.Response, body *responseBody) error {
+	chat, err := io.ReadAll(io.LimitReader(body, maxTranslated))
+	if err != nil {
+		return err
+	}
+	text, err := c.completion.response(chat)
+	if err != nil {
+		return notAnAnswer(res.StatusCode, err)
+	}
+	res.Body.Close()
+	setBody(res, text)
+	return nil
+}
+
+// setBody makes b the whole JSON body of res.
+func setBody(res *http.Response, b []byte) {
+	res.Body = io.NopCloser(bytes.NewReader(b))
+	res.ContentLength = int64(len(b))
+	res.Header.Set("Content-Type", "application/json")
+	res.Header.Set("Content-Length", fmt.Sprint(len(b)))
+	res.Header.Del("Content-Encoding")
+}
+
+// failure passes an error answer of OpenAI's shape as it is, and wraps any other, its status and its
+// Retry-After kept where it is a 4xx or 5xx.
+func (p *proxy) failure(c *call, res *http.Response, body *responseBody) error {
+	status := res.StatusCode
+	if status < 400 || status > 599 {
+		return notAnAnswer(status, nil)
+	}
+	p.metrics.upstreamErrors.Add(1)
+	text, err := io.ReadAll(io.LimitReader(body, maxErrorBody))
+	if err != nil {
+		text = nil // what came of it is no answer; the status is
+	}
+	res.Body.Close()
+	if detail, ok := openAIError(text); ok && !(status == http.StatusUnauthorized && p.tokens.keyed()) {
+		c.x.fail(&apiError{status: status, typ: categoryOf(status), message: "Qwen answered " + res.Status + " " + detail})
+		setBody(res, text)
+		return nil
+	}
+	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error",
+		message: fmt.Sprintf("Qwen answered with status %d and something other than an error of its API. Try again; if it lasts, check API_BASE_URL on the proxy.", status)}
+	switch {
+	case status == http.StatusUnauthorized && p.tokens.keyed():
+		e.code = "invalid_api_key"
+		e.message = fmt.Sprintf("Qwen refused the proxy's API key. Key, plan and base URL have to belong together: check QWEN_API_KEY and API_BASE_URL; the base URL in use is %s.", c.token.base)
+	case status == http.StatusNotFound && c.path == pathResponses:
+		e.code = "endpoint_not_found"
+		e.message = `The API behind the proxy has no /responses. Use /v1/chat/completions; in n8n's OpenAI nodes turn off "Use Responses API".`
+	case status == http.StatusNotFound:
+		e.code = "endpoint_not_found"
+		e.message = fmt.Sprintf("The API behind the proxy has no %s. Check API_BASE_URL on the proxy.", c.path)
+	}
+	c.x.fail(e)
+	setBody(res, e.body(c.x.id))
+	return nil
+}
+
+// openAIError reports whether b is an error of OpenAI's shape, and returns its type and code, for the log.
+func openAIError(b []byte) (detail string, ok bool) {
+	var e struct {
+		Error *struct {
+			Message *string         `json:"message"`
+			Type    string          `json:"type"`
+			Code    json.RawMessage `json:"code"`
+		} `json:"error"`
+	}
+	if json.Unmarshal(b, &e) != nil || e.Error == nil || e.Error.Message == nil {
+		return "", false
+	}
+	return clip(e.Error.Type, 60) + " " + clip(string(e.Error.Code), 60), true
+}
+
+// categoryOf returns the error type that a status of the upstream's stands for.
+func categoryOf(status int) string {
+	switch {
+	case status == http.StatusUnauthorized || status == http.StatusForbidden:
+		return typeAuthentication
+	case status == http.StatusTooManyRequests:
+		return typeRateLimit
+	case status >= 500:
+		return typeServer
+	}
+	return typeInvalidRequest
+}
+
+// notAnAnswer is what the client is told when the upstream's answer is of no use.
+func notAnAnswer(status int, err error) *apiError {
+	return &apiError{status: http.StatusBadGateway, typ: typeNetwork, code: "bad_upstream_answer", err: err,
+		message: fmt.Sprintf("What answered in Qwen's place (status %d) is not its API: a gateway, a redirect or a block page. Try again; if it lasts, check API_BASE_URL on the proxy.", status)}
+}
+
+// jsonString returns s as JSON.
+func jsonString(s string) []byte {
+	b, err := json.Marshal(s)
+	if err != nil {
+		panic(err) // a string always marshals
+	}
+	return b
+}

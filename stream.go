@@ -1,0 +1,110 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+)
+
+// errBroken ends an answer that Qwen did not finish.
+var errBroken = &apiError{status: http.StatusBadGateway, typ: typeStreaming, code: "upstream_broken",
+	message: "The connection to Qwen broke in the middle of its answer. Try again."}
+
+// A responseBody is Qwen's answer on its way through ReverseProxy. It passes every byte as it came, notes how
+// long Qwen takes, and sees to it that an answer that breaks off does not look whole: an event stream
+// gets an error event, and Read's error makes ReverseProxy cut the client's connection short.
+type responseBody struct {
+	call       *call
+	res        *http.Response
+	src        io.ReadCloser
+	translated io.Reader // src as a text completion; nil where bytes pass as they are
+	sse        bool
+	pending    []byte // to be read before src: what peek read, or the error event
+	err        error  // how src ended; nil while it has not
+	closed     func() // runs at Close; nil for nothing
+}
+
+func (b *responseBody) Read(p []byte) (int, error) {
+	if len(b.pending) > 0 {
+		n := copy(p, b.pending)
+		b.pending = b.pending[n:]
+		return n, nil
+	}
+	if b.err != nil {
+		return 0, b.err
+	}
+	b.call.wait()
+	var n int
+	var err error
+	if b.translated != nil {
+		n, err = b.translated.Read(p)
+	} else {
+		n, err = b.src.Read(p)
+	}
+	b.call.arrived()
+	if err == nil {
+		return n, nil
+	}
+	if b.err = err; err == io.EOF {
+		b.res.Trailer = nil // no header of the upstream's passes that is not on the list
+		return n, err
+	}
+	e := b.broken(err)
+	b.err = e
+	b.call.x.fail(e)
+	if b.sse && e.status != statusClientClosedRequest {
+		// "a blank line goes first": the event must not join a line that was cut.
+		b.pending = append(append([]byte("\n\ndata: "), e.body(b.call.x.id)...), "\n\n"...)
+	}
+	if n > 0 || len(b.pending) > 0 {
+		if n == 0 {
+			return b.Read(p)
+		}
+		return n, nil
+	}
+	return 0, b.err
+}
+
+// broken returns what the client is told of an answer that ended with err.
+func (b *responseBody) broken(err error) *apiError {
+	switch cause, ok := errors.AsType[*apiError](context.Cause(b.call.ctx)); {
+	case ok:
+		return cause // silent for too long, or shutting down
+	case errors.Is(context.Cause(b.call.ctx), context.Canceled):
+		return toAPIError(context.Canceled)
+	}
+	e := *errBroken
+	e.err = err
+	return &e
+}
+
+func (b *responseBody) Close() error {
+	if b.closed != nil {
+		b.closed()
+		b.closed = nil
+	}
+	return b.src.Close()
+}
+
+// peek reads the beginning of a JSON answer, while the client can still be told that it is none: an HTML page, an
+// empty body, a connection that breaks before the first byte.
+func (b *responseBody) peek() error {
+	if b.res.Header.Get("Content-Encoding") != "" {
+		b.res.Body = b
+		return nil
+	}
+	first := make([]byte, 512)
+	n, err := b.Read(first)
+	start := bytes.TrimLeft(first[:n], " \t\r\n")
+	switch {
+	case n == 0 && err != io.EOF:
+		return err
+	case len(start) == 0 && err == io.EOF, len(start) > 0 && start[0] != '{' && start[0] != '[':
+		return notAnAnswer(b.res.StatusCode, nil)
+	}
+	b.pending = first[:n]
+	b.res.Body = b
+	return nil
+}
