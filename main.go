@@ -1,0 +1,522 @@
+// Command qwen-go-proxy puts Alibaba's Qwen models behind OpenAI-compatible endpoints: it holds and renews
+// the credentials, and streams every answer through untouched.
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal kills at once
+	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
+}
+
+// A command is one of the program's, as the usage shows it.
+type command struct {
+	name, summary, help string
+	run                 func(ctx context.Context, cfg *config, stdout, stderr io.Writer) int
+}
+
+func commands() []command {
+	return []command{
+		{"serve", "serve the proxy (the default); sign in where there are no credentials yet",
+			"It is configured by environment variables alone; the README lists them. Where there are no credentials yet, it\nprints a link to sign in with and serves all the same.", serveCommand},
+		{"demo", "serve with a stand-in for Qwen: no account, no network, nothing stored",
+			"Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after a\nfew seconds, and the answers are canned. Credentials go to a temporary directory.", demoCommand},
+		{"healthcheck", "ask the server of the same environment for /health; exit status 0 or 1",
+			"For containers without a shell.", healthcheckCommand},
+		{"version", "print version, commit, build date and Go version", "", versionCommand},
+	}
+}
+
+// run executes one command and returns its exit status: 0 done, 1 failed, 2 wrong usage or configuration.
+func run(ctx context.Context, args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	stderr = &syncWriter{w: stderr} // log lines and prompts come from several goroutines
+	name := "serve"
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		name, args = args[0], args[1:]
+	} else if len(args) > 0 && (args[0] == "-h" || args[0] == "-help" || args[0] == "--help") {
+		usage(stdout)
+		return 0
+	}
+	for _, c := range commands() {
+		if c.name != name {
+			continue
+		}
+		flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
+		flags.SetOutput(io.Discard)
+		switch err := flags.Parse(args); {
+		case errors.Is(err, flag.ErrHelp):
+			fmt.Fprintf(stdout, "usage: qwen-go-proxy %s\n\n%s.\n", c.name, strings.ToUpper(c.summary[:1])+c.summary[1:])
+			if c.help != "" {
+				fmt.Fprintf(stdout, "\n%s\n", c.help)
+			}
+			return 0
+		case err != nil:
+			fmt.Fprintf(stderr, "qwen-go-proxy %s: %v\n\n", c.name, err)
+			usage(stderr)
+			return 2
+		case flags.NArg() > 0:
+			fmt.Fprintf(stderr, "qwen-go-proxy %s: unexpected argument %q\n\n", c.name, flags.Arg(0))
+			usage(stderr)
+			return 2
+		}
+		if c.name == "version" {
+			return c.run(ctx, nil, stdout, stderr)
+		}
+		cfg, err := loadConfig(lookup)
+		if err != nil {
+			fmt.Fprintf(stderr, "qwen-go-proxy: the configuration is wrong:\n%v\n", err)
+			return 2
+		}
+		return c.run(ctx, cfg, stdout, stderr)
+	}
+	fmt.Fprintf(stderr, "qwen-go-proxy: unknown command %q\n\n", name)
+	usage(stderr)
+	return 2
+}
+
+func usage(w io.Writer) {
+	fmt.Fprint(w, "usage: qwen-go-proxy [command]\n\nAn OpenAI-compatible server in front of Alibaba's Qwen models.\n\ncommands:\n")
+	for _, c := range commands() {
+		fmt.Fprintf(w, "  %-12s %s\n", c.name, c.summary)
+	}
+	fmt.Fprint(w, "\nqwen-go-proxy command -h explains a command. Environment variables configure everything; the README lists them.\n")
+}
+
+// A syncWriter makes w safe for concurrent use, one whole Write at a time.
+type syncWriter struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (s *syncWriter) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.w.Write(p)
+}
+
+// What the linker puts in at a release; a plain go build knows them from its version control.
+var (
+	buildVersion string
+	buildCommit  string
+	buildDate    string
+)
+
+// A versionInfo says what is running.
+type versionInfo struct{ Version, Commit, Date, Go string }
+
+var version = sync.OnceValue(func() versionInfo {
+	v := versionInfo{Version: buildVersion, Commit: buildCommit, Date: buildDate, Go: runtime.Version()}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		if v.Version == "" && info.Main.Version != "(devel)" {
+			v.Version = info.Main.Version
+		}
+		for _, s := range info.Settings {
+			switch s.Key {
+			case "vcs.revision":
+				v.Commit = cmp.Or(v.Commit, s.Value)
+			case "vcs.time":
+				v.Date = cmp.Or(v.Date, s.Value)
+			}
+		}
+	}
+	v.Version = cmp.Or(v.Version, "dev")
+	v.Commit = cmp.Or(v.Commit, "unknown")
+	v.Date = cmp.Or(v.Date, "unknown")
+	return v
+})
+
+// userAgent is how the proxy introduces itself to Qwen.
+var userAgent = "qwen-go-proxy/" + version().Version
+
+func versionCommand(_ context.Context, _ *config, stdout, _ io.Writer) int {
+	v := version()
+	fmt.Fprintf(stdout, "qwen-go-proxy %s\ncommit %s\nbuilt %s\n%s %s/%s\n", v.Version, v.Commit, v.Date, v.Go, runtime.GOOS, runtime.GOARCH)
+	return 0
+}
+
+func newLogger(cfg *config, w io.Writer) *slog.Logger {
+	opts := &slog.HandlerOptions{Level: cfg.logLevel}
+	if cfg.logFormat == "text" {
+		return slog.New(slog.NewTextHandler(w, opts))
+	}
+	return slog.New(slog.NewJSONHandler(w, opts))
+}
+
+func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
+	return serve(ctx, cfg, stderr, func(base string) {
+		if cfg.port == 0 {
+			fmt.Fprintf(stderr, "Listening on %s\n", base)
+		}
+	})
+}
+
+// demoCommand serves with a standIn in Qwen's place, over real sockets and on the same code path.
+func demoCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
+		return 1
+	}
+	qwen := &http.Server{Handler: newStandIn(), ReadHeaderTimeout: 10 * time.Second}
+	go qwen.Serve(ln)
+	defer qwen.Close()
+	dir, err := os.MkdirTemp("", "qwen-go-proxy-demo-")
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+
+	// What would lead to the real Qwen is put aside.
+	cfg.qwenDir = dir
+	cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
+	cfg.apiBase, cfg.apiKey, cfg.apiKeyFile = nil, "", ""
+	return serve(ctx, cfg, stderr, func(base string) {
+		fmt.Fprintf(stderr, `
+This is a demo: a stand-in inside the program answers in Qwen's place. No account, no network, no model.
+The sign-in below approves itself after a few seconds. Then try:
+
+  curl %[1]s/v1/chat/completions -d '{"messages":[{"role":"user","content":"Hello"}]}'
+  curl -N %[1]s/v1/chat/completions -d '{"stream":true,"messages":[{"role":"user","content":"Hello"}]}'
+
+Base URL for OpenAI clients: %[1]s/v1 (any API key)
+
+`, base)
+	})
+}
+
+// serve runs the server until ctx ends and returns the exit status. It calls listening with a URL to reach it by.
+func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(base string)) int {
+	log := newLogger(cfg, stderr)
+	ln, err := listen(cfg)
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy: %v\n", err)
+		return 1
+	}
+	m := &metrics{started: time.Now()}
+	tokens := newSource(cfg, log, stderr)
+	h := &health{tokens: tokens, metrics: m}
+	requests, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cutOff(nil)
+	srv := &http.Server{
+		Handler:           newHandler(cfg, log, tokens, m, h, newTransport()),
+		ReadHeaderTimeout: cfg.readTimeout,
+		// No ReadTimeout and no WriteTimeout: they bound the whole request and would cut long streams. The
+		// deadlines of bodies and writes move with each piece.
+		IdleTimeout:                  2 * time.Minute,
+		MaxHeaderBytes:               64 << 10,
+		BaseContext:                  func(net.Listener) context.Context { return requests },
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		DisableGeneralOptionsHandler: true,
+	}
+	if cfg.tls {
+		srv.TLSConfig = tlsConfig(cfg, log)
+	}
+
+	base := baseURL(cfg, ln.Addr())
+	log.Info("listening", "address", ln.Addr().String(), "url", base, "version", version().Version)
+	warn(cfg, log, ln.Addr())
+	listening(base)
+
+	served := make(chan error, 1)
+	go func() {
+		if cfg.tls {
+			served <- srv.ServeTLS(ln, "", "")
+		} else {
+			served <- srv.Serve(ln)
+		}
+	}()
+	running, stopTokens := context.WithCancel(context.WithoutCancel(ctx))
+	tokensDone := make(chan struct{})
+	go func() {
+		defer close(tokensDone)
+		tokens.run(running)
+	}()
+	defer func() {
+		stopTokens()
+		<-tokensDone // a refresh under way is stored first
+	}()
+
+	select {
+	case err := <-served:
+		log.Error("the server failed", "error", err)
+		return 1
+	case <-ctx.Done():
+	}
+	h.stopping.Store(true)
+	log.Info("shutting down", "cause", context.Cause(ctx), "in_flight", m.inFlight.Load(), "timeout", cfg.shutdownTimeout.String())
+	deadline, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
+	defer cancel()
+	if err := srv.Shutdown(deadline); err != nil {
+		log.Warn("requests were still in flight and are cut off", "in_flight", m.inFlight.Load())
+		cutOff(errShuttingDown) // streams end with an error event
+		last, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if srv.Shutdown(last) != nil {
+			srv.Close()
+		}
+	}
+	log.Info("stopped")
+	return 0
+}
+
+// newSource returns the source of tokens that cfg asks for.
+func newSource(cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
+	if cfg.apiKey != "" {
+		base := cfg.apiBase
+		if base == nil {
+			base = &url.URL{Scheme: "https", Host: "dashscope-intl.aliyuncs.com", Path: "/compatible-mode/v1"}
+		}
+		return newKeySource(cfg.apiKey, base)
+	}
+	client := &http.Client{
+		Transport: newTransport(),
+		// A redirect would carry refresh tokens elsewhere.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	oauth := &oauthClient{http: client, base: cfg.oauthBase, clientID: cfg.oauthClientID, scope: cfg.oauthScope}
+	return newTokenSource(oauth, &credentialStore{dir: cfg.qwenDir}, cfg, log, prompt)
+}
+
+// newHandler returns the whole server's handler. From the outside in: track (id, log, panics), the routes, the
+// limiter, the key, the endpoint.
+func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, m *metrics, h *health, transport http.RoundTripper) http.Handler {
+	p := newProxy(cfg, tokens, m, transport)
+	models := newModels(cfg)
+	limiter := newRateLimiter(cfg.rateLimit, cfg.rateBurst)
+	keys := newAccess(cfg)
+	byAddress := func(r *http.Request) rateKey { return addressKey(exchangeOf(r.Context()).client) }
+	limited := func(next http.Handler) http.Handler { return limiter.limit(byAddress, keys.require(next)) }
+	auth := http.Handler(http.HandlerFunc(tokens.auth))
+	if !keys.required() {
+		auth = private(auth)
+	}
+
+	rt := &router{full: http.NewServeMux(), bare: http.NewServeMux()}
+	rt.handle("GET /{$}", http.HandlerFunc(h.root))
+	rt.handle("GET /health", http.HandlerFunc(h.live))
+	rt.handle("GET /health/ready", http.HandlerFunc(h.ready))
+	rt.handle("GET /health/detailed", keys.require(http.HandlerFunc(h.detailed)))
+	rt.handle("GET /auth", limited(auth))
+	for _, prefix := range []string{"/v1", ""} {
+		rt.handle("GET "+prefix+"/models", limited(http.HandlerFunc(models.all)))
+		rt.handle("GET "+prefix+"/models/{id...}", limited(http.HandlerFunc(models.one)))
+		rt.handle("POST "+prefix+"/chat/completions", limited(p.forward(pathChat)))
+		rt.handle("POST "+prefix+"/completions", limited(http.HandlerFunc(p.completions)))
+		rt.handle("POST "+prefix+"/embeddings", limited(p.forward(pathEmbeddings)))
+		rt.handle("POST "+prefix+"/responses", limited(p.forward(pathResponses)))
+	}
+	rt.full.Handle("/", limiter.limit(byAddress, http.HandlerFunc(rt.unmatched)))
+	return track(cfg, log, m, rt)
+}
+
+// A router is a ServeMux whose own answers have the shape of the API's errors.
+type router struct {
+	full *http.ServeMux // the routes, and unmatched for all else
+	bare *http.ServeMux // the routes alone, to find out what is wrong with a request that matches none
+}
+
+func (rt *router) handle(pattern string, h http.Handler) {
+	rt.full.Handle(pattern, h)
+	rt.bare.Handle(pattern, h)
+}
+
+func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if strings.Contains(r.URL.Path, "//") {
+		// A base URL that ends in a slash makes /v1//chat/completions. ServeMux would redirect, and a
+		// redirected POST arrives as a GET.
+		path := r.URL.Path
+		for strings.Contains(path, "//") {
+			path = strings.ReplaceAll(path, "//", "/")
+		}
+		r.URL.Path, r.URL.RawPath = path, ""
+	}
+	rt.full.ServeHTTP(w, r)
+}
+
+// unmatched answers what no route matches: 405 where another method would match, else 404.
+func (rt *router) unmatched(w http.ResponseWriter, r *http.Request) {
+	h, pattern := rt.bare.Handler(r)
+	if pattern == "" {
+		var plain discardResponse
+		h.ServeHTTP(&plain, r)
+		if allow := plain.Header().Get("Allow"); allow != "" {
+			w.Header().Set("Allow", allow)
+			writeError(w, r, &apiError{status: http.StatusMethodNotAllowed, typ: typeInvalidRequest, code: "method_not_allowed",
+				message: fmt.Sprintf("%s is not allowed here, but %s.", clip(r.Method, 20), allow)})
+			return
+		}
+	}
+	writeError(w, r, &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "unknown_url",
+		message: fmt.Sprintf("There is no %s. The proxy has POST /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/responses, and GET /v1/models, /health, /health/ready, /health/detailed and /auth.", clip(r.URL.Path, 100))})
+}
+
+// A discardResponse keeps an answer's header and nothing else.
+type discardResponse struct{ header http.Header }
+
+func (d *discardResponse) Header() http.Header {
+	if d.header == nil {
+		d.header = http.Header{}
+	}
+	return d.header
+}
+func (d *discardResponse) Write(p []byte) (int, error) { return len(p), nil }
+func (d *discardResponse) WriteHeader(int)             {}
+
+// listen binds the address, and takes over a Unix socket that nobody listens on any more.
+func listen(cfg *config) (net.Listener, error) {
+	network, address := cfg.addr()
+	if network == "unix" {
+		if conn, err := net.Dial(network, address); err == nil {
+			conn.Close()
+		} else if info, err := os.Lstat(address); err == nil && info.Mode().Type() == fs.ModeSocket {
+			os.Remove(address) // left behind by a process that was killed
+		}
+	}
+	ln, err := net.Listen(network, address)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%w: stop the other program, or set SERVER_PORT to another port", err)
+	}
+	return ln, err
+}
+
+// baseURL returns the URL by which this machine reaches the server that listens on a.
+func baseURL(cfg *config, a net.Addr) string {
+	tcp, ok := a.(*net.TCPAddr)
+	if !ok {
+		return "unix:" + a.String()
+	}
+	scheme := "http"
+	if cfg.tls {
+		scheme = "https"
+	}
+	return scheme + "://" + net.JoinHostPort(reachable(tcp.IP.String()), strconv.Itoa(tcp.Port))
+}
+
+// reachable returns the host to connect to for a server that is bound to host.
+func reachable(host string) string {
+	addr, err := netip.ParseAddr(host)
+	switch {
+	case err != nil || !addr.IsUnspecified():
+		return host
+	case addr.Is4():
+		return "127.0.0.1"
+	}
+	return "::1"
+}
+
+// warn logs what is allowed but may not be meant.
+func warn(cfg *config, log *slog.Logger, a net.Addr) {
+	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() {
+		log.Warn("anyone who can reach this address can spend this account: set PROXY_API_KEYS, or SERVER_HOST=127.0.0.1", "address", a.String())
+	}
+	for name, u := range map[string]*url.URL{"API_BASE_URL": cfg.apiBase, "QWEN_OAUTH_BASE_URL": cfg.oauthBase} {
+		if u != nil && u.Scheme == "http" && !isLoopback(u.Hostname()) {
+			log.Warn("credentials go over the network unencrypted: use https", "variable", name, "host", u.Host)
+		}
+	}
+}
+
+// tlsConfig serves the certificate in the files as they are now: a renewed one is picked up without a restart,
+// and a broken renewal leaves the old one in use.
+func tlsConfig(cfg *config, log *slog.Logger) *tls.Config {
+	var mu sync.Mutex
+	var current *tls.Certificate
+	var modified, looked time.Time
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		// For TLS 1.2; all those of 1.3 are AEAD.
+		CipherSuites: []uint16{
+			tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+			tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+		},
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			if current != nil && time.Since(looked) < 10*time.Second {
+				return current, nil
+			}
+			looked = time.Now()
+			info, err := os.Stat(cfg.certFile)
+			if err == nil && current != nil && info.ModTime().Equal(modified) {
+				return current, nil
+			}
+			pair, pairErr := tls.LoadX509KeyPair(cfg.certFile, cfg.keyFile)
+			if err = errors.Join(err, pairErr); err != nil {
+				if current == nil {
+					return nil, err
+				}
+				log.Error("the renewed certificate can't be used; the old one stays in use", "error", err)
+				return current, nil
+			}
+			current, modified = &pair, info.ModTime()
+			return current, nil
+		},
+	}
+}
+
+// healthcheckCommand asks the server that the same environment configures for /health.
+func healthcheckCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	network, address := cfg.addr()
+	if network == "tcp" {
+		if cfg.port == 0 {
+			fmt.Fprintln(stderr, "qwen-go-proxy healthcheck: SERVER_PORT=0 picks any port, so there is none to ask")
+			return 1
+		}
+		address = net.JoinHostPort(reachable(cfg.host), strconv.Itoa(cfg.port))
+	}
+	scheme := "http"
+	if cfg.tls {
+		scheme = "https"
+	}
+	client := &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, network, address)
+		},
+		// The certificate is for the server's public name, and this asks by its address. Nothing secret is sent.
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://localhost/health", nil)
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy healthcheck: %v\n", err)
+		return 1
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy healthcheck: %v\n", err)
+		return 1
+	}
+	res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		fmt.Fprintf(stderr, "qwen-go-proxy healthcheck: /health answered %s\n", res.Status)
+		return 1
+	}
+	return 0
+}

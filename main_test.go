@@ -1,0 +1,544 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// A program is one run of the whole program in process.
+type program struct {
+	t      *testing.T
+	url    string // where it listens
+	stderr *logBuffer
+	stop   context.CancelFunc
+	exit   chan int
+}
+
+// A logBuffer is what a program has written so far; it can be waited on.
+type logBuffer struct {
+	mu      sync.Mutex
+	buf     bytes.Buffer
+	changed chan struct{}
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.changed != nil {
+		close(l.changed)
+		l.changed = nil
+	}
+	return l.buf.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// await returns the first match of re's first group, or fails the test.
+func (l *logBuffer) await(t *testing.T, re string) string {
+	t.Helper()
+	pattern := regexp.MustCompile(re)
+	deadline := time.After(20 * time.Second)
+	for {
+		l.mu.Lock()
+		if l.changed == nil {
+			l.changed = make(chan struct{})
+		}
+		m, changed := pattern.FindStringSubmatch(l.buf.String()), l.changed
+		l.mu.Unlock()
+		if m != nil {
+			return m[len(m)-1]
+		}
+		select {
+		case <-changed:
+		case <-deadline:
+			t.Fatalf("nothing matched %q in:\n%s", re, l)
+		}
+	}
+}
+
+// lookup makes an environment of m.
+func lookup(m map[string]string) func(string) (string, bool) {
+	return func(key string) (string, bool) {
+		v, ok := m[key]
+		return v, ok
+	}
+}
+
+// start runs the program with args and env on a free loopback port, and stops it when the test ends.
+func start(t *testing.T, env map[string]string, args ...string) *program {
+	t.Helper()
+	full := map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0", "QWEN_DIR": t.TempDir(), "RATE_LIMIT_RPS": "0"}
+	for k, v := range env {
+		full[k] = v
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	p := &program{t: t, stderr: &logBuffer{}, stop: cancel, exit: make(chan int, 1)}
+	go func() { p.exit <- run(ctx, args, lookup(full), io.Discard, p.stderr) }()
+	t.Cleanup(func() {
+		cancel()
+		select {
+		case <-p.exit:
+		case <-time.After(20 * time.Second):
+			t.Error("the program did not stop")
+		}
+		if t.Failed() {
+			t.Logf("stderr:\n%s", p.stderr)
+		}
+	})
+	p.url = p.stderr.await(t, `"msg":"listening".*"url":"([^"]+)"`)
+	return p
+}
+
+// wait returns the program's exit status.
+func (p *program) wait() int {
+	p.t.Helper()
+	select {
+	case status := <-p.exit:
+		p.exit <- status // for the cleanup
+		return status
+	case <-time.After(20 * time.Second):
+		p.t.Fatal("the program did not end")
+		return -1
+	}
+}
+
+// credentials returns a directory with a credential file whose token is good for an hour.
+func credentials(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	content := fmt.Sprintf(`{"access_token":"good-token","refresh_token":"refresh-1","token_type":"Bearer","expiry_date":%d}`,
+		time.Now().Add(time.Hour).UnixMilli())
+	if err := os.WriteFile(filepath.Join(dir, credentialFile), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// startWith runs serve, signed in, in front of an API that api answers for.
+func startWith(t *testing.T, api http.HandlerFunc, env map[string]string) *program {
+	t.Helper()
+	upstream := httptest.NewServer(api)
+	t.Cleanup(upstream.Close)
+	full := map[string]string{"API_BASE_URL": upstream.URL + "/v1", "QWEN_OAUTH_BASE_URL": upstream.URL, "QWEN_DIR": credentials(t)}
+	for k, v := range env {
+		full[k] = v
+	}
+	return start(t, full, "serve")
+}
+
+// post sends body to path and returns the answer, read whole.
+func (p *program) post(path, body string) (*http.Response, string) {
+	p.t.Helper()
+	return p.do(http.MethodPost, path, strings.NewReader(body))
+}
+
+func (p *program) get(path string) (*http.Response, string) {
+	p.t.Helper()
+	return p.do(http.MethodGet, path, nil)
+}
+
+func (p *program) do(method, path string, body io.Reader) (*http.Response, string) {
+	p.t.Helper()
+	req, err := http.NewRequest(method, p.url+path, body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return res, string(b)
+}
+
+// wireError is an error body as a client decodes it.
+type wireError struct {
+	Error struct {
+		Message, Type string
+		Param, Code   *string
+	}
+	RequestID string `json:"request_id"`
+}
+
+// wantError checks that an answer is an error of OpenAI's shape.
+func wantError(t *testing.T, res *http.Response, body string, status int, typ, code string) wireError {
+	t.Helper()
+	var e wireError
+	if err := json.Unmarshal([]byte(body), &e); err != nil {
+		t.Fatalf("status %d, body is not JSON: %v\n%.300s", res.StatusCode, err, body)
+	}
+	got := ""
+	if e.Error.Code != nil {
+		got = *e.Error.Code
+	}
+	if res.StatusCode != status || e.Error.Type != typ || got != code || e.Error.Message == "" {
+		t.Errorf("got %d %s %s %q, want %d %s %s", res.StatusCode, e.Error.Type, got, e.Error.Message, status, typ, code)
+	}
+	if id := res.Header.Get("X-Request-ID"); id == "" || e.RequestID != id {
+		t.Errorf("request_id %q, X-Request-ID %q: want the same", e.RequestID, id)
+	}
+	return e
+}
+
+func TestUsageAndExitStatus(t *testing.T) {
+	tests := []struct {
+		args           []string
+		env            map[string]string
+		status         int
+		stdout, stderr string // substrings; "" wants nothing there
+	}{
+		{args: []string{"-h"}, stdout: "usage: qwen-go-proxy"},
+		{args: []string{"--help"}, stdout: "healthcheck"},
+		{args: []string{"serve", "-h"}, stdout: "usage: qwen-go-proxy serve"},
+		{args: []string{"demo", "-h"}, stdout: "stand-in"},
+		{args: []string{"healthcheck", "-h"}, stdout: "/health"},
+		{args: []string{"version", "-h"}, stdout: "version"},
+		{args: []string{"version"}, stdout: "qwen-go-proxy "},
+		{args: []string{"frobnicate"}, status: 2, stderr: `unknown command "frobnicate"`},
+		{args: []string{"-port", "80"}, status: 2, stderr: "flag provided but not defined: -port"},
+		{args: []string{"serve", "now"}, status: 2, stderr: `unexpected argument "now"`},
+		{args: []string{"serve"}, env: map[string]string{"RATE_LIMIT_RPS": "ten"}, status: 2, stderr: `RATE_LIMIT_RPS="ten"`},
+		{args: []string{"healthcheck"}, env: map[string]string{"SERVER_PORT": "0"}, status: 1, stderr: "SERVER_PORT=0"},
+		{args: []string{"healthcheck"}, env: map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": "1"}, status: 1, stderr: "refused"},
+	}
+	for _, tt := range tests {
+		t.Run(strings.Join(tt.args, " "), func(t *testing.T) {
+			var stdout, stderr bytes.Buffer
+			status := run(t.Context(), tt.args, lookup(tt.env), &stdout, &stderr)
+			if status != tt.status {
+				t.Errorf("exit status %d, want %d", status, tt.status)
+			}
+			for _, out := range []struct{ name, got, want string }{{"stdout", stdout.String(), tt.stdout}, {"stderr", stderr.String(), tt.stderr}} {
+				if (out.want == "") != (out.got == "") || !strings.Contains(out.got, out.want) {
+					t.Errorf("%s:\n%s\nwant %q in it", out.name, out.got, out.want)
+				}
+			}
+		})
+	}
+}
+
+func TestDemoFromSignInToAnswer(t *testing.T) {
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-must-not-be-used"}, "demo")
+	if res, _ := p.get("/health/ready"); res.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("ready before the sign-in: %s", res.Status)
+	}
+	res, body := p.post("/v1/chat/completions", `{"messages":[{"role":"user","content":"too early"}]}`)
+	wantError(t, res, body, http.StatusUnauthorized, typeAuthentication, "not_signed_in")
+
+	link := p.stderr.await(t, `(?m)^(http://\S+/authorize\?\S+)$`)
+	code := p.stderr.await(t, `(?m)^([A-Z0-9]{4}-[A-Z0-9]{4})$`)
+	var auth map[string]string
+	if _, body := p.get("/auth"); json.Unmarshal([]byte(body), &auth) != nil {
+		t.Fatalf("/auth: %s", body)
+	}
+	if auth["verification_uri_complete"] != link || auth["user_code"] != code || auth["status"] != signInPending {
+		t.Errorf("/auth says %v, the log says %s and %s", auth, link, code)
+	}
+	res, err := http.PostForm(strings.SplitN(link, "?", 2)[0], map[string][]string{"user_code": {code}, "decision": {"approve"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	p.stderr.await(t, `"msg":"signed in"`)
+
+	if res, body := p.get("/health/ready"); res.StatusCode != http.StatusOK {
+		t.Errorf("ready after the sign-in: %s %s", res.Status, body)
+	}
+	if _, body := p.get("/auth"); !strings.Contains(body, `"signed_in"`) {
+		t.Errorf("/auth after the sign-in: %s", body)
+	}
+	res, body = p.post("/v1/chat/completions", `{"messages":[{"role":"user","content":"Hello there"}]}`)
+	if res.StatusCode != http.StatusOK || !strings.Contains(body, "Hello there") || !strings.Contains(body, "stand-in") {
+		t.Errorf("chat: %s %s", res.Status, body)
+	}
+	res, body = p.post("/v1/chat/completions", `{"stream":true,"messages":[{"role":"user","content":"Hello"}]}`)
+	if res.StatusCode != http.StatusOK || !strings.HasSuffix(body, "data: [DONE]\n\n") || strings.Count(body, "data: ") < 4 {
+		t.Errorf("stream: %s %s", res.Status, body)
+	}
+	res, body = p.post("/v1/completions", `{"prompt":"Hello","echo":true}`)
+	if res.StatusCode != http.StatusOK || !strings.Contains(body, `"text_completion"`) || !strings.Contains(body, `"text":"Hello`) {
+		t.Errorf("completion: %s %s", res.Status, body)
+	}
+	res, body = p.post("/v1/completions", `{"prompt":"Hello","stream":true}`)
+	if res.StatusCode != http.StatusOK || !strings.Contains(body, `"text_completion"`) || !strings.HasSuffix(body, "data: [DONE]\n\n") {
+		t.Errorf("completion stream: %s %s", res.Status, body)
+	}
+	res, body = p.post("/v1/embeddings", `{"input":"Hello","model":"text-embedding-v4"}`)
+	if res.StatusCode != http.StatusOK || !strings.Contains(body, `"embedding"`) {
+		t.Errorf("embeddings: %s %s", res.Status, body)
+	}
+	res, body = p.get("/v1/models")
+	if res.StatusCode != http.StatusOK || !strings.Contains(body, `"qwen3-coder-plus"`) {
+		t.Errorf("models: %s %s", res.Status, body)
+	}
+	p.stop()
+	if status := p.wait(); status != 0 {
+		t.Errorf("exit status %d, want 0", status)
+	}
+}
+
+func TestServeStartsWithoutNetwork(t *testing.T) {
+	unused, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	unused.Close()
+	p := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": "http://" + unused.Addr().String()})
+	p.stderr.await(t, `a sign-in is needed, but Qwen can't be reached`)
+	res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
+	wantError(t, res, body, http.StatusUnauthorized, typeAuthentication, "not_signed_in")
+	res, body = p.get("/auth")
+	wantError(t, res, body, http.StatusServiceUnavailable, typeNetwork, "sign_in_unavailable")
+	if res, _ := p.get("/health"); res.StatusCode != http.StatusOK {
+		t.Errorf("/health: %s", res.Status)
+	}
+}
+
+func TestServeSaysThatThePortIsTaken(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	_, port, _ := net.SplitHostPort(ln.Addr().String())
+	var stderr bytes.Buffer
+	status := run(t.Context(), nil, lookup(map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": port, "QWEN_DIR": t.TempDir()}), io.Discard, &stderr)
+	if status != 1 || !strings.Contains(stderr.String(), "set SERVER_PORT to another port") {
+		t.Errorf("exit status %d, stderr:\n%s", status, &stderr)
+	}
+}
+
+func TestShutdownLetsAStreamFinish(t *testing.T) {
+	release := make(chan struct{})
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/event-stream")
+		io.WriteString(w, "data: 1\n\n")
+		http.NewResponseController(w).Flush()
+		<-release
+		io.WriteString(w, "data: [DONE]\n\n")
+	}, nil)
+	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body := bufio.NewReader(res.Body)
+	if line, _ := body.ReadString('\n'); line != "data: 1\n" {
+		t.Fatalf("first line %q", line)
+	}
+	p.stop()
+	p.stderr.await(t, `"msg":"shutting down"`)
+	if _, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://")); err == nil {
+		t.Error("a new connection was accepted after the shutdown began")
+	}
+	close(release)
+	rest, err := io.ReadAll(body)
+	if err != nil || string(rest) != "\ndata: [DONE]\n\n" {
+		t.Errorf("rest of the stream: %q, %v", rest, err)
+	}
+	if status := p.wait(); status != 0 {
+		t.Errorf("exit status %d, want 0", status)
+	}
+}
+
+func TestShutdownCutsAStreamAtItsTimeout(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/event-stream")
+		io.WriteString(w, "data: 1\n\n")
+		http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	}, map[string]string{"SHUTDOWN_TIMEOUT": "100ms"})
+	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body := bufio.NewReader(res.Body)
+	body.ReadString('\n')
+	p.stop()
+	rest, err := io.ReadAll(body)
+	if err == nil || !strings.Contains(string(rest), `"code":"shutting_down"`) {
+		t.Errorf("rest of the stream: %q, %v; want an error event and a cut", rest, err)
+	}
+	if status := p.wait(); status != 0 {
+		t.Errorf("exit status %d, want 0", status)
+	}
+}
+
+func TestHealthcheckAsksTheServerOfTheSameEnvironment(t *testing.T) {
+	cert, key := certificate(t)
+	for _, tt := range []struct {
+		name string
+		env  map[string]string
+	}{
+		{"TCP", nil},
+		{"all addresses", map[string]string{"SERVER_HOST": "0.0.0.0"}},
+		{"IPv6", map[string]string{"SERVER_HOST": "::1"}},
+		{"TLS", map[string]string{"ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}},
+		{"Unix socket", map[string]string{"SERVER_HOST": "unix:" + filepath.Join(t.TempDir(), "s")}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			env := map[string]string{"QWEN_API_KEY": "sk-test"}
+			for k, v := range tt.env {
+				env[k] = v
+			}
+			p := start(t, env)
+			if i := strings.LastIndexByte(p.url, ':'); !strings.HasPrefix(p.url, "unix:") {
+				env["SERVER_PORT"] = p.url[i+1:]
+			}
+			if env["SERVER_HOST"] == "" {
+				env["SERVER_HOST"] = "127.0.0.1"
+			}
+			var stderr bytes.Buffer
+			if status := run(t.Context(), []string{"healthcheck"}, lookup(env), io.Discard, &stderr); status != 0 {
+				t.Errorf("exit status %d: %s", status, &stderr)
+			}
+		})
+	}
+}
+
+func TestRoutes(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		io.WriteString(w, `{"path":"`+r.URL.Path+`"}`)
+	}, nil)
+	for _, tt := range []struct {
+		method, path, body string
+		status             int
+		code, want         string // an error's code, or what is in the answer
+	}{
+		{"GET", "/", "", 200, "", "Qwen API proxy is running"},
+		{"GET", "/health", "", 200, "", `"healthy"`},
+		{"GET", "/health/ready", "", 200, "", `"ready"`},
+		{"GET", "/health/detailed", "", 200, "", `"authenticated":true`},
+		{"GET", "/v1/models", "", 200, "", `"object":"list"`},
+		{"GET", "/models", "", 200, "", `"object":"list"`},
+		{"GET", "/v1/models/qwen3-coder-plus", "", 200, "", `"id":"qwen3-coder-plus"`},
+		{"GET", "/v1/models/gpt-99", "", 404, "model_not_found", ""},
+		{"HEAD", "/health", "", 200, "", ""},
+		{"POST", "/v1/chat/completions", `{"messages":[]}`, 200, "", `"/v1/chat/completions"`},
+		{"POST", "/chat/completions", `{"messages":[]}`, 200, "", `"/v1/chat/completions"`},
+		{"POST", "/v1//chat/completions", `{"messages":[]}`, 200, "", `"/v1/chat/completions"`},
+		{"POST", "/v1/embeddings", `{"input":"x"}`, 200, "", `"/v1/embeddings"`},
+		{"POST", "/v1/responses", `{"input":"x"}`, 200, "", `"/v1/responses"`},
+		{"GET", "/v1/chat/completions", "", 405, "method_not_allowed", ""},
+		{"DELETE", "/v1/models", "", 405, "method_not_allowed", ""},
+		{"GET", "/v1/nonsense", "", 404, "unknown_url", ""},
+		{"POST", "/v2/chat/completions", "{}", 404, "unknown_url", ""},
+	} {
+		t.Run(tt.method+" "+tt.path, func(t *testing.T) {
+			res, body := p.do(tt.method, tt.path, strings.NewReader(tt.body))
+			if tt.code != "" {
+				wantError(t, res, body, tt.status, typeInvalidRequest, tt.code)
+				if tt.status == 405 && res.Header.Get("Allow") == "" {
+					t.Error("no Allow header")
+				}
+				return
+			}
+			if res.StatusCode != tt.status || !strings.Contains(body, tt.want) {
+				t.Errorf("got %s %s, want %d and %q", res.Status, body, tt.status, tt.want)
+			}
+			got := map[string]string{}
+			for _, name := range []string{"X-Content-Type-Options", "X-Frame-Options", "Referrer-Policy"} {
+				got[name] = res.Header.Get(name)
+			}
+			want := map[string]string{"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("security headers (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestPanicsStayInside drives track with handlers that fail.
+func TestPanicsStayInside(t *testing.T) {
+	var log logBuffer
+	cfg, err := loadConfig(lookup(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("/before", func(http.ResponseWriter, *http.Request) { panic("at once") })
+	mux.HandleFunc("/after", func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, "half an ans")
+		http.NewResponseController(w).Flush()
+		panic("in the middle")
+	})
+	srv := httptest.NewServer(track(cfg, slog.New(slog.NewJSONHandler(&log, nil)), &metrics{}, mux))
+	defer srv.Close()
+	res, err := http.Get(srv.URL + "/before")
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, _ := io.ReadAll(res.Body)
+	res.Body.Close()
+	wantError(t, res, string(body), http.StatusInternalServerError, typeServer, "internal_error")
+
+	res, err = http.Get(srv.URL + "/after")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if body, err := io.ReadAll(res.Body); err == nil {
+		t.Errorf("an answer broken by a panic looks whole: %q", body)
+	}
+	res.Body.Close()
+	log.await(t, `"panic":"in the middle"`)
+}
+
+// certificate writes a certificate for localhost and its key, and returns their files.
+func certificate(t *testing.T) (certFile, keyFile string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	for file, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return certFile, keyFile
+}
