@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -69,7 +70,7 @@ func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Requ
 			due = len(body.data) + readQuantum
 		}
 		if len(body.data) == cap(body.data) {
-			body.data = slices.Grow(body.data, cap(body.data)) // doubles it
+			body.data = append(make([]byte, 0, 2*cap(body.data)), body.data...)
 			if err := body.charge(); err != nil {
 				return err
 			}
@@ -137,8 +138,16 @@ func (body *requestBody) release() {
 	}
 }
 
+// maxCopied is the size up to which a body is copied for its readers, in bytes.
+const maxCopied = 32 << 10
+
 // open returns a new reader of body.
 func (body *requestBody) open() io.ReadCloser {
+	if len(body.data) <= maxCopied {
+		// net/http sends header and body in one write where it knows the reader to be in memory. That takes a
+		// system call less, and a connection that turns out dead then shows it before anything is sent.
+		return io.NopCloser(bytes.NewReader(bytes.Clone(body.data)))
+	}
 	body.refs.Add(1)
 	return &bodyUse{body: body}
 }

@@ -10,6 +10,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/http/httputil"
 	"net/url"
 	"strings"
@@ -48,6 +49,7 @@ type proxy struct {
 	tokens    *tokenSource
 	bodies    bodyReader
 	metrics   *metrics
+	buffers   copyBuffers
 	transport http.RoundTripper
 	reverse   httputil.ReverseProxy
 
@@ -71,7 +73,7 @@ func newProxy(cfg *config, tokens *tokenSource, m *metrics, transport http.Round
 		Transport:      roundTripper(p.roundTrip),
 		ModifyResponse: p.modifyResponse,
 		ErrorHandler:   writeError,
-		BufferPool:     &copyBuffers{},
+		BufferPool:     &p.buffers,
 		ErrorLog:       log.New(io.Discard, "", 0), // the access log says the same, with the request's id
 	}
 	return p
@@ -118,6 +120,7 @@ type call struct {
 	body       *requestBody
 	token      *token
 	completion *completion // nil but for a text completion
+	reused     bool        // the upstream connection had been used before
 
 	// The watch over Qwen's silences.
 	timer     *time.Timer
@@ -260,10 +263,20 @@ func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
 	defer c.body.release()
 	c.ctx, c.cancel = context.WithCancelCause(context.WithValue(r.Context(), callKey{}, c))
 	defer c.cancel(nil)
+	c.ctx = httptrace.WithClientTrace(c.ctx, &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) { c.reused = info.Reused },
+	})
 	c.wait()
 	c.timer = time.AfterFunc(p.nextLook(c), func() { p.look(c) })
 	defer c.timer.Stop()
 	p.reverse.ServeHTTP(w, r.WithContext(c.ctx))
+}
+
+// began notes that the headers of Qwen's answer have come.
+func (p *proxy) began(c *call) {
+	c.streaming.Store(true)
+	c.wait()
+	c.timer.Reset(p.nextLook(c))
 }
 
 // wait notes that from now on Qwen is waited for.
@@ -275,7 +288,7 @@ func (c *call) arrived() { c.waiting.Store(0) }
 // look ends a call that Qwen has been silent in for too long, and comforts a client that waits. It
 // runs seldom, and finds out from the times noted whether it is time: a timer moved at every chunk costs more.
 func (p *proxy) look(c *call) {
-	if p.nextLook(c) <= 0 {
+	if p.patience(c) <= 0 {
 		if c.streaming.Load() {
 			c.cancel(errStreamIdle)
 		} else {
@@ -283,17 +296,21 @@ func (p *proxy) look(c *call) {
 		}
 		return
 	}
-	next := p.nextLook(c)
-	if p.cfg.keepAlive > 0 {
-		next = min(next, c.x.keepAlive(p.cfg.keepAlive))
-	}
-	if c.ctx.Err() == nil {
+	if next := p.nextLook(c); c.ctx.Err() == nil {
 		c.timer.Reset(max(next, time.Millisecond))
 	}
 }
 
-// nextLook returns how long Qwen may still be silent.
+// nextLook returns how long it is until look has something to do, having written a keep-alive where one is due.
 func (p *proxy) nextLook(c *call) time.Duration {
+	if !c.streaming.Load() || p.cfg.keepAlive == 0 {
+		return p.patience(c)
+	}
+	return min(p.patience(c), c.x.keepAlive(p.cfg.keepAlive))
+}
+
+// patience returns how long Qwen may still be silent.
+func (p *proxy) patience(c *call) time.Duration {
 	limit := p.cfg.upstreamTimeout
 	if c.streaming.Load() {
 		limit = p.cfg.idleTimeout
@@ -352,7 +369,7 @@ func (p *proxy) roundTrip(req *http.Request) (*http.Response, error) {
 	c := callOf(req.Context())
 	// The context that ReverseProxy made would hand on the upstream's 1xx answers.
 	req = req.WithContext(c.ctx)
-	res, err := p.transport.RoundTrip(req)
+	res, err := p.send(c, req)
 	if err == nil && res.StatusCode == http.StatusUnauthorized && !p.tokens.keyed() {
 		res, err = p.renew(c, req, res)
 	} else if err == nil && !p.tokens.keyed() {
@@ -362,6 +379,19 @@ func (p *proxy) roundTrip(req *http.Request) (*http.Response, error) {
 		return nil, c.cause(err)
 	}
 	return res, nil
+}
+
+// send makes one round trip. Where a kept-alive connection turns out dead before a byte of an answer came, the
+// request goes out once more: net/http sees to that by itself where the death shows in reading, and leaves the
+// rest, a large body that finds the connection dead while it is written, to us.
+func (p *proxy) send(c *call, req *http.Request) (*http.Response, error) {
+	res, err := p.transport.RoundTrip(req)
+	if _, network := errors.AsType[*net.OpError](err); network && c.reused && c.ctx.Err() == nil {
+		req = req.Clone(c.ctx)
+		c.aim(req)
+		res, err = p.transport.RoundTrip(req)
+	}
+	return res, err
 }
 
 // renew answers a 401 of the API's: with what comes of the same request under a fresh token, or with
@@ -382,10 +412,10 @@ func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Res
 	if fresh.baseErr != nil {
 		return nil, baseRefused(fresh.baseErr)
 	}
-	again := req.Clone(c.ctx)
-	c.aim(again)
+	req = req.Clone(c.ctx)
+	c.aim(req)
 	c.wait()
-	if res, err = p.transport.RoundTrip(again); err != nil {
+	if res, err = p.send(c, req); err != nil {
 		return nil, err
 	}
 	if res.StatusCode == http.StatusUnauthorized {
@@ -417,7 +447,7 @@ var allowedResponseHeaders = []string{
 // headers that a client needs; an error of OpenAI's shape as it is; of anything else an error that says so.
 func (p *proxy) modifyResponse(res *http.Response) error {
 	c := callOf(res.Request.Context())
-	c.streaming.Store(true)
+	p.began(c)
 	h := make(http.Header, 8)
 	for _, name := range allowedResponseHeaders {
 		if v, ok := res.Header[name]; ok {
@@ -430,7 +460,6 @@ func (p *proxy) modifyResponse(res *http.Response) error {
 	}
 	res.Header = h
 	body := &responseBody{call: c, res: res, src: res.Body}
-	c.wait()
 	if res.StatusCode != http.StatusOK {
 		return p.failure(c, res, body)
 	}
@@ -454,7 +483,7 @@ func (p *proxy) modifyResponse(res *http.Response) error {
 	if c.completion != nil {
 		return p.translate(c, res, body)
 	}
-	return body.peek()
+	return body.peek(&p.buffers)
 }
 
 // isEventStream reports whether a Content-Type is that of server-sent events.

@@ -88,23 +88,23 @@ func (b *responseBody) Close() error {
 	return b.src.Close()
 }
 
-// peek reads the beginning of a JSON answer, while the client can still be told that it is none: an HTML page, an
-// empty body, a connection that breaks before the first byte.
-func (b *responseBody) peek() error {
+// peek reads the beginning of a JSON answer, all of it where it is short, while the client can still be told
+// that it is none: an HTML page, an empty body, a connection that breaks.
+func (b *responseBody) peek(buffers *copyBuffers) error {
+	b.res.Body = b
 	if b.res.Header.Get("Content-Encoding") != "" {
-		b.res.Body = b
 		return nil
 	}
-	first := make([]byte, 512)
-	n, err := b.Read(first)
-	start := bytes.TrimLeft(first[:n], " \t\r\n")
-	switch {
-	case n == 0 && err != io.EOF:
+	buf := buffers.Get()
+	b.closed = func() { buffers.Put(buf) }
+	n, err := io.ReadFull(b, buf)
+	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 		return err
-	case len(start) == 0 && err == io.EOF, len(start) > 0 && start[0] != '{' && start[0] != '[':
+	}
+	start := bytes.TrimLeft(buf[:n], " \t\r\n")
+	if len(start) == 0 || start[0] != '{' && start[0] != '[' {
 		return notAnAnswer(b.res.StatusCode, nil)
 	}
-	b.pending = first[:n]
-	b.res.Body = b
+	b.pending = buf[:n]
 	return nil
 }

@@ -1,0 +1,940 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/http/httputil"
+	"net/textproto"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// A pipeNet is a network of net.Pipes, whose connections let a synctest bubble's clock move while they wait.
+type pipeNet struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func newPipeNet() *pipeNet {
+	return &pipeNet{conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+func (n *pipeNet) Accept() (net.Conn, error) {
+	select {
+	case c := <-n.conns:
+		return c, nil
+	case <-n.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (n *pipeNet) Close() error   { n.once.Do(func() { close(n.closed) }); return nil }
+func (n *pipeNet) Addr() net.Addr { return &net.UnixAddr{Net: "pipe"} }
+
+func (n *pipeNet) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	client, server := net.Pipe()
+	select {
+	case n.conns <- server:
+		return client, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-n.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// A bubble is the whole server between a client and an API that speak over pipes, for tests in which time passes.
+type bubble struct {
+	client *http.Client
+	dial   func() net.Conn
+	log    *logBuffer
+}
+
+// inBubble sets up a bubble with env, whose API is api. It must be called within synctest.Test.
+func inBubble(t *testing.T, env map[string]string, api http.HandlerFunc) *bubble {
+	t.Helper()
+	full := map[string]string{"RATE_LIMIT_RPS": "0", "QWEN_API_KEY": "sk-test", "API_BASE_URL": "http://127.0.0.1/v1"}
+	maps.Copy(full, env)
+	cfg, err := loadConfig(lookup(full))
+	if err != nil {
+		t.Fatal(err)
+	}
+	upstream := newPipeNet()
+	apiServer := &http.Server{Handler: api}
+	go apiServer.Serve(upstream)
+	transport := newTransport()
+	transport.Proxy, transport.DialContext = nil, upstream.dial
+
+	b := &bubble{log: &logBuffer{}}
+	log := newLogger(cfg, b.log)
+	tokens := newSource(cfg, log, b.log)
+	m := &metrics{started: time.Now()}
+	front := newPipeNet()
+	server := &http.Server{
+		Handler:           newHandler(cfg, log, tokens, m, &health{tokens: tokens, metrics: m}, transport),
+		ReadHeaderTimeout: cfg.readTimeout,
+	}
+	go server.Serve(front)
+	clientTransport := &http.Transport{DialContext: front.dial}
+	b.client = &http.Client{Transport: clientTransport}
+	b.dial = func() net.Conn {
+		c, err := front.dial(t.Context(), "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	t.Cleanup(func() {
+		clientTransport.CloseIdleConnections()
+		server.Close()
+		transport.CloseIdleConnections()
+		apiServer.Close()
+		front.Close()
+		upstream.Close()
+		synctest.Wait()
+	})
+	return b
+}
+
+func (b *bubble) post(t *testing.T, path, body string) *http.Response {
+	t.Helper()
+	res, err := b.client.Post("http://proxy"+path, "application/json", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { res.Body.Close() })
+	return res
+}
+
+// sse answers as an event stream of events, the header and each of them flushed.
+func sse(w http.ResponseWriter, events ...string) {
+	w.Header().Set("Content-Type", "text/event-stream;charset=UTF-8")
+	http.NewResponseController(w).Flush()
+	for _, e := range events {
+		io.WriteString(w, e)
+		http.NewResponseController(w).Flush()
+	}
+}
+
+func answerJSON(w http.ResponseWriter, status int, body string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	io.WriteString(w, body)
+}
+
+func TestBodiesPassByteForByte(t *testing.T) {
+	odd := " {\n\t\"model\" : \"m\\u0065\" ,\"messages\":[{\"role\":\"user\",\"content\":\"\\ud83d \xff é\"}],\"seed\":12345678901234567890.10 , \"x\":{}}\r\n "
+	answer := " {\"id\":\"1\",  \"odd\": 1e400, \"t\":\"\xfe\"}\n\n"
+	var got []byte
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		got, _ = io.ReadAll(r.Body)
+		answerJSON(w, 200, answer)
+	}, nil)
+	for _, path := range []string{"/v1/chat/completions", "/v1/responses"} {
+		res, body := p.post(path, odd)
+		if string(got) != odd {
+			t.Errorf("%s: the API got\n%q, want\n%q", path, got, odd)
+		}
+		if body != answer || res.ContentLength != int64(len(answer)) {
+			t.Errorf("%s: the client got\n%q (Content-Length %d), want\n%q", path, body, res.ContentLength, answer)
+		}
+	}
+}
+
+func TestTheModelIsSplicedIn(t *testing.T) {
+	var got string
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		got = string(b)
+		answerJSON(w, 200, "{}")
+	}, map[string]string{"DEFAULT_MODEL": "qwen-x", "MODEL_ALIASES": "gpt-4o=qwen-y"})
+	for _, tt := range []struct{ in, want string }{
+		{`{"messages":[]}`, `{"model":"qwen-x","messages":[]}`},
+		{" {\n \"messages\" : [ ] }\n", " {\"model\":\"qwen-x\",\n \"messages\" : [ ] }\n"},
+		{`{"messages":[],"model":null}`, `{"messages":[],"model":"qwen-x"}`},
+		{`{"model": "" ,"messages":[]}`, `{"model": "qwen-x" ,"messages":[]}`},
+		{`{"mod\u0065l":"","messages":[]}`, `{"mod\u0065l":"qwen-x","messages":[]}`},
+		{`{"model":"other","messages":[]}`, `{"model":"other","messages":[]}`},
+		{`{"model":"gpt-4o","messages":[]}`, `{"model":"qwen-y","messages":[]}`},
+		{`{"model":"gpt\u002d4o","messages":[]}`, `{"model":"qwen-y","messages":[]}`},
+		{`{"messages":[{"model":""}]}`, `{"model":"qwen-x","messages":[{"model":""}]}`},
+		{`{"Model":"","messages":[]}`, `{"model":"qwen-x","Model":"","messages":[]}`},
+	} {
+		p.post("/v1/chat/completions", tt.in)
+		if diff := cmp.Diff(tt.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.in, diff)
+		}
+	}
+	if p.post("/v1/responses", `{}`); got != `{"model":"qwen-x"}` {
+		t.Errorf("an empty object became %s", got)
+	}
+}
+
+func TestBadRequestsStayHere(t *testing.T) {
+	var calls atomic.Int32
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { calls.Add(1) }, map[string]string{"MAX_BODY_BYTES": "1000"})
+	for _, tt := range []struct {
+		name, path, body string
+		status           int
+		code, param      string
+	}{
+		{"no JSON", "chat/completions", "hello", 400, "invalid_json", ""},
+		{"empty", "chat/completions", "", 400, "invalid_json", ""},
+		{"array", "chat/completions", "[]", 400, "invalid_json", ""},
+		{"cut short", "chat/completions", `{"messages":[`, 400, "invalid_json", ""},
+		{"data behind it", "chat/completions", `{"messages":[]}{}`, 400, "invalid_json", ""},
+		{"stream is a string", "chat/completions", `{"messages":[],"stream":"yes"}`, 400, "invalid_type", "stream"},
+		{"model is a number", "chat/completions", `{"messages":[],"model":5}`, 400, "invalid_type", "model"},
+		{"model twice", "chat/completions", `{"messages":[],"model":"a","model":"b"}`, 400, "duplicate_member", "model"},
+		{"no messages", "chat/completions", `{"model":"m"}`, 400, "missing_required_parameter", "messages"},
+		{"messages is a string", "chat/completions", `{"messages":"hi"}`, 400, "invalid_type", "messages"},
+		{"no input", "embeddings", `{}`, 400, "missing_required_parameter", "input"},
+		{"two prompts", "completions", `{"prompt":["a","b"]}`, 400, "invalid_prompt", "prompt"},
+		{"suffix", "completions", `{"prompt":"a","suffix":"b"}`, 400, "unsupported_parameter", "suffix"},
+		{"completion with a mistyped stream", "completions", `{"prompt":"a","stream":1}`, 400, "invalid_type", "stream"},
+		{"too large", "chat/completions", `{"messages":["` + strings.Repeat("x", 1000) + `"]}`, 413, "request_too_large", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			res, body := p.post("/v1/"+tt.path, tt.body)
+			e := wantError(t, res, body, tt.status, typeInvalidRequest, tt.code)
+			if got := e.Error.Param; (got == nil) != (tt.param == "") || got != nil && *got != tt.param {
+				t.Errorf("param %v, want %q", got, tt.param)
+			}
+			if strings.Contains(body, "xxx") {
+				t.Error("the error quotes the request")
+			}
+		})
+	}
+	// Chunked, the length is not announced.
+	res, body := p.do("POST", "/v1/chat/completions", io.MultiReader(strings.NewReader(`{"messages":["`+strings.Repeat("x", 1000)+`"]}`)))
+	wantError(t, res, body, 413, typeInvalidRequest, "request_too_large")
+	if n := calls.Load(); n != 0 {
+		t.Errorf("%d requests reached the API", n)
+	}
+}
+
+func TestHeadersPassByAllowList(t *testing.T) {
+	var got http.Header
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		got = r.Header.Clone()
+		h := w.Header()
+		for _, name := range []string{"Set-Cookie", "Alt-Svc", "Server", "Access-Control-Allow-Origin", "X-Envoy-Upstream", "X-Dashscope-Call-Gateway", "Trailer"} {
+			h.Set(name, "no")
+		}
+		h.Set("X-Request-ID", "qwen-1")
+		h.Set("X-RateLimit-Remaining-Tokens", "7")
+		h.Set("Content-Type", "application/json")
+		w.WriteHeader(http.StatusEarlyHints)
+		h.Set(http.TrailerPrefix+"X-Secret", "no")
+		io.WriteString(w, `{}`)
+	}, nil)
+	req, err := http.NewRequest("POST", p.url+"/v1/chat/completions?key=secret", strings.NewReader(`{"messages":[]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"Cookie", "X-Api-Key", "Forwarded", "X-Forwarded-For", "X_Forwarded_For", "X-Real-Ip", "Via", "Origin", "Referer", "Te", "Upgrade", "X-Custom", "Openai-Organization"} {
+		req.Header.Set(name, "secret")
+	}
+	req.Header.Set("Authorization", "Bearer sk-of-the-client")
+	req.Header.Set("Connection", "Authorization, X-Request-Id, Upgrade")
+	req.Header.Set("Accept", "application/json")
+	req.Header.Set("User-Agent", "a client")
+	req.Header.Set("X-Request-ID", "client-1")
+	early := 0
+	req = req.WithContext(withInformational(t.Context(), &early))
+	res, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	want := http.Header{
+		"Accept": {"application/json"}, "Authorization": {"Bearer good-token"}, "Content-Type": {"application/json"}, "Content-Length": {"42"},
+		"User-Agent": {userAgent}, "X-Request-Id": {"client-1"}, "X-Dashscope-Authtype": {"qwen-oauth"}, "X-Dashscope-Cachecontrol": {"enable"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("headers to the API (-want +got):\n%s", diff)
+	}
+	names := slices.Sorted(maps.Keys(res.Header))
+	wantNames := []string{"Content-Type", "Date", "Referrer-Policy", "X-Content-Type-Options", "X-Frame-Options", "X-Ratelimit-Remaining-Tokens", "X-Request-Id", "X-Upstream-Request-Id"}
+	if diff := cmp.Diff(wantNames, slices.DeleteFunc(names, func(s string) bool { return s == "Content-Length" })); diff != "" {
+		t.Errorf("headers to the client (-want +got):\n%s", diff)
+	}
+	if res.Header.Get("X-Request-ID") != "client-1" || res.Header.Get("X-Upstream-Request-ID") != "qwen-1" || early != 0 || len(res.Trailer) != 0 || string(body) != "{}" {
+		t.Errorf("answer %v, %d informational answers, trailer %v, body %s", res.Header, early, res.Trailer, body)
+	}
+}
+
+func TestRequestIDs(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") }, nil)
+	for id, keep := range map[string]bool{
+		"a": true, "A.b_c-9": true, strings.Repeat("x", 128): true,
+		"": false, strings.Repeat("x", 129): false, "a b": false, "a\tb": false, "é": false, `"}`: false,
+	} {
+		req, _ := http.NewRequest("GET", p.url+"/health", nil)
+		req.Header.Set("X-Request-ID", id)
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		got := res.Header.Get("X-Request-ID")
+		if keep != (got == id) || !validRequestID(got) {
+			t.Errorf("X-Request-ID %q became %q", id, got)
+		}
+	}
+}
+
+func TestEventsPassAsTheyCome(t *testing.T) {
+	next := make(chan string)
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		sse(w)
+		for e := range next {
+			sse(w, e)
+		}
+	}, nil)
+	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"stream":true,"messages":[]}`))
+	if err != nil {
+		t.Fatal(err) // the headers come before the first event, or this would hang
+	}
+	defer res.Body.Close()
+	buf := make([]byte, 1000)
+	for _, e := range []string{"data: 1\n\n", ": comment\n\n", "data: half", " a line\n", "\n", "event: x\r\ndata: \xff\r\n\r\n", "data: [DONE]\n\n"} {
+		next <- e
+		n, err := io.ReadAtLeast(res.Body, buf, len(e)) // before the API sends any more
+		if err != nil || string(buf[:n]) != e {
+			t.Fatalf("got %q, %v; want %q", buf[:n], err, e)
+		}
+	}
+	close(next)
+	if rest, err := io.ReadAll(res.Body); err != nil || len(rest) != 0 {
+		t.Errorf("at the end %q, %v", rest, err)
+	}
+}
+
+func TestAClientThatLeavesEndsTheUpstreamRequest(t *testing.T) {
+	for _, headers := range []bool{false, true} {
+		t.Run(fmt.Sprintf("after headers %v", headers), func(t *testing.T) {
+			began, ended := make(chan struct{}), make(chan struct{})
+			p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+				io.ReadAll(r.Body)
+				if headers {
+					sse(w, "data: 1\n\n")
+				}
+				close(began)
+				<-r.Context().Done()
+				close(ended)
+			}, nil)
+			ctx, leave := context.WithCancel(t.Context())
+			go func() {
+				<-began
+				leave()
+			}()
+			req, _ := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
+			if res, err := http.DefaultClient.Do(req); err == nil {
+				io.ReadAll(res.Body)
+				res.Body.Close()
+			}
+			<-ended // or the test hangs
+			p.stderr.await(t, `"msg":"request".*"error":"The client closed the request`)
+			if !headers {
+				p.stderr.await(t, `"status":499`)
+			}
+		})
+	}
+}
+
+func TestABrokenStreamEndsWithAnErrorEventAndACut(t *testing.T) {
+	head := "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+	for name, body := range map[string]string{
+		"between events":  "9\r\ndata: 1\n\n\r\n",
+		"within an event": "9\r\ndata: 1\n\n\r\n7\r\ndata: h\r\n",
+		"within a chunk":  "9\r\ndata: 1\n\n\r\nff\r\ndata: h",
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := start(t, map[string]string{"API_BASE_URL": rawAPI(t, head+body), "QWEN_DIR": credentials(t)})
+			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			got, err := io.ReadAll(res.Body)
+			if !errors.Is(err, io.ErrUnexpectedEOF) {
+				t.Errorf("the stream ended with %v, want a cut", err)
+			}
+			before, event, ok := strings.Cut(string(got), "\n\ndata: {\"error\":")
+			if !ok || !strings.HasPrefix(before, "data: 1\n\n") && before != "data: 1" || !strings.Contains(event, typeStreaming) || !strings.HasSuffix(event, "}\n\n") || strings.Contains(event, "[DONE]") {
+				t.Errorf("got %q", got)
+			}
+			p.stderr.await(t, `"status":200.*"error_type":"streaming_error"`)
+		})
+	}
+}
+
+// rawAPI answers each request with the bytes of answer and closes.
+func rawAPI(t *testing.T, answer string) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				if req, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
+					io.Copy(io.Discard, req.Body)
+					io.WriteString(c, answer)
+				}
+			}()
+		}
+	}()
+	return "http://" + ln.Addr().String() + "/v1"
+}
+
+func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
+	for name, tt := range map[string]struct {
+		answer string
+		code   string // of a 502; "" for a 200 that is cut
+	}{
+		"nothing at all":           {"", "upstream_unreachable"},
+		"half a header":            {"HTTP/1.1 200 OK\r\nContent-Ty", "upstream_unreachable"},
+		"not HTTP":                 {"SSH-2.0-OpenSSH_9\r\n", "upstream_unreachable"},
+		"no byte of the body":      {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n", "upstream_broken"},
+		"half the body":            {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{\"a\"", "upstream_broken"},
+		"no last chunk":            {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n{\"a\"\r\n", "upstream_broken"},
+		"half a large body":        {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n{\"a\"" + strings.Repeat(" ", 50000), ""},
+		"switching protocols":      {"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", "bad_upstream_answer"},
+		"an early answer, then it": {"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", "upstream_unreachable"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := start(t, map[string]string{"API_BASE_URL": rawAPI(t, tt.answer), "QWEN_DIR": credentials(t)})
+			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			body, err := io.ReadAll(res.Body)
+			if tt.code == "" {
+				if err == nil || res.StatusCode != 200 {
+					t.Errorf("got %s %q, want it cut", res.Status, body)
+				}
+				return
+			}
+			typ := typeNetwork
+			if tt.code == "upstream_broken" {
+				typ = typeStreaming
+			}
+			wantError(t, res, string(body), 502, typ, tt.code)
+		})
+	}
+}
+
+func TestUpstreamAnswersThatAreNoneOfItsAPI(t *testing.T) {
+	const html = "<html><body>Gateway</body></html>"
+	openAI := `{"error":{"message":"no such model","type":"invalid_request_error","param":null,"code":"model_not_found"},"request_id":"q-1"}`
+	for _, tt := range []struct {
+		name, path  string
+		status      int
+		contentType string
+		body        string
+		header      string // Name: value
+		want        int
+		typ, code   string // of a wrapped answer; "" where it passes as it is
+	}{
+		{"OpenAI's 404", "chat/completions", 404, "application/json", openAI, "", 404, "", ""},
+		{"OpenAI's 429", "chat/completions", 429, "application/json", openAI, "Retry-After: 7", 429, "", ""},
+		{"OpenAI's 403", "chat/completions", 403, "application/json", openAI, "", 403, "", ""},
+		{"OpenAI's 500", "chat/completions", 500, "text/plain", openAI, "", 500, "", ""},
+		{"500 with HTML", "chat/completions", 500, "text/html", html, "", 500, typeServer, "upstream_error"},
+		{"503 without a body", "chat/completions", 503, "", "", "Retry-After: 9", 503, typeServer, "upstream_error"},
+		{"429 with HTML", "chat/completions", 429, "text/html", html, "Retry-After: 9", 429, typeRateLimit, "upstream_error"},
+		{"DashScope's own shape", "chat/completions", 400, "application/json", `{"code":"InvalidParameter","message":"x"}`, "", 400, typeInvalidRequest, "upstream_error"},
+		{"404 for an endpoint", "embeddings", 404, "text/html", html, "", 404, typeInvalidRequest, "endpoint_not_found"},
+		{"404 for /responses", "responses", 404, "", "", "", 404, typeInvalidRequest, "endpoint_not_found"},
+		{"200 with HTML", "chat/completions", 200, "text/html", html, "", 502, typeNetwork, "bad_upstream_answer"},
+		{"200 with HTML that says it is JSON", "chat/completions", 200, "application/json", html, "", 502, typeNetwork, "bad_upstream_answer"},
+		{"200 without a body", "chat/completions", 200, "application/json", "", "", 502, typeNetwork, "bad_upstream_answer"},
+		{"204", "chat/completions", 204, "", "", "", 502, typeNetwork, "bad_upstream_answer"},
+		{"redirect", "chat/completions", 307, "", "", "Location: http://127.0.0.1:1/elsewhere", 502, typeNetwork, "bad_upstream_answer"},
+		{"HTML for a text completion", "completions", 200, "text/html", html, "", 502, typeNetwork, "bad_upstream_answer"},
+		{"OpenAI's error for a text completion", "completions", 404, "application/json", openAI, "", 404, "", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+				if tt.contentType != "" {
+					w.Header().Set("Content-Type", tt.contentType)
+				}
+				if name, value, ok := strings.Cut(tt.header, ": "); ok {
+					w.Header().Set(name, value)
+				}
+				w.Header().Set("X-Request-ID", "qwen-9")
+				w.WriteHeader(tt.status)
+				io.WriteString(w, tt.body)
+			}, nil)
+			request := map[string]string{"completions": `{"prompt":"x"}`, "embeddings": `{"input":"x"}`}[tt.path]
+			if request == "" {
+				request = `{"messages":[]}`
+			}
+			res, body := p.post("/v1/"+tt.path, request)
+			if tt.code == "" {
+				if res.StatusCode != tt.want || body != tt.body {
+					t.Errorf("got %s %s", res.Status, body)
+				}
+			} else {
+				e := wantError(t, res, body, tt.want, tt.typ, tt.code)
+				if strings.Contains(body, "Gateway") {
+					t.Error("the page passed")
+				}
+				if tt.path == "responses" && !strings.Contains(e.Error.Message, "Use Responses API") {
+					t.Errorf("message %q does not name n8n's toggle", e.Error.Message)
+				}
+			}
+			if _, after, ok := strings.Cut(tt.header, "Retry-After: "); ok && res.Header.Get("Retry-After") != after {
+				t.Errorf("Retry-After %q, want %s", res.Header.Get("Retry-After"), after)
+			}
+			if tt.want == tt.status && res.Header.Get("X-Upstream-Request-ID") != "qwen-9" {
+				t.Error("no X-Upstream-Request-ID")
+			}
+		})
+	}
+}
+
+func TestA401IsAnsweredByARefreshAndAReplay(t *testing.T) {
+	const request = `{"model":"m","messages":[]}`
+	var refreshes atomic.Int32
+	var bodies []string
+	takes := "Bearer fresh-1"
+	api := func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		if strings.HasSuffix(r.URL.Path, "/oauth2/token") {
+			answerJSON(w, 200, fmt.Sprintf(`{"access_token":"fresh-%d","refresh_token":"r","token_type":"Bearer","expires_in":3600}`, refreshes.Add(1)))
+			return
+		}
+		bodies = append(bodies, string(b))
+		if r.Header.Get("Authorization") != takes {
+			answerJSON(w, 401, `{"error":{"code":"invalid_api_key","message":"invalid access token or token expired","param":null,"type":"invalid_request_error"},"request_id":"q"}`)
+			return
+		}
+		answerJSON(w, 200, `{"ok":true}`)
+	}
+	p := startWith(t, api, nil)
+	res, body := p.post("/v1/chat/completions", request)
+	if res.StatusCode != 200 || body != `{"ok":true}` || refreshes.Load() != 1 {
+		t.Errorf("got %s %s after %d refreshes", res.Status, body, refreshes.Load())
+	}
+	if diff := cmp.Diff([]string{request, request}, bodies); diff != "" {
+		t.Errorf("bodies (-want +got):\n%s", diff)
+	}
+
+	// From now on no token will do: the account is not served.
+	takes = "none"
+	res, body = p.post("/v1/chat/completions", request)
+	e := wantError(t, res, body, 401, typeAuthentication, "qwen_oauth_unavailable")
+	if !strings.Contains(e.Error.Message, "QWEN_API_KEY") {
+		t.Errorf("message %q", e.Error.Message)
+	}
+	for range 3 {
+		res, body = p.post("/v1/chat/completions", request)
+		wantError(t, res, body, 401, typeAuthentication, "qwen_oauth_unavailable")
+	}
+	if n := refreshes.Load(); n != 2 {
+		t.Errorf("%d refreshes, want 2: one more for the first 401, none for those within a minute", n)
+	}
+	if n := strings.Count(p.stderr.String(), `"msg":"Qwen's API does not serve this account`); n != 1 {
+		t.Errorf("the log says it %d times, want once", n)
+	}
+}
+
+func TestA401OfAnAPIKeySaysWhatBelongsTogether(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "Bearer sk-mine" || r.Header.Get("X-Dashscope-Authtype") != "" {
+			t.Errorf("headers %v", r.Header)
+		}
+		answerJSON(w, 401, `{"error":{"message":"Incorrect API key provided","type":"invalid_request_error","code":"invalid_api_key"}}`)
+	}, map[string]string{"QWEN_API_KEY": "sk-mine"})
+	res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
+	e := wantError(t, res, body, 401, typeAuthentication, "invalid_api_key")
+	if !strings.Contains(e.Error.Message, "API_BASE_URL") || !strings.Contains(e.Error.Message, "http://127.0.0.1:") {
+		t.Errorf("message %q", e.Error.Message)
+	}
+	if strings.Contains(p.stderr.String()+body, "sk-mine") {
+		t.Error("the key is in the log or the answer")
+	}
+}
+
+func TestAResourceURLOfAnotherHostIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	content := fmt.Sprintf(`{"access_token":"t","refresh_token":"r","token_type":"Bearer","resource_url":"evil.example","expiry_date":%d}`, time.Now().Add(time.Hour).UnixMilli())
+	if err := os.WriteFile(filepath.Join(dir, credentialFile), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, map[string]string{"QWEN_DIR": dir})
+	res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
+	e := wantError(t, res, body, 500, typeConfiguration, "resource_url_refused")
+	if !strings.Contains(e.Error.Message, "API_BASE_URL") {
+		t.Errorf("message %q", e.Error.Message)
+	}
+	if res, _ := p.get("/health/ready"); res.StatusCode != 503 {
+		t.Errorf("ready: %s", res.Status)
+	}
+}
+
+// TestADeadKeptAliveConnectionCostsNoRequest: the API closes each connection once it has been idle, at
+// the moment when the next request comes.
+func TestADeadKeptAliveConnectionCostsNoRequest(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	var served atomic.Int32
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				br := bufio.NewReader(c)
+				req, err := http.ReadRequest(br)
+				if err != nil {
+					return
+				}
+				io.Copy(io.Discard, req.Body)
+				served.Add(1)
+				io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+				br.ReadByte() // the next request's first byte: now the connection dies
+				c.(*net.TCPConn).SetLinger(0)
+			}()
+		}
+	}()
+	p := start(t, map[string]string{"API_BASE_URL": "http://" + ln.Addr().String() + "/v1", "QWEN_DIR": credentials(t)})
+	for range 200 {
+		if res, body := p.post("/v1/chat/completions", `{"messages":[]}`); res.StatusCode != 200 {
+			t.Fatalf("got %s %s", res.Status, body)
+		}
+	}
+	if n := served.Load(); n != 200 {
+		t.Errorf("the API served %d requests, want 200", n)
+	}
+}
+
+func TestTimeouts(t *testing.T) {
+	hang := func(w http.ResponseWriter, r *http.Request) {
+		io.ReadAll(r.Body)
+		<-r.Context().Done()
+	}
+	t.Run("UPSTREAM_TIMEOUT", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := inBubble(t, map[string]string{"UPSTREAM_TIMEOUT": "2m"}, hang)
+			begin := time.Now()
+			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+			body, _ := io.ReadAll(res.Body)
+			wantError(t, res, string(body), 504, typeNetwork, "upstream_timeout")
+			if d := time.Since(begin).Round(time.Millisecond); d != 2*time.Minute {
+				t.Errorf("took %v", d)
+			}
+		})
+	})
+	t.Run("STREAM_IDLE_TIMEOUT", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := inBubble(t, map[string]string{"STREAM_IDLE_TIMEOUT": "1m", "SSE_KEEPALIVE": "0"}, func(w http.ResponseWriter, r *http.Request) {
+				for range 5 {
+					sse(w, "data: x\n\n")
+					time.Sleep(59 * time.Second)
+				}
+				<-r.Context().Done()
+			})
+			begin := time.Now()
+			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+			body, err := io.ReadAll(res.Body)
+			if err == nil || !strings.HasPrefix(string(body), strings.Repeat("data: x\n\n", 5)+"\n\ndata: {\"error\"") || !strings.Contains(string(body), "upstream_idle") {
+				t.Errorf("got %q, %v", body, err)
+			}
+			if d := time.Since(begin).Round(time.Second); d != 4*59*time.Second+time.Minute {
+				t.Errorf("took %v", d)
+			}
+		})
+	})
+	t.Run("STREAM_IDLE_TIMEOUT of an answer that is no stream", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := inBubble(t, map[string]string{"STREAM_IDLE_TIMEOUT": "1m"}, func(w http.ResponseWriter, r *http.Request) {
+				w.Header().Set("Content-Type", "application/json")
+				w.Header().Set("Content-Length", "100")
+				w.WriteHeader(200)
+				http.NewResponseController(w).Flush()
+				<-r.Context().Done()
+			})
+			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+			body, _ := io.ReadAll(res.Body)
+			wantError(t, res, string(body), 504, typeStreaming, "upstream_idle")
+		})
+	})
+	t.Run("SSE_KEEPALIVE", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := inBubble(t, map[string]string{"SSE_KEEPALIVE": "15s"}, func(w http.ResponseWriter, r *http.Request) {
+				sse(w)
+				time.Sleep(31 * time.Second)
+				sse(w, "data: 1\n\n")
+				time.Sleep(14 * time.Second)
+				sse(w, "data: 2\n\ndata: ")
+				time.Sleep(time.Minute) // within an event nothing may come
+				sse(w, "3\n\n")
+				time.Sleep(16 * time.Second)
+				sse(w, "data: [DONE]\n\n")
+			})
+			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+			body, err := io.ReadAll(res.Body)
+			const ka = ": keep-alive\n\n"
+			want := ka + ka + "data: 1\n\ndata: 2\n\ndata: 3\n\n" + ka + "data: [DONE]\n\n"
+			if diff := cmp.Diff(want, string(body)); diff != "" || err != nil {
+				t.Errorf("%v (-want +got):\n%s", err, diff)
+			}
+		})
+	})
+	t.Run("a stream longer than every timeout lives", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := inBubble(t, map[string]string{"WRITE_TIMEOUT": "30s", "READ_TIMEOUT": "30s", "UPSTREAM_TIMEOUT": "1m"}, func(w http.ResponseWriter, r *http.Request) {
+				for range 360 {
+					sse(w, "data: x\n\n")
+					time.Sleep(10 * time.Second)
+				}
+			})
+			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+			body, err := io.ReadAll(res.Body)
+			if err != nil || string(body) != strings.Repeat("data: x\n\n", 360) {
+				t.Errorf("%d bytes, %v", len(body), err)
+			}
+		})
+	})
+	t.Run("a client that takes nothing for WRITE_TIMEOUT does not", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ended := make(chan time.Time, 1)
+			// No keep-alives: a goroutine that waits for a mutex would stop the bubble's clock.
+			b := inBubble(t, map[string]string{"WRITE_TIMEOUT": "30s", "SSE_KEEPALIVE": "0"}, func(w http.ResponseWriter, r *http.Request) {
+				io.ReadAll(r.Body)
+				for r.Context().Err() == nil {
+					sse(w, "data: x\n\n")
+					time.Sleep(time.Second)
+				}
+				ended <- time.Now()
+			})
+			c := b.dial()
+			defer c.Close()
+			io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 15\r\n\r\n{\"messages\":[]}")
+			if _, err := io.ReadAtLeast(c, make([]byte, 1000), 500); err != nil {
+				t.Fatal(err)
+			}
+			stopped := time.Now() // from here on nothing is read, and a pipe has no buffer
+			if d := (<-ended).Sub(stopped); d < 30*time.Second || d > 34*time.Second {
+				t.Errorf("the upstream request ended after %v", d)
+			}
+		})
+	})
+	t.Run("a body that drips gets a 408", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := inBubble(t, map[string]string{"READ_TIMEOUT": "10s"}, hang)
+			c := b.dial()
+			begin := time.Now()
+			io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 100000\r\n\r\n")
+			var drip sync.WaitGroup
+			defer drip.Wait()
+			defer c.Close()
+			drip.Go(func() {
+				for {
+					if _, err := io.WriteString(c, " "); err != nil {
+						return
+					}
+					time.Sleep(time.Second)
+				}
+			})
+			res, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, _ := io.ReadAll(res.Body)
+			wantError(t, res, string(body), 408, typeInvalidRequest, "request_timeout")
+			if d := time.Since(begin); d != 10*time.Second || !res.Close {
+				t.Errorf("after %v, close %v", d, res.Close)
+			}
+		})
+	})
+	t.Run("a slow body that goes on passes", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := inBubble(t, map[string]string{"READ_TIMEOUT": "10s"}, func(w http.ResponseWriter, r *http.Request) {
+				n, _ := io.Copy(io.Discard, r.Body)
+				time.Sleep(time.Minute) // no deadline is left over from the body
+				answerJSON(w, 200, fmt.Sprintf(`{"got":%d}`, n))
+			})
+			r, w := io.Pipe()
+			go func() {
+				io.WriteString(w, `{"model":"m","messages":[],"x":"`)
+				for range 100 {
+					io.WriteString(w, strings.Repeat("x", 1000))
+					time.Sleep(time.Second)
+				}
+				io.WriteString(w, `"}`)
+				w.Close()
+			}()
+			res, err := b.client.Post("http://proxy/v1/chat/completions", "application/json", r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			if body, _ := io.ReadAll(res.Body); string(body) != `{"got":100034}` {
+				t.Errorf("got %s %s", res.Status, body)
+			}
+		})
+	})
+	t.Run("a kept-alive connection is good after WRITE_TIMEOUT", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") })
+			c := b.dial()
+			defer c.Close()
+			br := bufio.NewReader(c)
+			for range 3 {
+				io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 15\r\n\r\n{\"messages\":[]}")
+				res, err := http.ReadResponse(br, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				io.Copy(io.Discard, res.Body)
+				time.Sleep(time.Minute)
+			}
+		})
+	})
+}
+
+func TestTheConnectionClosesAfterAChunkedRequest(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") }, nil)
+	c, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n"+
+		"f\r\n{\"messages\":[]}\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+	all, err := io.ReadAll(c)
+	if err != nil || bytes.Count(all, []byte("HTTP/1.1 ")) != 1 || !bytes.Contains(all, []byte("Connection: close")) {
+		t.Errorf("got %q, %v; want one answer", all, err)
+	}
+}
+
+func TestSecretsAndTextStayOutOfTheLog(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		answerJSON(w, 400, `{"error":{"message":"about your secret-text","type":"invalid_request_error","code":"x"}}`)
+	}, map[string]string{"DEBUG_MODE": "true", "LOG_LEVEL": "debug"})
+	req, _ := http.NewRequest("POST", p.url+"/v1/chat/completions?api_key=secret-query", strings.NewReader(`{"messages":[{"content":"secret-text"}]}`))
+	req.Header.Set("Authorization", "Bearer secret-key")
+	req.Header.Set("Cookie", "a=secret-cookie")
+	req.Header.Set("X-Request-ID", "forged\",\"status\":200")
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	line := p.stderr.await(t, `(?m)^(.*"msg":"request".*)$`)
+	for _, want := range []string{`"method":"POST"`, `"path":"/v1/chat/completions"`, `"status":400`, `"duration_ms":`, `"first_byte_ms":`, `"bytes":`, `"client":"127.0.0.1"`,
+		`"error_type":"invalid_request_error"`, `"request_id":"` + res.Header.Get("X-Request-ID"), `"headers":`, `"Authorization":"(not shown)"`} {
+		if !strings.Contains(line, want) {
+			t.Errorf("no %s in %s", want, line)
+		}
+	}
+	for _, secret := range []string{"secret", "good-token", "refresh-1", "forged"} {
+		if strings.Contains(p.stderr.String(), secret) {
+			t.Errorf("%q is in the log", secret)
+		}
+	}
+}
+
+// benchTransport answers at once, as a static API would.
+type benchTransport struct{ header http.Header }
+
+func (b benchTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Body != nil {
+		io.Copy(io.Discard, r.Body)
+		r.Body.Close()
+	}
+	const body = `{"id":"chatcmpl-1","object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"Hello"},"finish_reason":"stop"}]}`
+	return &http.Response{StatusCode: 200, Status: "200 OK", Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Header: b.header.Clone(),
+		Body: io.NopCloser(strings.NewReader(body)), ContentLength: int64(len(body)), Request: r}, nil
+}
+
+// discard is a ResponseWriter for benchmarks.
+type discard struct{ header http.Header }
+
+func (d *discard) Header() http.Header              { return d.header }
+func (d *discard) Write(p []byte) (int, error)      { return len(p), nil }
+func (d *discard) WriteHeader(int)                  {}
+func (d *discard) FlushError() error                { return nil }
+func (d *discard) SetReadDeadline(time.Time) error  { return nil }
+func (d *discard) SetWriteDeadline(time.Time) error { return nil }
+
+// BenchmarkHandler compares the whole handler, as it ships, with a bare ReverseProxy, without the network.
+func BenchmarkHandler(b *testing.B) {
+	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "RATE_LIMIT_RPS": "1000000", "RATE_LIMIT_BURST": "1000000"}))
+	if err != nil {
+		b.Fatal(err)
+	}
+	upstream := benchTransport{http.Header{"Content-Type": {"application/json"}}}
+	log := slog.New(slog.NewJSONHandler(io.Discard, nil))
+	tokens := newSource(cfg, log, io.Discard)
+	m := &metrics{started: time.Now()}
+	target := &url.URL{Scheme: "http", Host: "127.0.0.1"}
+	for _, bm := range []struct {
+		name string
+		h    http.Handler
+	}{
+		{"ours", newHandler(cfg, log, tokens, m, &health{tokens: tokens, metrics: m}, upstream)},
+		{"bare", &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(target) }, Transport: upstream, BufferPool: &copyBuffers{}}},
+	} {
+		b.Run(bm.name, func(b *testing.B) {
+			body := []byte(`{"model":"m","messages":[{"role":"user","content":"` + strings.Repeat("x", 2000) + `"}]}`)
+			var payload bytes.Reader
+			b.ReportAllocs()
+			for b.Loop() {
+				payload.Reset(body)
+				r := &http.Request{Method: "POST", URL: &url.URL{Path: "/v1/chat/completions"}, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+					Header: http.Header{"Content-Type": {"application/json"}, "User-Agent": {"bench"}, "Accept": {"*/*"}, "Authorization": {"Bearer x"}},
+					Body:   io.NopCloser(&payload), ContentLength: int64(len(body)), Host: "localhost", RemoteAddr: "127.0.0.1:1234"}
+				ctx, cancel := context.WithCancel(context.Background())
+				bm.h.ServeHTTP(&discard{http.Header{}}, r.WithContext(ctx))
+				cancel()
+			}
+		})
+	}
+}
+
+func withInformational(ctx context.Context, n *int) context.Context {
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{Got1xxResponse: func(int, textproto.MIMEHeader) error { *n++; return nil }})
+}
