@@ -70,7 +70,7 @@ func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Requ
 			due = len(body.data) + readQuantum
 		}
 		if len(body.data) == cap(body.data) {
-			body.data = append(make([]byte, 0, 2*cap(body.data)), body.data...)
+			body.data = append(make([]byte, 0, min(2*int64(cap(body.data)), b.max+1)), body.data...)
 			if err := body.charge(); err != nil {
 				return err
 			}

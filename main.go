@@ -414,7 +414,11 @@ func baseURL(cfg *config, a net.Addr) string {
 	if cfg.tls {
 		scheme = "https"
 	}
-	return scheme + "://" + net.JoinHostPort(reachable(tcp.IP.String()), strconv.Itoa(tcp.Port))
+	host := tcp.IP.String()
+	if tcp.IP.IsUnspecified() {
+		host = "localhost"
+	}
+	return scheme + "://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
 }
 
 // reachable returns the host to connect to for a server that is bound to host.
@@ -433,6 +437,11 @@ func reachable(host string) string {
 func warn(cfg *config, log *slog.Logger, a net.Addr) {
 	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() {
 		log.Warn("anyone who can reach this address can spend this account: set PROXY_API_KEYS, or SERVER_HOST=127.0.0.1", "address", a.String())
+	}
+	for name, set := range map[string]bool{"TRUSTED_PROXIES": cfg.trustedProxies != nil, "CORS_ALLOWED_ORIGINS": cfg.corsOrigins != nil} {
+		if set {
+			log.Warn("this setting has no effect yet", "variable", name)
+		}
 	}
 	for name, u := range map[string]*url.URL{"API_BASE_URL": cfg.apiBase, "QWEN_OAUTH_BASE_URL": cfg.oauthBase} {
 		if u != nil && u.Scheme == "http" && !isLoopback(u.Hostname()) {
