@@ -269,11 +269,11 @@ func (e *env) host(key, def string) string {
 		}
 		return s
 	}
-	s = strings.TrimSuffix(strings.TrimPrefix(s, "["), "]") // an IPv6 address as in a URL
-	if _, err := netip.ParseAddr(s); err != nil && !hostname(s) {
+	host := strings.TrimSuffix(strings.TrimPrefix(s, "["), "]") // an IPv6 address as in a URL
+	if _, err := netip.ParseAddr(host); err != nil && !hostname(host) {
 		e.problem(key, s, "an IP address, a host name, or unix:/path (the port goes into SERVER_PORT)")
 	}
-	return s
+	return host
 }
 
 // directory returns the value of key with a leading ~/ replaced by the home directory.
@@ -307,14 +307,22 @@ func (e *env) url(key, def string) *url.URL {
 		e.problem(key, "…", "a URL such as https://host/v1") // url.Parse's error and the value may hold a password
 		return nil
 	case u.User != nil:
-		e.problem(key, u.Redacted(), "a URL without user and password")
+		e.problem(key, showable(s), "a URL without user and password")
 	case u.Scheme != "https" && u.Scheme != "http" || u.Hostname() == "":
-		e.problem(key, s, "a URL that starts with https:// (or http://) and a host")
+		e.problem(key, showable(s), "a URL that starts with https:// (or http://) and a host")
 	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "":
 		e.problem(key, u.Scheme+"://"+u.Host+u.Path+"…", "a URL without ? and #")
 	}
 	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), ""
 	return u
+}
+
+// showable returns s, or … where the URLs in it may hold a password or a key.
+func showable(s string) string {
+	if strings.ContainsAny(s, "@?#") {
+		return "…"
+	}
+	return s
 }
 
 func (e *env) list(key string) []string {
@@ -375,6 +383,7 @@ func (e *env) prefixes(key string) []netip.Prefix {
 				e.problem(key, item, "IP addresses or CIDRs such as 10.0.0.0/8")
 				continue
 			}
+			a = a.Unmap()
 			p = netip.PrefixFrom(a, a.BitLen())
 		}
 		prefixes = append(prefixes, p.Masked())
@@ -384,20 +393,26 @@ func (e *env) prefixes(key string) []netip.Prefix {
 
 func (e *env) origins(key string) []string {
 	items := e.list(key)
+	if e.get(key) != "" && len(items) == 0 {
+		e.problem(key, e.get(key), "comma-separated origins, or *")
+	}
 	for i, item := range items {
 		if item == "*" {
 			if len(items) > 1 {
-				e.problem(key, e.get(key), "either * or a list of origins")
+				e.problem(key, showable(e.get(key)), "either * or a list of origins")
 			}
 			continue
 		}
 		u, err := url.Parse(item)
-		if err != nil || u.Scheme == "" || u.Host == "" || u.User != nil || u.Opaque != "" ||
+		if err != nil || u.Scheme == "" || u.Host == "" || strings.Contains(u.Host, "*") || u.User != nil || u.Opaque != "" ||
 			strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
-			e.problem(key, item, "origins such as https://app.example.com, or *")
+			e.problem(key, showable(item), "origins such as https://app.example.com, or *")
 			continue
 		}
 		items[i] = strings.ToLower(u.Scheme + "://" + u.Host)
+		if port, ok := map[string]string{"http": ":80", "https": ":443"}[u.Scheme]; ok {
+			items[i] = strings.TrimSuffix(items[i], port) // browsers leave it out (RFC 6454 §6.2)
+		}
 	}
 	return items
 }

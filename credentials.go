@@ -155,14 +155,14 @@ func parseCredentials(b []byte, modified time.Time) (*token, error) {
 	if ms < 1e11 {
 		ms *= 1000 // seconds by mistake: as milliseconds it would be before 1974
 	}
-	t.expiry = time.UnixMilli(int64(min(max(ms, 1), 1e15)))
+	t.expiry = time.UnixMilli(int64(min(max(ms, 1), 1e14))) // the year 5138: JSON has no times beyond 9999
 	return t, nil
 }
 
 // save writes t, with the members that it was read with, so that a crash at any instant leaves the old file or
 // the new one, whole.
 func (s *credentialStore) save(t *token) error {
-	if t.refresh == "" {
+	if t.refresh == "" || t.access == "" {
 		return errors.New("the sign-in has no refresh token: it is kept in memory alone, since other programs take such a file for a foreign one")
 	}
 	typ := t.typ

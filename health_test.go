@@ -1,0 +1,308 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// detailed returns what /health/detailed says, having checked and taken out what differs from run to run.
+func (p *program) detailed(header func(*http.Request)) map[string]any {
+	p.t.Helper()
+	res, body := p.send("GET", "/health/detailed", header)
+	var got map[string]any
+	if err := json.Unmarshal([]byte(body), &got); err != nil || res.StatusCode != http.StatusOK {
+		p.t.Fatalf("%s %s", res.Status, body)
+	}
+	for _, secret := range []string{"good-token", "refresh-1", "s3cret"} {
+		if strings.Contains(body, secret) {
+			p.t.Errorf("it tells the secret %s: %s", secret, body)
+		}
+	}
+	if id := res.Header.Get("X-Request-Id"); id == "" || got["request_id"] != id {
+		p.t.Errorf("request_id %v, X-Request-ID %q: want the same", got["request_id"], id)
+	}
+	if s, ok := got["uptime_seconds"].(float64); !ok || s < 0 || s > 600 || s != float64(int(s)) {
+		p.t.Errorf("uptime_seconds %v, want a few whole seconds", got["uptime_seconds"])
+	}
+	if n, ok := got["goroutines"].(float64); !ok || n < 1 {
+		p.t.Errorf("goroutines %v", got["goroutines"])
+	}
+	memory, _ := got["memory"].(map[string]any)
+	if heap, ok := memory["heap_bytes"].(float64); !ok || heap < 1 || memory["system_bytes"].(float64) < heap {
+		p.t.Errorf("memory %v", memory)
+	}
+	if res.Header.Get("Content-Type") != "application/json" || res.Header.Get("Cache-Control") != "no-store" {
+		p.t.Errorf("headers %v, want JSON that is not kept", res.Header)
+	}
+	for _, name := range []string{"request_id", "uptime_seconds", "goroutines", "memory"} {
+		delete(got, name)
+	}
+	return got
+}
+
+func TestHealthDetailed(t *testing.T) {
+	dir := credentials(t)
+	stored, err := (&credentialStore{dir: dir}).load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody := httptest.NewServer(http.NotFoundHandler())
+	nobody.Close()
+	counts := map[string]any{"total": 1.0, "in_flight": 1.0, "open_streams": 0.0, "rate_limited": 0.0, "upstream_errors": 0.0}
+	for _, tt := range []struct {
+		name   string
+		env    map[string]string
+		await  string // in the log, first
+		status string
+		auth   map[string]any
+	}{
+		{"signed in", map[string]string{"QWEN_DIR": dir, "PROXY_API_KEYS": "s3cret"}, "", "healthy", map[string]any{
+			"method": "oauth", "authenticated": true, "upstream": "https://portal.qwen.ai/v1", "expires_at": true}},
+		{"an upstream of its own", map[string]string{"QWEN_DIR": dir, "API_BASE_URL": "http://127.0.0.1:1/x/", "PROXY_API_KEYS": "s3cret"}, "", "healthy",
+			map[string]any{"method": "oauth", "authenticated": true, "upstream": "http://127.0.0.1:1/x", "expires_at": true}},
+		{"a key", map[string]string{"QWEN_DIR": dir, "QWEN_API_KEY": "sk-s3cret"}, "", "healthy", map[string]any{
+			"method": "api_key", "authenticated": true, "upstream": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"}},
+		{"not signed in", nil, "Qwen can't be reached", "degraded", map[string]any{
+			"method": "oauth", "authenticated": false, "sign_in": "starting",
+			"reason": "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log."}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			env := map[string]string{"QWEN_OAUTH_BASE_URL": nobody.URL}
+			for k, v := range tt.env {
+				env[k] = v
+			}
+			p := start(t, env)
+			if tt.await != "" {
+				p.stderr.await(t, "("+tt.await+")")
+			}
+			got := p.detailed(header("Authorization", "Bearer s3cret"))
+			auth, _ := got["auth"].(map[string]any)
+			if s, ok := auth["expires_at"].(string); ok {
+				expires, err := time.Parse(time.RFC3339, s)
+				if err != nil || expires.Sub(stored.expiry).Abs() > time.Second {
+					t.Errorf("expires_at %s, want %v", s, stored.expiry)
+				}
+				auth["expires_at"] = true
+			}
+			want := map[string]any{"status": tt.status, "version": version().Version, "requests": counts, "auth": tt.auth}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("/health/detailed (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestHealthDetailedCounts(t *testing.T) {
+	release := make(chan struct{})
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "text/event-stream")
+		io.WriteString(w, "data: 1\n\n")
+		http.NewResponseController(w).Flush()
+		<-release
+	}, map[string]string{"RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "1"})
+	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	limited, body := p.get("/v1/models")
+	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, codeRateLimit)
+	want := map[string]any{"total": 3.0, "in_flight": 2.0, "open_streams": 1.0, "rate_limited": 1.0, "upstream_errors": 0.0}
+	if diff := cmp.Diff(want, p.detailed(nil)["requests"]); diff != "" {
+		t.Errorf("while a stream is open (-want +got):\n%s", diff)
+	}
+	close(release)
+	if _, err := io.ReadAll(res.Body); err != nil {
+		t.Fatal(err)
+	}
+	p.stderr.await(t, `("path":"/v1/chat/completions")`) // logged once it is over
+	want = map[string]any{"total": 4.0, "in_flight": 1.0, "open_streams": 0.0, "rate_limited": 1.0, "upstream_errors": 0.0}
+	if diff := cmp.Diff(want, p.detailed(nil)["requests"]); diff != "" {
+		t.Errorf("after it (-want +got):\n%s", diff)
+	}
+}
+
+// TestHealthAndModelsStartNothing: monitors ask often, and every sign-in that nobody completes is one too many.
+func TestHealthAndModelsStartNothing(t *testing.T) {
+	qwen := newStandIn()
+	qwen.approveAfter, qwen.interval = 0, time.Hour
+	server := httptest.NewServer(qwen)
+	t.Cleanup(server.Close)
+	dir := t.TempDir()
+	p := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": server.URL, "QWEN_DIR": dir})
+	p.stderr.await(t, `("msg":"waiting for sign-in")`)
+	for range 10 {
+		for path, want := range map[string]int{
+			"/": 200, "/health": 200, "/health/ready": 503, "/health/detailed": 200, "/v1/models": 200, "/v1/models/coder-model": 200, "/v1/models/none": 404,
+		} {
+			if res, body := p.get(path); res.StatusCode != want {
+				t.Errorf("%s: %s %s, want %d", path, res.Status, body, want)
+			}
+		}
+	}
+	want := map[string]any{"method": "oauth", "authenticated": false, "sign_in": signInPending,
+		"reason": "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log."}
+	if diff := cmp.Diff(want, p.detailed(nil)["auth"]); diff != "" {
+		t.Errorf("auth (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(standInCounts{deviceAuthorizations: 1}, qwen.counts(), cmp.AllowUnexported(standInCounts{})); diff != "" {
+		t.Errorf("requests to Qwen (-want +got):\n%s", diff)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 0 {
+		t.Errorf("QWEN_DIR holds %v, %v; want nothing", entries, err)
+	}
+}
+
+func TestReadiness(t *testing.T) {
+	hour := time.Now().Add(time.Hour).UnixMilli()
+	good := fmt.Sprintf(`{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":%d}`, hour)
+	for _, tt := range []struct {
+		name    string
+		file    string // the credential file
+		env     map[string]string
+		answer  func(http.ResponseWriter) // the OAuth server's
+		await   string                    // in the log, first
+		code    string                    // "" is ready
+		message string
+	}{
+		{name: "signed in", file: good},
+		{name: "a key", env: map[string]string{"QWEN_API_KEY": "sk-test"}},
+		{name: "expires in the far future", file: `{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":1753142400123000}`},
+		{name: "a key beside a broken file", file: "{", env: map[string]string{"QWEN_API_KEY": "sk-test"}},
+		{name: "no file", code: "not_signed_in", message: "Open /auth"},
+		{name: "signed out", file: "{}", code: "not_signed_in", message: "Open /auth"},
+		{name: "a broken file", file: `{"access_token":"good-token`, await: "the credential file can't be used", code: "not_signed_in", message: "Open /auth"},
+		{
+			name: "expired, and nobody to renew it", file: `{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":1753142400000}`,
+			answer: func(w http.ResponseWriter) { w.WriteHeader(http.StatusBadGateway) },
+			await:  "token refresh failed", code: "token_refresh_failed", message: "can't be reached",
+		},
+		{
+			name: "expired, and refused", file: `{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":1753142400000}`,
+			answer: func(w http.ResponseWriter) {
+				w.WriteHeader(http.StatusBadRequest)
+				io.WriteString(w, `{"error":"invalid_grant","error_description":"Invalid refresh token or client_id"}`)
+			},
+			await: "Qwen refused to start a sign-in", code: "sign_in_expired", message: "Sign in again",
+		},
+		{
+			name: "about to expire, and nobody to renew it",
+			file: fmt.Sprintf(`{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":%d}`, time.Now().Add(2*time.Minute).UnixMilli()),
+			env:  map[string]string{"TOKEN_REFRESH_BUFFER": "1h"},
+		},
+		{
+			name: "someone else's API", file: fmt.Sprintf(`{"access_token":"good-token","refresh_token":"refresh-1","resource_url":"evil.com","expiry_date":%d}`, hour),
+			code: "resource_url_refused", message: "API_BASE_URL",
+		},
+		{
+			name: "someone else's API, meant", file: fmt.Sprintf(`{"access_token":"good-token","refresh_token":"refresh-1","resource_url":"evil.com","expiry_date":%d}`, hour),
+			env: map[string]string{"API_BASE_URL": "https://evil.com"},
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			oauth := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if tt.answer == nil {
+					http.NotFound(w, r)
+					return
+				}
+				tt.answer(w)
+			}))
+			defer oauth.Close()
+			env := map[string]string{"QWEN_DIR": t.TempDir(), "QWEN_OAUTH_BASE_URL": oauth.URL}
+			for k, v := range tt.env {
+				env[k] = v
+			}
+			if tt.file != "" {
+				if err := os.WriteFile(filepath.Join(env["QWEN_DIR"], credentialFile), []byte(tt.file), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p := start(t, env)
+			if tt.await != "" {
+				p.stderr.await(t, "("+tt.await+")")
+			}
+			res, body := p.get("/health/ready")
+			var got map[string]string
+			if err := json.Unmarshal([]byte(body), &got); err != nil {
+				t.Fatalf("%s %s", res.Status, body)
+			}
+			if !strings.Contains(got["reason"], tt.message) || strings.Contains(body, "good-token") || strings.Contains(body, "refresh-1") {
+				t.Errorf("reason %q, want %q in it and no token", got["reason"], tt.message)
+			}
+			delete(got, "reason")
+			want, status := map[string]string{"status": "ready"}, http.StatusOK
+			if tt.code != "" {
+				want, status = map[string]string{"status": "not_ready", "code": tt.code}, http.StatusServiceUnavailable
+			}
+			if diff := cmp.Diff(want, got); diff != "" || res.StatusCode != status {
+				t.Errorf("%s, want %d; body (-want +got):\n%s", res.Status, status, diff)
+			}
+			for _, path := range []string{"/health", "/health/detailed"} {
+				if res, body := p.get(path); res.StatusCode != http.StatusOK {
+					t.Errorf("%s: %s %s, want 200 whatever readiness is", path, res.Status, body)
+				}
+			}
+		})
+	}
+}
+
+// readiness asks h whether it is ready, and returns the status and code of its answer.
+func readiness(t *testing.T, h *health) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	h.ready(w, nil)
+	var got struct{ Status, Code string }
+	if err := json.Unmarshal(w.Body.Bytes(), &got); err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("%d %s %s", w.Code, got.Status, got.Code)
+}
+
+func TestNotReadyWhileShuttingDown(t *testing.T) {
+	h := &health{tokens: newKeySource("sk-test", nil), metrics: &metrics{}}
+	before := readiness(t, h)
+	h.stopping.Store(true)
+	if diff := cmp.Diff([]string{"200 ready ", "503 not_ready shutting_down"}, []string{before, readiness(t, h)}); diff != "" {
+		t.Errorf("before and after (-want +got):\n%s", diff)
+	}
+}
+
+// TestNotReadyOnceTheAccountIsNotServed: one 401 to a fresh token may pass, a minute of nothing else does not.
+func TestNotReadyOnceTheAccountIsNotServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg, err := loadConfig(lookup(nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		store := &credentialStore{dir: t.TempDir()}
+		if err := store.save(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(time.Hour)}); err != nil {
+			t.Fatal(err)
+		}
+		h := &health{tokens: newTokenSource(nil, store, cfg, slog.New(slog.DiscardHandler), io.Discard), metrics: &metrics{}}
+		got := []string{readiness(t, h)}
+		h.tokens.servedWith(false)
+		for range 2 {
+			time.Sleep(unservedPause - time.Nanosecond)
+			got = append(got, readiness(t, h))
+			h.tokens.servedWith(false)
+		}
+		h.tokens.servedWith(true)
+		got = append(got, readiness(t, h))
+		want := []string{"200 ready ", "200 ready ", "503 not_ready qwen_oauth_unavailable", "200 ready "}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("readiness (-want +got):\n%s", diff)
+		}
+	})
+}
