@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,7 +13,10 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 )
 
@@ -85,23 +89,32 @@ const credentialFile = "oauth_creds.json"
 // maxCredentialFile bounds what is read of it, in bytes.
 const maxCredentialFile = 1 << 20
 
-// errNoCredentials says that nobody is signed in: there is no file, or it holds an empty object.
-var errNoCredentials = errors.New("no credentials")
+// errSignedOut says that the file holds an empty object: whoever was signed in has signed out.
+var errSignedOut = errors.New("signed out")
 
-// A credentialStore reads and writes the credential file in dir.
+// A credentialStore reads and writes the credential file in dir. It is safe for concurrent use; lock keeps
+// other processes away.
 type credentialStore struct {
 	dir string
+
+	mu   sync.Mutex  // guards seen
+	seen fs.FileInfo // of the file as it was last read or written; nil where there was none
+}
+
+func (s *credentialStore) see(info fs.FileInfo) {
+	s.mu.Lock()
+	s.seen = info
+	s.mu.Unlock()
 }
 
 func (s *credentialStore) path() string { return filepath.Join(s.dir, credentialFile) }
 
-// load reads the token. The error is errNoCredentials, or says why the file can't be used without quoting it.
+// load reads the token. The error is an fs.ErrNotExist where there is no file, errSignedOut, or says why the file
+// can't be used without quoting it.
 func (s *credentialStore) load() (*token, error) {
 	f, err := os.Open(s.path())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, errNoCredentials
-	}
 	if err != nil {
+		s.see(nil)
 		return nil, err
 	}
 	defer f.Close()
@@ -109,15 +122,52 @@ func (s *credentialStore) load() (*token, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.see(info)
 	b, err := io.ReadAll(io.LimitReader(f, maxCredentialFile))
 	if err != nil {
 		return nil, err
 	}
 	t, err := parseCredentials(b, info.ModTime())
-	if err != nil && !errors.Is(err, errNoCredentials) {
+	if err != nil && !errors.Is(err, errSignedOut) {
 		err = fmt.Errorf("credentials file %q: %w", s.path(), err)
 	}
 	return t, err
+}
+
+// changed reports whether the file is another than the one last read or written.
+func (s *credentialStore) changed() bool {
+	s.mu.Lock()
+	seen := s.seen
+	s.mu.Unlock()
+	info, err := os.Stat(s.path())
+	if err != nil || seen == nil {
+		return (err == nil) != (seen != nil)
+	}
+	return !os.SameFile(info, seen) || !info.ModTime().Equal(seen.ModTime()) || info.Size() != seen.Size()
+}
+
+// check returns why the directory can't be written, in words that say what to do; nil where it can.
+func (s *credentialStore) check() error {
+	err := os.MkdirAll(s.dir, 0o700)
+	if err == nil {
+		var f *os.File
+		if f, err = os.CreateTemp(s.dir, ".write-check-*"); err == nil {
+			f.Close()
+			os.Remove(f.Name())
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	dir, absErr := filepath.Abs(s.dir)
+	if absErr != nil {
+		dir = s.dir
+	}
+	hint := "set QWEN_DIR to a directory that it can write"
+	if errors.Is(err, fs.ErrPermission) {
+		hint = fmt.Sprintf("run: sudo mkdir -p %[1]q && sudo chown -R %[2]d %[1]q", dir, os.Getuid())
+	}
+	return fmt.Errorf("user id %d can't write the directory %q, so that a sign-in would be lost when the proxy stops; %s: %w", os.Getuid(), dir, hint, err)
 }
 
 // parseCredentials reads the content of a credential file that was written at modified.
@@ -129,8 +179,11 @@ func parseCredentials(b []byte, modified time.Time) (*token, error) {
 		}
 		return nil, errors.New("not a JSON object, or cut short")
 	}
+	if members == nil {
+		return nil, errors.New("not a JSON object, or cut short")
+	}
 	if len(members) == 0 {
-		return nil, errNoCredentials
+		return nil, errSignedOut
 	}
 	t := &token{members: members, obtained: modified.Round(0)}
 	for name, field := range map[string]*string{
@@ -159,68 +212,127 @@ func parseCredentials(b []byte, modified time.Time) (*token, error) {
 	return t, nil
 }
 
-// save writes t, with the members that it was read with, so that a crash at any instant leaves the old file or
-// the new one, whole.
-func (s *credentialStore) save(t *token) error {
-	if t.refresh == "" || t.access == "" {
-		return errors.New("the sign-in has no refresh token: it is kept in memory alone, since other programs take such a file for a foreign one")
+// errInPlace is no failure: the file could not be replaced, and was written in place.
+var errInPlace = errors.New("the file is a mount point by itself, so that a crash while it is written can cut it short; mount its directory instead")
+
+// A newFile is the room for the next credential file, on the disk before there is anything to put in.
+type newFile struct {
+	store  *credentialStore
+	f      *os.File
+	target string
+}
+
+// reserve makes room for the next file: where a token is fetched that must not be lost, a full or read-only disk
+// shall show before.
+func (s *credentialStore) reserve() (*newFile, error) {
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return nil, err
 	}
-	typ := t.typ
-	if typ == "" {
-		typ = "Bearer"
+	target := s.path()
+	if real, err := filepath.EvalSymlinks(target); err == nil {
+		target = real
+	}
+	f, err := os.CreateTemp(filepath.Dir(target), "."+credentialFile+".*.tmp") // mode 0600
+	if err != nil {
+		return nil, err
+	}
+	n := &newFile{store: s, f: f, target: target}
+	if _, err := f.Write(make([]byte, 16<<10)); err != nil {
+		n.discard()
+		return nil, err
+	}
+	return n, nil
+}
+
+// discard gives the room up. It does nothing after commit.
+func (n *newFile) discard() {
+	if n.f != nil {
+		n.f.Close()
+		os.Remove(n.f.Name())
+		n.f = nil
+	}
+}
+
+// commit makes content the credential file. A crash at any instant leaves the old file or the new one, whole; where
+// the error is errInPlace the content is stored, but not in that way.
+func (n *newFile) commit(content []byte) error {
+	defer n.discard()
+	if _, err := n.f.WriteAt(content, 0); err != nil {
+		return err
+	}
+	if err := errors.Join(n.f.Truncate(int64(len(content))), n.f.Sync(), n.f.Close()); err != nil {
+		return err
+	}
+	err := os.Rename(n.f.Name(), n.target)
+	if errors.Is(err, syscall.EBUSY) {
+		if err = writeInPlace(n.target, content); err == nil {
+			err = errInPlace
+		}
+	} else if err == nil {
+		n.f = nil
+		if d, err := os.Open(filepath.Dir(n.target)); err == nil { // the rename itself is on disk once the directory is
+			d.Sync() // not every system can; the file is whole either way
+			d.Close()
+		}
+	}
+	if info, statErr := os.Stat(n.store.path()); statErr == nil && (err == nil || errors.Is(err, errInPlace)) {
+		n.store.see(info)
+	}
+	return err
+}
+
+// writeInPlace overwrites path, which can't be replaced.
+func writeInPlace(path string, content []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(content, 0)
+	return errors.Join(err, f.Truncate(int64(len(content))), f.Sync(), f.Close())
+}
+
+// save writes t, with the members that it was read with.
+func (s *credentialStore) save(t *token) error {
+	n, err := s.reserve()
+	if err != nil {
+		return err
+	}
+	defer n.discard()
+	content, err := t.fileContent()
+	if err != nil {
+		return err
+	}
+	return n.commit(content)
+}
+
+// signOut makes the file say that nobody is signed in.
+func (s *credentialStore) signOut() error {
+	n, err := s.reserve()
+	if err != nil {
+		return err
+	}
+	return n.commit([]byte("{}\n"))
+}
+
+// fileContent returns the credential file that holds t.
+func (t *token) fileContent() ([]byte, error) {
+	if t.refresh == "" || t.access == "" {
+		return nil, errors.New("the sign-in has no refresh token: it is kept in memory alone, since other programs take such a file for a foreign one")
 	}
 	members := maps.Clone(t.members)
 	if members == nil {
 		members = map[string]json.RawMessage{}
 	}
 	for name, value := range map[string]string{
-		"access_token": t.access, "refresh_token": t.refresh, "token_type": typ,
+		"access_token": t.access, "refresh_token": t.refresh, "token_type": cmp.Or(t.typ, "Bearer"),
 		"resource_url": t.resourceURL, "id_token": t.idToken, "scope": t.scope,
 	} {
 		delete(members, name)
 		if value != "" {
-			members[name], _ = json.Marshal(value)
+			members[name] = jsonString(value)
 		}
 	}
-	members["expiry_date"], _ = json.Marshal(t.expiry.UnixMilli())
+	members["expiry_date"] = strconv.AppendInt(nil, t.expiry.UnixMilli(), 10)
 	b, err := json.MarshalIndent(members, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(s.dir, 0o700); err != nil {
-		return err
-	}
-	return writeFileAtomic(s.path(), append(b, '\n'))
-}
-
-// writeFileAtomic writes content to path with mode 0600 by way of a temporary file beside it.
-func writeFileAtomic(path string, content []byte) (err error) {
-	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*.tmp") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			f.Close()
-			os.Remove(f.Name())
-		}
-	}()
-	if _, err := f.Write(content); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	if d, err := os.Open(dir); err == nil { // the rename itself is on disk once the directory is
-		d.Sync() // not every system can; the file is whole either way
-		d.Close()
-	}
-	return nil
+	return append(b, '\n'), err
 }

@@ -61,8 +61,8 @@ func TestParseCredentialsErrors(t *testing.T) {
 	for _, tt := range []struct{ name, content, want string }{
 		{"empty", "", "the file is empty"},
 		{"blank", " \r\n\t", "the file is empty"},
-		{"an empty object", "{}", errNoCredentials.Error()},
-		{"null", "null\n", errNoCredentials.Error()},
+		{"an empty object", "{}", errSignedOut.Error()},
+		{"null", "null\n", broken},
 		{"an array", "[]", broken},
 		{"a string", `"s3cret"`, broken},
 		{"a number", "1", broken},
@@ -88,8 +88,8 @@ func TestParseCredentialsErrors(t *testing.T) {
 			if got != nil || err == nil || !strings.HasPrefix(err.Error(), tt.want) || strings.Contains(err.Error(), "s3cret") {
 				t.Errorf("got %v, %v; want the error %q", got, err, tt.want)
 			}
-			if want := tt.want == errNoCredentials.Error(); errors.Is(err, errNoCredentials) != want {
-				t.Errorf("errNoCredentials: %t, want %t", !want, want)
+			if want := tt.want == errSignedOut.Error(); errors.Is(err, errSignedOut) != want {
+				t.Errorf("errSignedOut: %t, want %t", !want, want)
 			}
 		})
 	}
@@ -98,7 +98,7 @@ func TestParseCredentialsErrors(t *testing.T) {
 func TestParseCredentialsCutShort(t *testing.T) {
 	for n := range len(strings.TrimSpace(fileContent)) {
 		got, err := parseCredentials([]byte(fileContent[:n]), time.Now())
-		if got != nil || err == nil || errors.Is(err, errNoCredentials) || strings.Contains(err.Error(), "s3cret") {
+		if got != nil || err == nil || errors.Is(err, errSignedOut) || strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("cut to %d bytes: got %v, %v; want an error of its own", n, got, err)
 		}
 	}
@@ -162,16 +162,16 @@ func TestParseCredentialsExpiry(t *testing.T) {
 
 func TestLoadCredentials(t *testing.T) {
 	store := &credentialStore{dir: filepath.Join(t.TempDir(), "missing")}
-	if got, err := store.load(); got != nil || !errors.Is(err, errNoCredentials) {
-		t.Errorf("no directory: got %v, %v; want errNoCredentials", got, err)
+	if got, err := store.load(); got != nil || !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no directory: got %v, %v; want fs.ErrNotExist", got, err)
 	}
 	store.dir = t.TempDir()
-	if got, err := store.load(); got != nil || !errors.Is(err, errNoCredentials) {
-		t.Errorf("no file: got %v, %v; want errNoCredentials", got, err)
+	if got, err := store.load(); got != nil || !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no file: got %v, %v; want fs.ErrNotExist", got, err)
 	}
 	writeCredentials(t, store, "{}")
-	if got, err := store.load(); got != nil || err != errNoCredentials {
-		t.Errorf("an empty object: got %v, %v; want errNoCredentials", got, err)
+	if got, err := store.load(); got != nil || err != errSignedOut {
+		t.Errorf("an empty object: got %v, %v; want errSignedOut", got, err)
 	}
 	writeCredentials(t, store, `{"access_token":"s3cret`)
 	if got, err := store.load(); got != nil || err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q", store.path())) || strings.Contains(err.Error(), "s3cret") {

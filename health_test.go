@@ -271,7 +271,7 @@ func readiness(t *testing.T, h *health) string {
 }
 
 func TestNotReadyWhileShuttingDown(t *testing.T) {
-	h := &health{tokens: newKeySource("sk-test", nil), metrics: &metrics{}}
+	h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, nil, slog.New(slog.DiscardHandler)), metrics: &metrics{}}
 	before := readiness(t, h)
 	h.stopping.Store(true)
 	if diff := cmp.Diff([]string{"200 ready ", "503 not_ready shutting_down"}, []string{before, readiness(t, h)}); diff != "" {

@@ -291,7 +291,7 @@ func newSource(cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
 		if base == nil {
 			base = &url.URL{Scheme: "https", Host: "dashscope-intl.aliyuncs.com", Path: "/compatible-mode/v1"}
 		}
-		return newKeySource(cfg.apiKey, base)
+		return newKeySource(cfg, base, log)
 	}
 	client := &http.Client{
 		Transport: newTransport(),

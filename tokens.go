@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -20,8 +22,9 @@ const (
 	maxRefreshPause = 30 * time.Second
 	// maxSignInPause bounds those between attempts to start a sign-in.
 	maxSignInPause = time.Minute
-	// maxNap bounds how long the source sleeps, so that a wall clock that jumped, or a laptop that slept, is noticed.
-	maxNap = time.Minute
+	// maxNap bounds how long the source sleeps: this often it looks whether another process has changed the credential
+	// file, and notices a wall clock that jumped or a laptop that slept.
+	maxNap = 5 * time.Second
 	// unservedPause is how long no refresh is tried for a 401 after one that a fresh token got too.
 	unservedPause = time.Minute
 )
@@ -30,19 +33,21 @@ const (
 // concurrent use: requests read one atomic pointer, run alone renews the token, and many requests that
 // wait for it wait for one refresh, each no longer than its context lives.
 type tokenSource struct {
-	oauth  *oauthClient     // nil with an API key
-	store  *credentialStore // nil with an API key
-	base   *url.URL         // API_BASE_URL; nil: what the token says
-	buffer time.Duration    // TOKEN_REFRESH_BUFFER
-	log    *slog.Logger
-	prompt io.Writer // where people read the sign-in link
+	oauth   *oauthClient     // nil with an API key
+	store   *credentialStore // nil with an API key
+	keyFile string           // the API key's; "" where it has none
+	base    *url.URL         // API_BASE_URL; nil: what the token says
+	buffer  time.Duration    // TOKEN_REFRESH_BUFFER
+	log     *slog.Logger
+	prompt  io.Writer // where people read the sign-in link
 
 	state   atomic.Pointer[authState]
 	mu      sync.Mutex    // held while state is replaced
 	wake    chan struct{} // 1 slot: there may be something to do for run
 	signIns chan struct{} // 1 slot: a sign-in to start, for run
 
-	unserved atomic.Pointer[unserved] // nil while the API takes the token
+	unserved   atomic.Pointer[unserved] // nil while the API takes the token
+	sayInPlace sync.Once
 }
 
 // An authState is what is known of the credentials at one time. It does not change; a new one takes its place.
@@ -90,20 +95,25 @@ func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log
 		wake: make(chan struct{}, 1), signIns: make(chan struct{}, 1),
 	}
 	t, err := store.load()
-	if errors.Is(err, errNoCredentials) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errSignedOut) {
 		err = nil
 	}
 	if err != nil {
-		log.Error("the credential file can't be used; it is left as it is until a sign-in is complete", "error", err)
+		log.Error(unusableFile, "error", err)
+	}
+	if err := store.check(); err != nil {
+		log.Error("the credentials can't be stored", "error", err)
 	}
 	s.state.Store(&authState{token: s.prepare(t), fileErr: err, changed: make(chan struct{})})
 	return s
 }
 
-// newKeySource returns a source of key, which goes to base.
-func newKeySource(key string, base *url.URL) *tokenSource {
-	s := &tokenSource{base: base}
-	s.state.Store(&authState{token: s.prepare(&token{access: key})})
+const unusableFile = "the credential file can't be used; it is left as it is until a sign-in is complete"
+
+// newKeySource returns a source of cfg's API key, which goes to base. It needs run to follow the key's file.
+func newKeySource(cfg *config, base *url.URL, log *slog.Logger) *tokenSource {
+	s := &tokenSource{base: base, log: log, keyFile: cfg.apiKeyFile}
+	s.state.Store(&authState{token: s.prepare(&token{access: cfg.apiKey}), changed: make(chan struct{})})
 	return s
 }
 
@@ -182,12 +192,17 @@ func (st *authState) problem(now time.Time) *apiError {
 		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in",
 			message: "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log.", err: st.fileErr}
 	case st.refused != nil:
-		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "sign_in_expired",
-			message: "Qwen no longer accepts the proxy's sign-in. Sign in again: open /auth on the proxy, or follow the link in its log.", err: st.refused}
+		return signInRefused(st.refused)
 	case !st.refreshing && st.retryAt.After(now):
 		return unavailable(st.retryAt.Sub(now), st.failed)
 	}
 	return nil
+}
+
+// signInRefused is the answer where Qwen does not renew the token any more.
+func signInRefused(err error) *apiError {
+	return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "sign_in_expired",
+		message: "Qwen no longer accepts the proxy's sign-in. Sign in again: open /auth on the proxy, or follow the link in its log.", err: err}
 }
 
 // baseRefused is the answer where the credentials name an API that is none of Qwen's.
@@ -198,8 +213,13 @@ func baseRefused(err error) *apiError {
 
 // unavailable is the answer while a token can't be renewed for now.
 func unavailable(retryAfter time.Duration, err error) *apiError {
-	return &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "token_refresh_failed", retryAfter: retryAfter,
+	e := &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "token_refresh_failed", retryAfter: retryAfter,
 		message: "The proxy's access token has expired and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying.", err: err}
+	if errors.Is(err, errNotStorable) {
+		e.typ = typeConfiguration
+		e.message = "The proxy's access token has expired, and it is not renewed because the new one could not be stored. Make QWEN_DIR writable; the proxy's log says what is wrong with it."
+	}
+	return e
 }
 
 // notServed is the answer while the API turns away even fresh tokens.
@@ -228,14 +248,16 @@ func wakeUp(c chan struct{}) {
 	}
 }
 
-// run renews the token and carries out sign-ins until ctx ends. A refresh under way then is finished first: its
-// refresh token is spent.
+// run renews the token, carries out sign-ins, and follows what other processes do to the credential file or the API
+// key's, until ctx ends. A refresh under way then is finished first: its refresh token is spent.
 func (s *tokenSource) run(ctx context.Context) {
-	var flows sync.WaitGroup
-	defer flows.Wait()
 	if s.keyed() {
+		s.followKey(ctx)
 		return
 	}
+	var flows sync.WaitGroup
+	defer flows.Wait()
+	endSignIn := func() {}
 	if s.state.Load().token == nil {
 		s.startSignIn()
 	}
@@ -243,16 +265,78 @@ func (s *tokenSource) run(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
+			endSignIn()
 			return
 		case <-s.signIns:
-			flows.Go(func() { s.signIn(ctx) })
+			var flow context.Context
+			flow, endSignIn = context.WithCancel(ctx)
+			flows.Go(func() { s.signIn(flow) })
 		case <-s.wake:
 		case <-nap.C:
+			if s.follow() {
+				endSignIn() // somebody else has signed in
+			}
 		}
 		for s.due(time.Now()) <= 0 {
 			s.refresh(ctx)
 		}
 		nap.Reset(min(s.due(time.Now()), maxNap))
+	}
+}
+
+// follow puts into use what another process has done to the credential file, and reports whether that
+// was a sign-in.
+func (s *tokenSource) follow() bool {
+	if !s.store.changed() {
+		return false
+	}
+	t, err := s.store.load()
+	st, now := s.state.Load(), time.Now()
+	switch {
+	case err == nil && st.token == nil,
+		err == nil && t.access != st.token.access && (t.good(now) || !st.token.good(now)),
+		err == nil && t.refresh != st.token.refresh && st.refused != nil:
+		s.log.Info("another process has changed the credentials; using them", "token", t)
+		s.setToken(t)
+		if st.signIn.active() {
+			s.update(func(st *authState) { st.signIn = signIn{status: signInComplete, ended: now} })
+		}
+		return true
+	case errors.Is(err, errSignedOut) && st.token != nil:
+		s.signedOut()
+	case errors.Is(err, fs.ErrNotExist) && st.token != nil:
+		s.log.Warn("the credential file has vanished; the token in memory stays in use, and the next refresh writes the file again", "file", s.store.path())
+	case err != nil && !errors.Is(err, errSignedOut) && !errors.Is(err, fs.ErrNotExist):
+		s.log.Error(unusableFile, "error", err)
+		s.update(func(st *authState) { st.fileErr = err })
+	}
+	return false
+}
+
+// signedOut drops the token, since the credential file says so.
+func (s *tokenSource) signedOut() {
+	s.log.Warn("signed out by another process")
+	s.update(func(st *authState) { *st = authState{signIn: signIn{ended: time.Now()}} })
+}
+
+// followKey puts a new API key into use when its file changes.
+func (s *tokenSource) followKey(ctx context.Context) {
+	if s.keyFile == "" {
+		return
+	}
+	key := s.state.Load().token.access
+	failed := ""
+	for sleep(ctx, maxNap) {
+		next, err := readKeyFile(s.keyFile)
+		switch {
+		case err != nil && err.Error() != failed:
+			failed = err.Error()
+			s.log.Error("QWEN_API_KEY_FILE can't be read any more; the last key stays in use", "error", err)
+		case err == nil && next != key:
+			key, failed = next, ""
+			s.setToken(&token{access: key})
+			s.log.Info("the API key has changed")
+		}
 	}
 }
 
@@ -272,14 +356,16 @@ func (s *tokenSource) due(now time.Time) time.Duration {
 func (s *tokenSource) refresh(ctx context.Context) {
 	old := s.state.Load().token
 	s.update(func(st *authState) { st.refreshing = true })
-	fresh, err := s.redeem(context.WithoutCancel(ctx), old)
+	fresh, err := s.redeem(ctx, old)
 	switch {
 	case err == nil:
 		s.log.Info("token refreshed", "expires", fresh.expiry)
 		s.setToken(fresh)
+	case errors.Is(err, errSignedOut):
+		s.signedOut()
 	case refused(err):
-		s.log.Error("Qwen refused to renew the sign-in; sign in again", "error", err)
 		s.update(func(st *authState) { st.refreshing, st.refused = false, err })
+		s.log.Error(signInRefused(err).message, "error", err)
 		s.startSignIn()
 	default:
 		s.update(func(st *authState) {
@@ -293,19 +379,62 @@ func (s *tokenSource) refresh(ctx context.Context) {
 	}
 }
 
-// redeem exchanges old's refresh token for a fresh token and stores that.
+// errNotStorable says that a refresh token was not spent, because its successor could not have been stored.
+var errNotStorable = errors.New("the new token could not be stored")
+
+// redeem exchanges old's refresh token for a fresh token and stores that, with other processes locked out. Where one
+// of them was faster, its token is the fresh one.
 func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
+	var fresh *token // another process's
+	faster := func() bool {
+		t, err := s.store.load()
+		if err == nil && t.access != old.access && t.good(time.Now()) {
+			fresh = t
+		}
+		return fresh != nil
+	}
+	lock, err := s.store.lock(ctx, faster)
+	switch {
+	case fresh != nil && err == nil && lock == nil:
+		return fresh, nil
+	case errors.Is(err, errLocked):
+		return nil, err
+	case lock != nil:
+		defer lock.release()
+	}
+	if faster() {
+		return fresh, nil
+	}
+	ctx = context.WithoutCancel(ctx) // from here on a refresh token is at stake
+
+	stored, loadErr := s.store.load()
+	if errors.Is(loadErr, errSignedOut) {
+		return nil, loadErr
+	}
+	var file *newFile
+	if err == nil {
+		if file, err = s.store.reserve(); err == nil {
+			defer file.discard()
+		}
+	}
+	if err != nil && loadErr == nil {
+		// Spent and not stored, the file's refresh token would be lost to everybody at the next start.
+		return nil, fmt.Errorf("%w: %w", errNotStorable, err)
+	}
+	if loadErr == nil && stored.refresh != "" {
+		old = stored
+	}
 	if old.refresh == "" {
 		return nil, &oauthError{Code: "no refresh token"}
 	}
-	fresh, err := s.oauth.refresh(ctx, old.refresh)
+	fresh, err = s.oauth.refresh(ctx, old.refresh)
 	if refused(err) {
-		// Another process may have been first, and old be dead for that reason.
-		if stored, loadErr := s.store.load(); loadErr == nil && stored.refresh != old.refresh {
-			if stored.good(time.Now()) {
-				return stored, nil
+		// A process that keeps to no lock may have been first, and old be dead for that reason.
+		if t, loadErr := s.store.load(); loadErr == nil && t.refresh != old.refresh {
+			if t.good(time.Now()) {
+				return t, nil
 			}
-			old = stored
+			old = t
 			fresh, err = s.oauth.refresh(ctx, old.refresh)
 		}
 	}
@@ -313,28 +442,46 @@ func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
 		return nil, err
 	}
 	fresh.members = old.members
-	if fresh.refresh == "" {
-		fresh.refresh = old.refresh
+	fresh.refresh = cmp.Or(fresh.refresh, old.refresh)
+	fresh.resourceURL = cmp.Or(fresh.resourceURL, old.resourceURL)
+	fresh.idToken = cmp.Or(fresh.idToken, old.idToken)
+	fresh.scope = cmp.Or(fresh.scope, old.scope)
+	if file == nil || loadErr != nil && !errors.Is(loadErr, fs.ErrNotExist) {
+		// There is no room for it, or foreign content in its place. What was redeemed was in memory alone anyway.
+		s.log.Warn("the refreshed token is kept in memory alone", "file", s.store.path(), "error", errors.Join(err, loadErr))
+		return fresh, nil
 	}
-	if fresh.resourceURL == "" {
-		fresh.resourceURL = old.resourceURL
+	content, err := fresh.fileContent()
+	if err == nil {
+		err = file.commit(content)
 	}
-	if fresh.idToken == "" {
-		fresh.idToken = old.idToken
-	}
-	if fresh.scope == "" {
-		fresh.scope = old.scope
-	}
-	s.save(fresh)
+	s.stored(err)
 	return fresh, nil
 }
 
-// save stores t before it is used. Where that fails t is good all the same, until the process ends.
-func (s *tokenSource) save(t *token) {
-	if err := s.store.save(t); err != nil {
+// stored says what came of storing a token. It is good all the same, until the process ends.
+func (s *tokenSource) stored(err error) {
+	switch {
+	case errors.Is(err, errInPlace):
+		s.sayInPlace.Do(func() { s.log.Warn("the credentials were written in place", "file", s.store.path(), "error", err) })
+	case err != nil:
 		s.log.Error("the credentials could not be stored and are lost when the proxy stops; mend this and sign in again",
 			"file", s.store.path(), "error", err)
 	}
+}
+
+// storeSignIn stores the token of a completed sign-in, which takes the place of anything.
+func storeSignIn(ctx context.Context, store *credentialStore, t *token) error {
+	lock, err := store.lock(ctx, func() bool { return false })
+	if lock != nil {
+		defer lock.release()
+	} else if !errors.Is(err, errLocked) { // a lock that is held forever shall not cost the user a sign-in
+		return err
+	}
+	if stored, err := store.load(); err == nil {
+		t.members = stored.members // of whoever shares the file, to be kept
+	}
+	return store.save(t)
 }
 
 // setToken puts t into use.
@@ -385,10 +532,7 @@ func (s *tokenSource) signIn(ctx context.Context) {
 
 	t, err := s.oauth.poll(ctx, auth)
 	if err == nil {
-		if stored, loadErr := s.store.load(); loadErr == nil {
-			t.members = stored.members // of whoever shares the file, to be kept
-		}
-		s.save(t)
+		s.stored(storeSignIn(context.WithoutCancel(ctx), s.store, t))
 		s.setToken(t)
 		set(signIn{status: signInComplete, auth: auth, ended: time.Now()})
 		s.log.Info("signed in", "expires", t.expiry)
