@@ -20,6 +20,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -36,18 +37,26 @@ func main() {
 // A command is one of the program's, as the usage shows it.
 type command struct {
 	name, summary, help string
+	flags               func(*flag.FlagSet) // nil for none
 	run                 func(ctx context.Context, cfg *config, stdout, stderr io.Writer) int
 }
 
 func commands() []command {
+	var login loginOptions
 	return []command{
-		{"serve", "serve the proxy (the default); sign in where there are no credentials yet",
-			"It is configured by environment variables alone; the README lists them. Where there are no credentials yet, it\nprints a link to sign in with and serves all the same.", serveCommand},
-		{"demo", "serve with a stand-in for Qwen: no account, no network, nothing stored",
-			"Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after a\nfew seconds, and the answers are canned. Credentials go to a temporary directory.", demoCommand},
-		{"healthcheck", "ask the server of the same environment for /health; exit status 0 or 1",
-			"For containers without a shell.", healthcheckCommand},
-		{"version", "print version, commit, build date and Go version", "", versionCommand},
+		{name: "serve", summary: "serve the proxy (the default); sign in where there are no credentials yet", run: serveCommand,
+			help: "It is configured by environment variables alone; the README lists them. Where there are no credentials yet, it\nprints a link to sign in with and serves all the same."},
+		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&login), flags: login.define,
+			help: "It prints a link and a code, opens a browser where there is one, and waits. A running server of the same QWEN_DIR\nuses the credentials within a few seconds. The exit status is 1 where the sign-in was denied, expired or could\nnot be stored."},
+		{name: "logout", summary: "sign out: replace the stored credentials by an empty object", run: logoutCommand,
+			help: "Running servers of the same QWEN_DIR, and Qwen Code, are signed out with it."},
+		{name: "status", summary: "say who is signed in and how the server is; exit status 0 only where usable", run: statusCommand,
+			help: "It never prints a token."},
+		{name: "healthcheck", summary: "ask the server of the same environment for /health; exit status 0 or 1", run: healthcheckCommand,
+			help: "For containers without a shell."},
+		{name: "demo", summary: "serve with a stand-in for Qwen: no account, no network, nothing stored", run: demoCommand,
+			help: "Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after a\nfew seconds, and the answers are canned. Credentials go to a temporary directory."},
+		{name: "version", summary: "print version, commit, build date and Go version", run: versionCommand},
 	}
 }
 
@@ -61,41 +70,53 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		usage(stdout)
 		return 0
 	}
-	for _, c := range commands() {
-		if c.name != name {
-			continue
-		}
-		flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
-		flags.SetOutput(io.Discard)
-		switch err := flags.Parse(args); {
-		case errors.Is(err, flag.ErrHelp):
-			fmt.Fprintf(stdout, "usage: qwen-go-proxy %s\n\n%s.\n", c.name, strings.ToUpper(c.summary[:1])+c.summary[1:])
-			if c.help != "" {
-				fmt.Fprintf(stdout, "\n%s\n", c.help)
-			}
-			return 0
-		case err != nil:
-			fmt.Fprintf(stderr, "qwen-go-proxy %s: %v\n\n", c.name, err)
-			usage(stderr)
-			return 2
-		case flags.NArg() > 0:
-			fmt.Fprintf(stderr, "qwen-go-proxy %s: unexpected argument %q\n\n", c.name, flags.Arg(0))
-			usage(stderr)
-			return 2
-		}
-		if c.name == "version" {
-			return c.run(ctx, nil, stdout, stderr)
-		}
-		cfg, err := loadConfig(lookup)
-		if err != nil {
-			fmt.Fprintf(stderr, "qwen-go-proxy: the configuration is wrong:\n%v\n", err)
-			return 2
-		}
-		return c.run(ctx, cfg, stdout, stderr)
+	all := commands()
+	i := slices.IndexFunc(all, func(c command) bool { return c.name == name })
+	if i < 0 {
+		fmt.Fprintf(stderr, "qwen-go-proxy: unknown command %q\n\n", name)
+		usage(stderr)
+		return 2
 	}
-	fmt.Fprintf(stderr, "qwen-go-proxy: unknown command %q\n\n", name)
-	usage(stderr)
-	return 2
+	c := all[i]
+	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	if c.flags != nil {
+		c.flags(flags)
+	}
+	err := flags.Parse(args)
+	if err == nil && flags.NArg() > 0 {
+		err = fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	}
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		c.explain(stdout, flags)
+		return 0
+	case err != nil:
+		fmt.Fprintf(stderr, "qwen-go-proxy %s: %v\n\n", c.name, err)
+		usage(stderr)
+		return 2
+	case c.name == "version": // needs no configuration, and a wrong one is not its business
+		return c.run(ctx, nil, stdout, stderr)
+	}
+	cfg, err := loadConfig(lookup)
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy: the configuration is wrong:\n%v\n", err)
+		return 2
+	}
+	return c.run(ctx, cfg, stdout, stderr)
+}
+
+// explain writes what -h says of c.
+func (c *command) explain(w io.Writer, flags *flag.FlagSet) {
+	fmt.Fprintf(w, "usage: qwen-go-proxy %s\n\n%s.\n", c.name, strings.ToUpper(c.summary[:1])+c.summary[1:])
+	if c.help != "" {
+		fmt.Fprintf(w, "\n%s\n", c.help)
+	}
+	if c.flags != nil {
+		fmt.Fprintln(w)
+		flags.SetOutput(w)
+		flags.PrintDefaults()
+	}
 }
 
 func usage(w io.Writer) {
@@ -287,19 +308,44 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 // newSource returns the source of tokens that cfg asks for.
 func newSource(cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
 	if cfg.apiKey != "" {
-		base := cfg.apiBase
-		if base == nil {
-			base = &url.URL{Scheme: "https", Host: "dashscope-intl.aliyuncs.com", Path: "/compatible-mode/v1"}
-		}
-		return newKeySource(cfg, base, log)
+		return newKeySource(cfg, keyBase(cfg), log)
 	}
+	return newTokenSource(newOAuthClient(cfg), &credentialStore{dir: cfg.qwenDir}, cfg, log, prompt)
+}
+
+func newOAuthClient(cfg *config) *oauthClient {
 	client := &http.Client{
 		Transport: newTransport(),
 		// A redirect would carry refresh tokens elsewhere.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	oauth := &oauthClient{http: client, base: cfg.oauthBase, clientID: cfg.oauthClientID, scope: cfg.oauthScope}
-	return newTokenSource(oauth, &credentialStore{dir: cfg.qwenDir}, cfg, log, prompt)
+	return &oauthClient{http: client, base: cfg.oauthBase, clientID: cfg.oauthClientID, scope: cfg.oauthScope}
+}
+
+// keyBase returns the base URL that the API key goes to: where none is set, international pay as you go.
+func keyBase(cfg *config) *url.URL {
+	if cfg.apiBase != nil {
+		return cfg.apiBase
+	}
+	return &url.URL{Scheme: "https", Host: "dashscope-intl.aliyuncs.com", Path: "/compatible-mode/v1"}
+}
+
+// planMismatch returns what is wrong between the kind of key and the host that it goes to, "" for nothing. Only
+// Alibaba's own hosts are judged.
+func planMismatch(key string, base *url.URL) string {
+	host := base.Hostname()
+	if !strings.HasSuffix(host, ".aliyuncs.com") {
+		return ""
+	}
+	planHost := strings.HasPrefix(host, "coding.") || strings.HasPrefix(host, "coding-intl.") || strings.HasPrefix(host, "token-plan.")
+	planKey := strings.HasPrefix(key, "sk-sp-")
+	switch {
+	case planKey && !planHost:
+		return "the key looks like a Coding Plan or Token Plan key (sk-sp-…), and the base URL is for pay as you go: set API_BASE_URL to the plan's"
+	case !planKey && planHost:
+		return "the key looks like a pay-as-you-go key, and the base URL is that of a Coding Plan or Token Plan: take the plan's key, or another API_BASE_URL"
+	}
+	return ""
 }
 
 // newHandler returns the whole server's handler. From the outside in: track (id, log, panics), the routes, the
@@ -438,6 +484,11 @@ func warn(cfg *config, log *slog.Logger, a net.Addr) {
 	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() {
 		log.Warn("anyone who can reach this address can spend this account: set PROXY_API_KEYS, or SERVER_HOST=127.0.0.1", "address", a.String())
 	}
+	if cfg.apiKey != "" {
+		if problem := planMismatch(cfg.apiKey, keyBase(cfg)); problem != "" {
+			log.Warn(problem, "base_url", keyBase(cfg).String())
+		}
+	}
 	for name, set := range map[string]bool{"TRUSTED_PROXIES": cfg.trustedProxies != nil, "CORS_ALLOWED_ORIGINS": cfg.corsOrigins != nil} {
 		if set {
 			log.Warn("this setting has no effect yet", "variable", name)
@@ -491,41 +542,50 @@ func tlsConfig(cfg *config, log *slog.Logger) *tls.Config {
 
 // healthcheckCommand asks the server that the same environment configures for /health.
 func healthcheckCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
+	res, err := askServer(ctx, cfg, "/health")
+	if err == nil {
+		res.Body.Close()
+		if res.StatusCode != http.StatusOK {
+			err = fmt.Errorf("/health answered %s", res.Status)
+		}
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy healthcheck: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+// serverAddress returns where the server that cfg configures can be reached from this machine.
+func serverAddress(cfg *config) string {
 	network, address := cfg.addr()
 	if network == "tcp" {
-		if cfg.port == 0 {
-			fmt.Fprintln(stderr, "qwen-go-proxy healthcheck: SERVER_PORT=0 picks any port, so there is none to ask")
-			return 1
-		}
 		address = net.JoinHostPort(reachable(cfg.host), strconv.Itoa(cfg.port))
+	}
+	return address
+}
+
+// askServer gets path from the server that cfg configures. The caller closes the answer's body.
+func askServer(ctx context.Context, cfg *config, path string) (*http.Response, error) {
+	network, _ := cfg.addr()
+	if network == "tcp" && cfg.port == 0 {
+		return nil, errors.New("SERVER_PORT=0 picks any port, so there is none to ask")
 	}
 	scheme := "http"
 	if cfg.tls {
 		scheme = "https"
 	}
-	client := &http.Client{Transport: &http.Transport{
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, network, address)
+			return (&net.Dialer{}).DialContext(ctx, network, serverAddress(cfg))
 		},
 		// The certificate is for the server's public name, and this asks by its address. Nothing secret is sent.
-		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true},
+		DisableKeepAlives: true,
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://localhost/health", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://localhost"+path, nil)
 	if err != nil {
-		fmt.Fprintf(stderr, "qwen-go-proxy healthcheck: %v\n", err)
-		return 1
+		return nil, err
 	}
-	res, err := client.Do(req)
-	if err != nil {
-		fmt.Fprintf(stderr, "qwen-go-proxy healthcheck: %v\n", err)
-		return 1
-	}
-	res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		fmt.Fprintf(stderr, "qwen-go-proxy healthcheck: /health answered %s\n", res.Status)
-		return 1
-	}
-	return 0
+	return client.Do(req)
 }

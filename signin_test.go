@@ -1,0 +1,289 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// A terminal is one run of a command that is waited for.
+type terminal struct {
+	stdout, stderr *logBuffer
+	stop           context.CancelFunc
+	exit           chan int
+}
+
+func runCommand(t *testing.T, env map[string]string, args ...string) *terminal {
+	ctx, stop := context.WithCancel(t.Context())
+	c := &terminal{stdout: &logBuffer{}, stderr: &logBuffer{}, stop: stop, exit: make(chan int, 1)}
+	go func() { c.exit <- run(ctx, args, lookup(env), c.stdout, c.stderr) }()
+	t.Cleanup(stop)
+	return c
+}
+
+// wait returns the exit status and what was printed.
+func (c *terminal) wait(t *testing.T) (int, string) {
+	t.Helper()
+	select {
+	case status := <-c.exit:
+		return status, c.stdout.String() + c.stderr.String()
+	case <-time.After(20 * time.Second):
+		t.Fatalf("the command did not end:\n%s%s", c.stdout, c.stderr)
+		return 0, ""
+	}
+}
+
+// qwenEnv starts a stand-in that approves nothing by itself, and returns an environment that leads there.
+func qwenEnv(t *testing.T) (*standIn, map[string]string) {
+	qwen := newStandIn()
+	qwen.approveAfter, qwen.interval = 0, time.Second
+	srv := httptest.NewServer(qwen)
+	t.Cleanup(srv.Close)
+	return qwen, map[string]string{"QWEN_OAUTH_BASE_URL": srv.URL, "QWEN_DIR": filepath.Join(t.TempDir(), "qwen"), "SERVER_HOST": "127.0.0.1", "SERVER_PORT": "1"}
+}
+
+// decide follows a sign-in's link and approves or denies it.
+func decideAt(t *testing.T, link, decision string) {
+	t.Helper()
+	u, err := url.Parse(link)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.PostForm("http://"+u.Host+"/authorize", url.Values{"user_code": {u.Query().Get("user_code")}, "decision": {decision}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+}
+
+const (
+	linkLine = `(?m)^(http://\S+/authorize\?\S+)$`
+	codeLine = `(?m)^([A-Z0-9]{4}-[A-Z0-9]{4})$`
+)
+
+func TestLoginStoresTheCredentials(t *testing.T) {
+	_, env := qwenEnv(t)
+	env["SERVER_PORT"] = "0"
+	server := start(t, env)
+	env["SERVER_PORT"] = "1" // for status: nobody listens there
+	login := runCommand(t, env, "login", "-no-browser")
+	link, code := login.stdout.await(t, linkLine), login.stdout.await(t, codeLine)
+	if !strings.Contains(link, code) {
+		t.Errorf("link %s, code %s", link, code)
+	}
+	decideAt(t, link, "approve")
+	if status, out := login.wait(t); status != 0 || !strings.Contains(out, "Signed in.") {
+		t.Fatalf("exit status %d:\n%s", status, out)
+	}
+	file := filepath.Join(env["QWEN_DIR"], credentialFile)
+	if info, err := os.Stat(file); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("file %v, %v", info, err)
+	}
+	if info, err := os.Stat(env["QWEN_DIR"]); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("directory %v, %v", info, err)
+	}
+	token := regexp.MustCompile(`"access_token": "([^"]+)"`)
+	content, _ := os.ReadFile(file)
+	secret := token.FindStringSubmatch(string(content))[1]
+
+	status, out := runCommand(t, env, "status").wait(t)
+	if status != 0 || !strings.Contains(out, "signed in to Qwen") || !strings.Contains(out, file) || !strings.Contains(out, "good until") || strings.Contains(out, secret) {
+		t.Errorf("status: exit status %d:\n%s", status, out)
+	}
+
+	// The server that was running all the time has it within seconds, and its own sign-in is over.
+	server.stderr.await(t, `"msg":"another process has changed the credentials; using them"`)
+	if res, body := server.post("/v1/chat/completions", `{"messages":[{"role":"user","content":"Hello"}]}`); res.StatusCode != 200 {
+		t.Errorf("chat after login: %s %s", res.Status, body)
+	}
+
+	if status, out := runCommand(t, env, "logout").wait(t); status != 0 || !strings.Contains(out, "Signed out") {
+		t.Errorf("logout: exit status %d:\n%s", status, out)
+	}
+	if b, _ := os.ReadFile(file); string(b) != "{}\n" {
+		t.Errorf("after logout the file holds %q", b)
+	}
+	if status, out := runCommand(t, env, "logout").wait(t); status != 0 || !strings.Contains(out, "Nobody was signed in") {
+		t.Errorf("second logout: exit status %d:\n%s", status, out)
+	}
+	if status, out := runCommand(t, env, "status").wait(t); status != 1 || !strings.Contains(out, "not signed in") {
+		t.Errorf("status after logout: exit status %d:\n%s", status, out)
+	}
+	server.stderr.await(t, `"msg":"signed out by another process"`)
+	res, body := server.post("/v1/chat/completions", `{"messages":[]}`)
+	wantError(t, res, body, 401, typeAuthentication, "not_signed_in")
+	if strings.Contains(server.stderr.String(), secret) {
+		t.Error("the token is in the server's log")
+	}
+}
+
+func TestLoginThatFailsChangesNothing(t *testing.T) {
+	for name, tt := range map[string]struct {
+		end  func(t *testing.T, c *terminal, link string)
+		want string
+	}{
+		"denied":      {func(t *testing.T, c *terminal, link string) { decideAt(t, link, "deny") }, "denied"},
+		"interrupted": {func(t *testing.T, c *terminal, link string) { c.stop() }, "given up"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, env := qwenEnv(t)
+			if err := os.MkdirAll(env["QWEN_DIR"], 0o700); err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join(env["QWEN_DIR"], credentialFile)
+			if err := os.WriteFile(file, []byte(fileContent), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			c := runCommand(t, env, "login")
+			tt.end(t, c, c.stdout.await(t, linkLine))
+			if status, out := c.wait(t); status != 1 || !strings.Contains(out, tt.want) {
+				t.Errorf("exit status %d:\n%s", status, out)
+			}
+			if b, _ := os.ReadFile(file); string(b) != fileContent {
+				t.Errorf("the file holds %q", b)
+			}
+			if entries, _ := os.ReadDir(env["QWEN_DIR"]); len(entries) != 1 {
+				t.Errorf("left behind: %v", entries)
+			}
+		})
+	}
+}
+
+func TestLoginAsJSON(t *testing.T) {
+	_, env := qwenEnv(t)
+	c := runCommand(t, env, "login", "-json")
+	link := c.stdout.await(t, `"verification_uri_complete":"([^"]+)"`)
+	decideAt(t, strings.ReplaceAll(link, `\u0026`, "&"), "approve")
+	if status, out := c.wait(t); status != 0 {
+		t.Fatalf("exit status %d:\n%s", status, out)
+	}
+	var statuses []string
+	for line := range strings.Lines(c.stdout.String()) {
+		var v struct{ Status string }
+		if err := json.Unmarshal([]byte(line), &v); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		statuses = append(statuses, v.Status)
+	}
+	if diff := cmp.Diff([]string{signInPending, signInComplete}, statuses); diff != "" {
+		t.Errorf("statuses (-want +got):\n%s", diff)
+	}
+}
+
+func TestLoginSaysBeforehandThatItCannotStore(t *testing.T) {
+	qwen, env := qwenEnv(t)
+	if err := os.WriteFile(env["QWEN_DIR"], nil, 0o600); err != nil { // a file in the directory's place
+		t.Fatal(err)
+	}
+	status, out := runCommand(t, env, "login").wait(t)
+	if status != 1 || !strings.Contains(out, "can't write the directory") || !strings.Contains(out, env["QWEN_DIR"]) || !strings.Contains(out, "user id") {
+		t.Errorf("exit status %d:\n%s", status, out)
+	}
+	if n := qwen.counts().deviceAuthorizations; n != 0 {
+		t.Errorf("%d sign-ins were started", n)
+	}
+}
+
+func TestLogoutLeavesForeignFilesAlone(t *testing.T) {
+	_, env := qwenEnv(t)
+	os.MkdirAll(env["QWEN_DIR"], 0o700)
+	file := filepath.Join(env["QWEN_DIR"], credentialFile)
+	os.WriteFile(file, []byte(`{"acc`), 0o600)
+	if status, out := runCommand(t, env, "logout").wait(t); status != 1 || !strings.Contains(out, "cut short") {
+		t.Errorf("exit status %d:\n%s", status, out)
+	}
+	if b, _ := os.ReadFile(file); string(b) != `{"acc` {
+		t.Errorf("the file holds %q", b)
+	}
+}
+
+func TestWithAnAPIKeyThereIsNoOAuth(t *testing.T) {
+	qwen, env := qwenEnv(t)
+	env["QWEN_API_KEY"] = "sk-sp-mine"
+	if status, out := runCommand(t, env, "login").wait(t); status != 2 || !strings.Contains(out, "QWEN_API_KEY") {
+		t.Errorf("login: exit status %d:\n%s", status, out)
+	}
+	if status, out := runCommand(t, env, "status").wait(t); status != 0 || !strings.Contains(out, "API key") || strings.Contains(out, "sk-sp-mine") {
+		t.Errorf("status: exit status %d:\n%s", status, out)
+	}
+	env["SERVER_PORT"] = "0"
+	server := start(t, env)
+	server.stderr.await(t, `the key looks like a Coding Plan or Token Plan key`)
+	if _, body := server.get("/auth"); !strings.Contains(body, "api_key") {
+		t.Errorf("/auth: %s", body)
+	}
+	if qwen.counts() != (standInCounts{}) {
+		t.Errorf("the OAuth server was asked: %+v", qwen.counts())
+	}
+	if _, err := os.Stat(env["QWEN_DIR"]); err == nil {
+		t.Error("QWEN_DIR was made")
+	}
+}
+
+func TestPlanMismatch(t *testing.T) {
+	for _, tt := range []struct {
+		key, base string
+		warns     bool
+	}{
+		{"sk-1", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", false},
+		{"sk-1", "https://dashscope.aliyuncs.com/compatible-mode/v1", false},
+		{"sk-1", "https://ws.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1", false},
+		{"sk-sp-1", "https://coding-intl.dashscope.aliyuncs.com/v1", false},
+		{"sk-sp-1", "https://coding.dashscope.aliyuncs.com/v1", false},
+		{"sk-sp-1", "https://token-plan.cn-beijing.maas.aliyuncs.com/compatible-mode/v1", false},
+		{"sk-sp-1", "http://127.0.0.1/v1", false},
+		{"sk-sp-1", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", true},
+		{"sk-1", "https://coding-intl.dashscope.aliyuncs.com/v1", true},
+		{"sk-1", "https://token-plan.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1", true},
+	} {
+		base, err := url.Parse(tt.base)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := planMismatch(tt.key, base); (got != "") != tt.warns {
+			t.Errorf("%s with %s: %q, want a warning: %v", tt.key, tt.base, got, tt.warns)
+		}
+	}
+}
+
+func TestTheAPIKeysFileIsFollowed(t *testing.T) {
+	var got = make(chan string, 1)
+	file := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(file, []byte("sk-old\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		got <- r.Header.Get("Authorization")
+		answerJSON(w, 200, "{}")
+	}, map[string]string{"QWEN_API_KEY_FILE": file})
+	p.post("/v1/chat/completions", `{"messages":[]}`)
+	if key := <-got; key != "Bearer sk-old" {
+		t.Errorf("sent %q", key)
+	}
+	if err := os.WriteFile(file, []byte("sk-new\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.stderr.await(t, `"msg":"the API key has changed"`)
+	p.post("/v1/chat/completions", `{"messages":[]}`)
+	if key := <-got; key != "Bearer sk-new" {
+		t.Errorf("sent %q", key)
+	}
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.stderr.await(t, `"msg":"QWEN_API_KEY_FILE can't be read any more`)
+	p.post("/v1/chat/completions", `{"messages":[]}`)
+	if key := <-got; key != "Bearer sk-new" {
+		t.Errorf("sent %q after the file was emptied", key)
+	}
+}
