@@ -1,0 +1,907 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// A sourceTest is a tokenSource over an OAuth server that a function stands for. When the test ends it
+// checks that nothing secret has been logged or shown.
+type sourceTest struct {
+	*tokenSource
+	t           *testing.T
+	cfg         *config
+	log, prompt logBuffer
+	begin       time.Time
+
+	mu       sync.Mutex
+	requests []oauthRequest
+	secrets  map[string]bool // whatever went to and fro between source and server
+}
+
+// An oauthRequest is one that reached the OAuth server.
+type oauthRequest struct {
+	What string // "device", "poll", or the refresh token
+	At   time.Duration
+}
+
+// newSourceTest returns a source over file, the content of its credential file ("" for none), which is not yet running.
+func newSourceTest(t *testing.T, file string, env map[string]string, serve oauthFunc) *sourceTest {
+	t.Helper()
+	full := map[string]string{"QWEN_DIR": filepath.Join(t.TempDir(), "qwen")}
+	for k, v := range env {
+		full[k] = v
+	}
+	cfg, err := loadConfig(lookup(full))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &sourceTest{t: t, cfg: cfg, begin: time.Now(), secrets: map[string]bool{}}
+	if file != "" {
+		s.write(file)
+	}
+	s.tokenSource = newSource(cfg, slog.New(slog.NewJSONHandler(&s.log, nil)), &s.prompt)
+	s.oauth.http.Transport = oauthFunc(func(r *http.Request) (int, string) {
+		s.note(r)
+		status, body := serve(r)
+		s.keepSecret(body)
+		return status, body
+	})
+	t.Cleanup(func() {
+		shown := s.log.String() + s.prompt.String()
+		for secret := range s.secrets {
+			if strings.Contains(shown, secret) {
+				t.Errorf("%q is in the log or at the prompt", secret)
+			}
+		}
+		if t.Failed() {
+			t.Logf("log:\n%s", shown)
+		}
+	})
+	return s
+}
+
+// write puts content into the credential file, now by the bubble's clock.
+func (s *sourceTest) write(content string) {
+	s.t.Helper()
+	s.keepSecret(content)
+	path := filepath.Join(s.cfg.qwenDir, credentialFile)
+	if err := errors.Join(os.MkdirAll(s.cfg.qwenDir, 0o700), os.WriteFile(path, []byte(content), 0o600), os.Chtimes(path, time.Now(), time.Now())); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// read returns the members of the credential file.
+func (s *sourceTest) read() map[string]any {
+	s.t.Helper()
+	var members map[string]any
+	b, err := os.ReadFile(s.store.path())
+	if err = errors.Join(err, json.Unmarshal(b, &members)); err != nil {
+		s.t.Fatal(err)
+	}
+	return members
+}
+
+func (s *sourceTest) note(r *http.Request) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, name := range []string{"refresh_token", "device_code", "code_verifier"} {
+		if r.PostForm.Has(name) {
+			s.secrets[r.PostForm.Get(name)] = true
+		}
+	}
+	what := "device"
+	switch r.PostForm.Get("grant_type") {
+	case "refresh_token":
+		what = r.PostForm.Get("refresh_token")
+	case deviceGrant:
+		what = "poll"
+	}
+	s.requests = append(s.requests, oauthRequest{what, time.Since(s.begin)})
+}
+
+func (s *sourceTest) keepSecret(body string) {
+	var answer map[string]any
+	json.Unmarshal([]byte(body), &answer)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, name := range []string{"access_token", "refresh_token", "device_code", "id_token"} {
+		if secret, ok := answer[name].(string); ok && secret != "" {
+			s.secrets[secret] = true
+		}
+	}
+}
+
+// asked returns the requests that reached the server so far.
+func (s *sourceTest) asked() []oauthRequest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.requests)
+}
+
+// wantAsked checks what the server was asked for, without polls.
+func (s *sourceTest) wantAsked(want ...string) {
+	s.t.Helper()
+	var got []string
+	for _, r := range s.asked() {
+		if r.What != "poll" {
+			got = append(got, r.What)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		s.t.Errorf("requests to the OAuth server (-want +got):\n%s", diff)
+	}
+}
+
+// start runs the source until the test ends or the function that it returns is called, which waits for run's end.
+func (s *sourceTest) start() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.run(ctx)
+	}()
+	stop = func() {
+		cancel()
+		<-done
+	}
+	s.t.Cleanup(stop)
+	return stop
+}
+
+// An outcome is what Token or Replace came to.
+type outcome struct {
+	Got  string // the access token; status and code of an apiError; the text of another error
+	Took time.Duration
+}
+
+func outcomeOf(call func() (*token, error)) outcome {
+	begin := time.Now()
+	tok, err := call()
+	took := time.Since(begin)
+	e, ok := errors.AsType[*apiError](err)
+	switch {
+	case ok:
+		return outcome{fmt.Sprint(e.status, " ", e.code), took}
+	case err != nil:
+		return outcome{err.Error(), took}
+	}
+	return outcome{tok.access, took}
+}
+
+// want checks what Token comes to.
+func (s *sourceTest) want(got string, took time.Duration) {
+	s.t.Helper()
+	if diff := cmp.Diff(outcome{got, took}, outcomeOf(func() (*token, error) { return s.Token(s.t.Context()) })); diff != "" {
+		s.t.Errorf("Token at %v (-want +got):\n%s", time.Since(s.begin), diff)
+	}
+}
+
+// wantLogged checks how many lines of the log have part in them.
+func (s *sourceTest) wantLogged(part string, want int) {
+	s.t.Helper()
+	if got := strings.Count(s.log.String(), part); got != want {
+		s.t.Errorf("%q is in the log %d times, want %d", part, got, want)
+	}
+}
+
+// getAuth returns status and answer of GET /auth.
+func (s *sourceTest) getAuth() (int, map[string]any) {
+	s.t.Helper()
+	w := httptest.NewRecorder()
+	track(s.cfg, s.tokenSource.log, &metrics{}, http.HandlerFunc(s.tokenSource.auth)).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/auth", nil))
+	var answer map[string]any
+	if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil {
+		s.t.Errorf("/auth: %v in %q", err, w.Body)
+	}
+	return w.Code, answer
+}
+
+// wantAuth checks the status that GET /auth tells.
+func (s *sourceTest) wantAuth(want string) {
+	s.t.Helper()
+	if status, answer := s.getAuth(); status != http.StatusOK || answer["status"] != want {
+		s.t.Errorf("/auth: %d %v, want %s", status, answer, want)
+	}
+}
+
+// fileOf is a credential file with the n-th token, which expires in life.
+func fileOf(n int, life time.Duration) string {
+	return fmt.Sprintf(`{"access_token":"access-%[1]d","refresh_token":"refresh-%[1]d","token_type":"Bearer","expiry_date":%[2]d}`,
+		n, time.Now().Add(life).UnixMilli())
+}
+
+func TestTokenIsRenewedBeforeItExpires(t *testing.T) {
+	for _, tt := range []struct{ life, buffer, want time.Duration }{
+		{time.Hour, 5 * time.Minute, 55 * time.Minute},
+		{8 * time.Minute, 5 * time.Minute, 4 * time.Minute}, // half of its life
+		{time.Hour, 2 * time.Hour, 30 * time.Minute},
+		{10 * time.Second, time.Second, 9 * time.Second},
+	} {
+		t.Run(fmt.Sprint(tt.life, " less ", tt.buffer), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const call = 500 * time.Millisecond
+				s := newSourceTest(t, fileOf(0, tt.life), map[string]string{"TOKEN_REFRESH_BUFFER": tt.buffer.String()}, func(*http.Request) (int, string) {
+					time.Sleep(call)
+					return 200, tokenAnswer(1, int(tt.life.Seconds()))
+				})
+				s.start()
+				time.Sleep(tt.want)
+				synctest.Wait()
+				s.want("access-0", 0) // the refresh is under way
+				time.Sleep(call)
+				synctest.Wait()
+				s.want("access-1", 0)
+				time.Sleep(tt.want)
+				synctest.Wait()
+				want := []oauthRequest{{"refresh-0", tt.want}, {"refresh-1", 2*tt.want + call}}
+				if diff := cmp.Diff(want, s.asked()); diff != "" {
+					t.Errorf("requests (-want +got):\n%s", diff)
+				}
+			})
+		})
+	}
+}
+
+// storm calls call 1,000 times at once and returns how often it came to what.
+func storm(call func() (*token, error)) map[outcome]int {
+	outcomes := make(chan outcome, 1000)
+	for range cap(outcomes) {
+		go func() { outcomes <- outcomeOf(call) }()
+	}
+	counts := map[outcome]int{}
+	for range cap(outcomes) {
+		counts[<-outcomes]++
+	}
+	return counts
+}
+
+func TestThousandRequestsAtExpiryWaitForOneRefresh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, 3*time.Second), nil, func(*http.Request) (int, string) {
+			time.Sleep(2 * time.Second)
+			return 200, tokenAnswer(1, 3600)
+		})
+		s.start() // the refresh is from 1.5 s to 3.5 s
+		time.Sleep(3 * time.Second)
+		got := storm(func() (*token, error) { return s.Token(t.Context()) })
+		if diff := cmp.Diff(map[outcome]int{{"access-1", 500 * time.Millisecond}: 1000}, got); diff != "" {
+			t.Errorf("outcomes (-want +got):\n%s", diff)
+		}
+		s.wantAsked("refresh-0")
+	})
+}
+
+func TestThousandRejectionsLeadToOneRefresh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, time.Hour), nil, func(*http.Request) (int, string) {
+			time.Sleep(2 * time.Second)
+			return 200, tokenAnswer(1, 3600)
+		})
+		s.start()
+		rejected, _ := s.Token(t.Context())
+		replace := func() (*token, error) { return s.Replace(t.Context(), rejected) }
+		got := storm(replace)
+		if diff := cmp.Diff(map[outcome]int{{"access-1", 2 * time.Second}: 1000}, got); diff != "" {
+			t.Errorf("outcomes (-want +got):\n%s", diff)
+		}
+		if diff := cmp.Diff(outcome{"access-1", 0}, outcomeOf(replace)); diff != "" {
+			t.Errorf("a late rejection (-want +got):\n%s", diff)
+		}
+		time.Sleep(time.Minute)
+		s.wantAsked("refresh-0")
+	})
+}
+
+func TestWaitersLeaveWithTheirContexts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, -time.Hour), nil, func(*http.Request) (int, string) {
+			time.Sleep(10 * time.Second)
+			return 200, tokenAnswer(1, 3600)
+		})
+		s.start()
+		outcomes := make(chan outcome)
+		for i := range 4 {
+			ctx, cancel := context.WithTimeoutCause(t.Context(), time.Duration(1+4*i)*time.Second, fmt.Errorf("client %d left", i))
+			defer cancel()
+			go func() { outcomes <- outcomeOf(func() (*token, error) { return s.Token(ctx) }) }()
+		}
+		var got []outcome
+		for range 4 {
+			got = append(got, <-outcomes)
+		}
+		want := []outcome{{"client 0 left", time.Second}, {"client 1 left", 5 * time.Second}, {"client 2 left", 9 * time.Second}, {"access-1", 10 * time.Second}}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("outcomes (-want +got):\n%s", diff)
+		}
+		s.wantAsked("refresh-0")
+	})
+}
+
+func TestNobodyWaitsLongerThan30s(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s *sourceTest
+		s = newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
+			if r.PostForm.Get("refresh_token") == "refresh-0" {
+				s.write(fileOf(1, -time.Minute)) // another process was first
+				time.Sleep(20 * time.Second)
+				return 400, grantRefused
+			}
+			time.Sleep(20 * time.Second)
+			return 200, tokenAnswer(2, 3600)
+		})
+		s.start()
+		begin := time.Now()
+		_, err := s.Token(t.Context())
+		e, _ := errors.AsType[*apiError](err)
+		if e == nil || e.status != http.StatusServiceUnavailable || e.retryAfter <= 0 || time.Since(begin) != 30*time.Second {
+			t.Fatalf("got %v after %v, want a 503 with Retry-After after 30s", err, time.Since(begin))
+		}
+		s.want("access-2", 10*time.Second)
+		s.wantAsked("refresh-0", "refresh-1")
+	})
+}
+
+// TestOAuthServerIsDown goes from the first failure through expiry to the server's return.
+func TestOAuthServerIsDown(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		status int
+		body   string
+	}{{"network", 0, ""}, {"5xx", 503, `{"error":"server_error"}`}, {"HTML", 200, htmlAnswer}, {"limit", 429, `{"error":"slow_down"}`}} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var up atomic.Bool
+				s := newSourceTest(t, fileOf(0, 10*time.Minute), nil, func(*http.Request) (int, string) {
+					if up.Load() {
+						return 200, tokenAnswer(1, 3600)
+					}
+					return tt.status, tt.body
+				})
+				s.start()
+				for range 599 {
+					time.Sleep(time.Second)
+					s.want("access-0", 0)
+					if err := s.ready(); err != nil {
+						t.Fatalf("not ready: %v", err)
+					}
+				}
+				time.Sleep(time.Second) // it has expired
+				synctest.Wait()
+				retryAfter := time.Duration(0)
+				for range 600 {
+					time.Sleep(100 * time.Millisecond)
+					synctest.Wait()
+					begin := time.Now()
+					_, err := s.Token(t.Context())
+					e, ok := errors.AsType[*apiError](err)
+					if !ok || e.code != "token_refresh_failed" || e.status != 503 || e.retryAfter <= 0 || e.retryAfter > 30*time.Second || time.Since(begin) != 0 {
+						t.Fatalf("got %v after %v, want token_refresh_failed at once", err, time.Since(begin))
+					}
+					if ready := s.ready(); ready == nil || ready.code != e.code {
+						t.Fatalf("ready says %v, a request was told %v", ready, e)
+					}
+					retryAfter = e.retryAfter
+				}
+				up.Store(true)
+				time.Sleep(retryAfter) // which told the truth
+				s.want("access-1", 0)
+
+				exact := 0
+				requests := s.asked()
+				for i := range requests[1:] {
+					pause, full := requests[i+1].At-requests[i].At, min(time.Second<<min(i, 10), 30*time.Second)
+					if pause < full*4/5 || pause > full {
+						t.Errorf("pause %d is %v, want one from %v to %v", i, pause, full*4/5, full)
+					}
+					if pause == full {
+						exact++
+					}
+				}
+				if n := len(requests); n < 12 || exact > 2 {
+					t.Errorf("%d requests, %d pauses without jitter", n, exact)
+				}
+			})
+		})
+	}
+}
+
+func TestExpiredTokenAndNoServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
+			<-r.Context().Done()
+			return 0, ""
+		})
+		s.start()
+		if err := s.ready(); err == nil || err.status != 503 {
+			t.Errorf("ready: %v, want a 503", err)
+		}
+		s.want("503 token_refresh_failed", oauthTimeout)
+		s.want("503 token_refresh_failed", 0)
+		if _, answer := s.getAuth(); answer["status"] != "signed_in" || !strings.Contains(fmt.Sprint(answer["message"]), "can't be reached") {
+			t.Errorf("/auth: %v", answer)
+		}
+	})
+}
+
+func TestRejectedTokenAndNoServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, time.Hour), nil, func(*http.Request) (int, string) { return 0, "" })
+		s.start()
+		rejected, _ := s.Token(t.Context())
+		for range 2 {
+			got := outcomeOf(func() (*token, error) { return s.Replace(t.Context(), rejected) })
+			if diff := cmp.Diff(outcome{"503 token_refresh_failed", 0}, got); diff != "" {
+				t.Errorf("Replace (-want +got):\n%s", diff)
+			}
+		}
+		s.want("access-0", 0)
+		s.wantAsked("refresh-0")
+	})
+}
+
+func TestRefusedRefresh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		devices := 0
+		s := newSourceTest(t, fileOf(0, 10*time.Minute), nil, func(r *http.Request) (int, string) {
+			switch r.PostForm.Get("grant_type") {
+			case "refresh_token":
+				return 400, grantRefused
+			case deviceGrant:
+				if devices == 2 {
+					return 200, tokenAnswer(1, 3600)
+				}
+				return 400, pendingAnswer
+			}
+			devices++
+			return 200, deviceAnswer(map[string]any{"expires_in": 120})
+		})
+		s.start()
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		s.wantLogged("invalid_grant", 1)
+		if !strings.Contains(s.prompt.String(), "\nhttps://chat.qwen.ai/authorize?user_code=WDJB-MJHT\n") || !strings.Contains(s.prompt.String(), "\nWDJB-MJHT\n") {
+			t.Errorf("prompt %q, want link and code on lines of their own", s.prompt.String())
+		}
+		s.want("access-0", 0)
+		time.Sleep(5*time.Minute - time.Nanosecond)
+		s.want("access-0", 0) // good until it expires
+		s.wantAsked("refresh-0", "device")
+		time.Sleep(time.Nanosecond)
+		s.want("401 sign_in_expired", 0) // and a new link, the old one being dead
+		synctest.Wait()
+		s.wantAsked("refresh-0", "device", "device")
+		s.wantAuth(signInPending)
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		s.want("access-1", 0)
+		s.wantAuth("signed_in")
+	})
+}
+
+// TestRefusedRefreshLooksIntoTheFile has another process write what is in file while the source's refresh token is refused.
+func TestRefusedRefreshLooksIntoTheFile(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		file  func() string
+		asked []string
+		got   string
+	}{
+		{"a good token is adopted", func() string { return fileOf(1, time.Hour) }, []string{"refresh-0"}, "access-1"},
+		{"an expired token is renewed", func() string { return fileOf(1, -time.Hour) }, []string{"refresh-0", "refresh-1"}, "access-2"},
+		{"the same token", func() string { return fileOf(0, -time.Hour) }, []string{"refresh-0", "device"}, "401 sign_in_expired"},
+		{"nonsense", func() string { return "{" }, []string{"refresh-0", "device"}, "401 sign_in_expired"},
+		{"signed out", func() string { return "{}" }, []string{"refresh-0", "device"}, "401 sign_in_expired"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var s *sourceTest
+				s = newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
+					switch r.PostForm.Get("refresh_token") {
+					case "refresh-0":
+						s.write(tt.file())
+						return 400, grantRefused
+					case "refresh-1":
+						return 200, tokenAnswer(2, 3600)
+					}
+					return 200, deviceAnswer(nil)
+				})
+				s.start()
+				s.want(tt.got, 0)
+				synctest.Wait()
+				s.wantAsked(tt.asked...)
+			})
+		})
+	}
+}
+
+func TestRefreshKeepsWhatTheAnswerLacks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file := fmt.Sprintf(`{"access_token":"access-0","refresh_token":"refresh-0","token_type":"Bearer","resource_url":"dashscope.aliyuncs.com/compatible-mode",
+			"id_token":"id-0","scope":"openid","expiry_date":%d,"endpoint":{"of":"Qwen Code"}}`, time.Now().Add(-time.Hour).UnixMilli())
+		s := newSourceTest(t, file, nil, func(*http.Request) (int, string) { return 200, `{"access_token":"access-1","expires_in":3600}` })
+		s.start()
+		tok, err := s.Token(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := tok.base.String(); got != "https://dashscope.aliyuncs.com/compatible-mode/v1" {
+			t.Errorf("base %q, want the old one", got)
+		}
+		want := map[string]any{"access_token": "access-1", "refresh_token": "refresh-0", "token_type": "Bearer", "id_token": "id-0", "scope": "openid",
+			"resource_url": "dashscope.aliyuncs.com/compatible-mode", "expiry_date": float64(time.Now().Add(time.Hour).UnixMilli()), "endpoint": map[string]any{"of": "Qwen Code"}}
+		if diff := cmp.Diff(want, s.read()); diff != "" {
+			t.Errorf("credential file (-want +got):\n%s", diff)
+		}
+		time.Sleep(55 * time.Minute)
+		synctest.Wait()
+		s.wantAsked("refresh-0", "refresh-0")
+	})
+}
+
+func TestSignIn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var approved atomic.Bool
+		s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
+			time.Sleep(2 * time.Second)
+			switch {
+			case !r.PostForm.Has("grant_type"):
+				return 200, deviceAnswer(nil)
+			case approved.Load():
+				return 200, tokenAnswer(1, 3600)
+			}
+			return 400, pendingAnswer
+		})
+		s.want("401 not_signed_in", 0)
+		s.start()
+		begin := time.Now()
+		var answers sync.WaitGroup
+		for range 50 {
+			answers.Go(func() {
+				_, got := s.getAuth()
+				want := map[string]any{"status": signInPending, "user_code": "WDJB-MJHT", "verification_uri": "https://chat.qwen.ai/authorize",
+					"verification_uri_complete": "https://chat.qwen.ai/authorize?user_code=WDJB-MJHT",
+					"expires_at":                time.Now().Add(15 * time.Minute).UTC().Format(time.RFC3339),
+					"message":                   "Open verification_uri_complete in a browser and check that it shows user_code."}
+				if diff := cmp.Diff(want, got); diff != "" {
+					t.Errorf("/auth (-want +got):\n%s", diff)
+				}
+			})
+		}
+		s.want("401 not_signed_in", 0)
+		answers.Wait()
+		if took := time.Since(begin); took != 2*time.Second {
+			t.Errorf("/auth answered after %v, want 2s", took)
+		}
+		s.want("401 not_signed_in", 0)
+		if err := s.ready(); err == nil || err.code != "not_signed_in" {
+			t.Errorf("ready: %v", err)
+		}
+
+		approved.Store(true)
+		time.Sleep(7 * time.Second)
+		synctest.Wait()
+		s.want("access-1", 0)
+		s.wantAuth("signed_in")
+		s.wantAsked("device")
+		if got := s.state.Load().signIn.status; got != signInComplete {
+			t.Errorf("sign-in %q, want complete", got)
+		}
+		if err := s.ready(); err != nil {
+			t.Errorf("not ready: %v", err)
+		}
+		want := map[string]any{"access_token": "access-1", "refresh_token": "refresh-1", "token_type": "Bearer", "resource_url": "portal.qwen.ai",
+			"expiry_date": float64(time.Now().Add(time.Hour).UnixMilli())}
+		if diff := cmp.Diff(want, s.read()); diff != "" {
+			t.Errorf("credential file (-want +got):\n%s", diff)
+		}
+		if info, err := os.Stat(s.store.path()); err != nil || info.Mode() != 0o600 {
+			t.Errorf("credential file: %v, %v; want mode 0600", info.Mode(), err)
+		}
+		if n := strings.Count(s.prompt.String(), "https://"); n != 1 {
+			t.Errorf("%d links at the prompt, want 1", n)
+		}
+	})
+}
+
+// TestSignInEnds has a sign-in end without success, and looks at who starts the next one.
+func TestSignInEnds(t *testing.T) {
+	for _, tt := range []struct {
+		name, answer string
+		after        time.Duration
+		status       string
+	}{
+		{"expired", pendingAnswer, 15 * time.Minute, signInExpired},
+		{"denied", `{"error":"access_denied"}`, 5 * time.Second, signInDenied},
+		{"failed", `{"error":"invalid_grant"}`, 5 * time.Second, signInFailed},
+	} {
+		for _, by := range []string{"a request a minute later", "/auth at once"} {
+			t.Run(tt.name+", restarted by "+by, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
+						if r.PostForm.Has("grant_type") {
+							return 400, tt.answer
+						}
+						return 200, deviceAnswer(nil)
+					})
+					s.start()
+					time.Sleep(tt.after)
+					synctest.Wait()
+					if got := s.state.Load().signIn.status; got != tt.status {
+						t.Fatalf("sign-in %q, want %q", got, tt.status)
+					}
+					s.wantLogged("sign-in ended without success", 1)
+					if by == "/auth at once" {
+						s.wantAuth(signInPending)
+					} else {
+						time.Sleep(time.Minute)
+						s.want("401 not_signed_in", 0)
+						synctest.Wait()
+						s.wantAsked("device") // not yet: the next one is a breath later
+						time.Sleep(time.Nanosecond)
+						s.want("401 not_signed_in", 0)
+					}
+					synctest.Wait()
+					s.wantAsked("device", "device")
+					s.wantLogged("waiting for sign-in", 2)
+				})
+			})
+		}
+	}
+}
+
+func TestSignInWithoutServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up atomic.Bool
+		s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
+			switch {
+			case !up.Load():
+				return 502, htmlAnswer
+			case r.PostForm.Has("grant_type"):
+				return 200, tokenAnswer(1, 3600)
+			}
+			return 200, deviceAnswer(nil)
+		})
+		s.start()
+		time.Sleep(10 * time.Minute)
+		status, answer := s.getAuth()
+		if status != http.StatusServiceUnavailable || dig(object(answer), "error") == nil {
+			t.Errorf("/auth: %d %v, want 503 and an error", status, answer)
+		}
+		if n := len(s.asked()); n < 14 || n > 21 {
+			t.Errorf("%d attempts in 10 minutes, want pauses up to a minute", n)
+		}
+		s.wantLogged("a sign-in is needed, but Qwen can't be reached", 1)
+		up.Store(true)
+		time.Sleep(maxSignInPause + 5*time.Second)
+		synctest.Wait()
+		s.want("access-1", 0)
+	})
+}
+
+func TestSignInRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, "", nil, func(*http.Request) (int, string) { return 400, `{"error":"invalid_client"}` })
+		s.start()
+		time.Sleep(time.Hour)
+		s.wantAsked("device")
+		if status, _ := s.getAuth(); status != http.StatusServiceUnavailable {
+			t.Errorf("/auth: %d, want 503", status)
+		}
+		s.wantAsked("device", "device")
+		s.wantLogged("Qwen refused to start a sign-in", 2)
+	})
+}
+
+func TestAuthWaitsTenSecondsForALink(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
+			<-r.Context().Done()
+			return 0, ""
+		})
+		s.start()
+		begin := time.Now()
+		if status, _ := s.getAuth(); status != http.StatusServiceUnavailable || time.Since(begin) != maxSignInWait {
+			t.Errorf("/auth: %d after %v, want 503 after %v", status, time.Since(begin), maxSignInWait)
+		}
+	})
+}
+
+func TestUnusableFileIsLeftUntilASignInIsComplete(t *testing.T) {
+	for _, file := range []string{`{"access_token":"access-0","refre`, `{"name":"another program's"}`, "not JSON", `["a"]`} {
+		t.Run(file, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newSourceTest(t, file, nil, func(r *http.Request) (int, string) {
+					if r.PostForm.Has("grant_type") {
+						return 200, tokenAnswer(1, 3600)
+					}
+					return 200, deviceAnswer(nil)
+				})
+				s.start()
+				s.want("401 not_signed_in", 0)
+				synctest.Wait()
+				if b, err := os.ReadFile(s.store.path()); string(b) != file {
+					t.Errorf("the file is now %q, %v", b, err)
+				}
+				s.wantLogged("the credential file can't be used", 1)
+				time.Sleep(5 * time.Second)
+				synctest.Wait()
+				s.want("access-1", 0)
+				if got := s.read()["access_token"]; got != "access-1" {
+					t.Errorf("the file has access token %v", got)
+				}
+			})
+		})
+	}
+}
+
+func TestTokenIsUsedWhereItCannotBeStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(file, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s := newSourceTest(t, "", map[string]string{"QWEN_DIR": file}, func(r *http.Request) (int, string) {
+			if r.PostForm.Has("grant_type") {
+				return 200, tokenAnswer(1, 3600)
+			}
+			return 200, deviceAnswer(nil)
+		})
+		s.start()
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		s.want("access-1", 0)
+		s.wantLogged("the credentials could not be stored and are lost when the proxy stops", 1)
+	})
+}
+
+func TestTokenGoesToNoForeignHost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
+			if r.PostForm.Has("grant_type") {
+				return 200, `{"access_token":"access-1","refresh_token":"refresh-1","resource_url":"https://evil.example"}`
+			}
+			return 200, deviceAnswer(nil)
+		})
+		s.start()
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		if tok, err := s.Token(t.Context()); err != nil || tok.base != nil || tok.baseErr == nil {
+			t.Errorf("got %v, base %v, %v; want a token without base", err, tok.base, tok.baseErr)
+		}
+		if err := s.ready(); err == nil || err.code != "resource_url_refused" || !strings.Contains(err.message, "API_BASE_URL") {
+			t.Errorf("ready: %v, want resource_url_refused", err)
+		}
+		s.wantLogged("set API_BASE_URL to it", 1)
+	})
+}
+
+func TestShutdownStoresTheRefreshUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, -time.Hour), nil, func(*http.Request) (int, string) {
+			time.Sleep(10 * time.Second)
+			return 200, tokenAnswer(1, 3600)
+		})
+		stop := s.start()
+		time.Sleep(4 * time.Second)
+		begin := time.Now()
+		stop()
+		if took := time.Since(begin); took != 6*time.Second {
+			t.Errorf("run returned after %v, want 6s", took)
+		}
+		if got := s.read()["refresh_token"]; got != "refresh-1" {
+			t.Errorf("stored refresh token %v, want the new one", got)
+		}
+	})
+}
+
+func TestShutdownEndsASignIn(t *testing.T) {
+	for _, after := range []time.Duration{time.Second, 3 * time.Second, 8 * time.Second} { // starting, between polls, during one
+		synctest.Test(t, func(t *testing.T) {
+			s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
+				sleep(r.Context(), 2*time.Second)
+				if r.PostForm.Has("grant_type") {
+					return 400, pendingAnswer
+				}
+				return 200, deviceAnswer(nil)
+			})
+			stop := s.start()
+			time.Sleep(after)
+			begin := time.Now()
+			stop()
+			if took := time.Since(begin); took != 0 {
+				t.Errorf("run returned after %v, want at once", took)
+			}
+			s.wantLogged("sign-in ended", 0)
+			s.wantLogged("can't be reached", 0)
+		})
+	}
+}
+
+func TestAccountThatIsNotServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, time.Hour), nil, func(*http.Request) (int, string) { return 0, "" })
+		for i := range 60 {
+			s.servedWith(false)
+			if err := s.ready(); err != nil {
+				t.Fatalf("not ready after %d s: %v", i, err)
+			}
+			time.Sleep(time.Second)
+		}
+		if err := s.ready(); err == nil || err.code != "qwen_oauth_unavailable" || !strings.Contains(err.message, "QWEN_API_KEY") {
+			t.Errorf("ready after a minute: %v, want qwen_oauth_unavailable", err)
+		}
+		s.wantLogged("does not serve this account", 1)
+		s.servedWith(true)
+		if err := s.ready(); err != nil {
+			t.Errorf("not ready after a success: %v", err)
+		}
+		s.servedWith(false)
+		s.wantLogged("does not serve this account", 2)
+	})
+}
+
+func TestKeySource(t *testing.T) {
+	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-secret"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSource(cfg, slog.New(slog.DiscardHandler), nil)
+	s.run(t.Context()) // there is nothing to do
+	tok, err := s.Token(t.Context())
+	if err != nil || tok.authorization != "Bearer sk-secret" || tok.base.String() != "https://dashscope-intl.aliyuncs.com/compatible-mode/v1" || s.ready() != nil {
+		t.Errorf("token for %v, error %v, ready %v", tok.base, err, s.ready())
+	}
+}
+
+// signedIn returns a source whose token is good for long.
+func signedIn(t testing.TB) *tokenSource {
+	s := &tokenSource{oauth: &oauthClient{}}
+	s.state.Store(&authState{token: s.prepare(&token{access: "access-0", expiry: wallClock().Add(time.Hour)})})
+	return s
+}
+
+func TestTokenDoesNotAllocate(t *testing.T) {
+	s := signedIn(t)
+	if n := testing.AllocsPerRun(1000, func() { s.Token(t.Context()) }); n != 0 {
+		t.Errorf("%v allocations, want 0", n)
+	}
+}
+
+func BenchmarkToken(b *testing.B) {
+	s, ctx := signedIn(b), b.Context()
+	b.Run("serial", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if _, err := s.Token(ctx); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				if _, err := s.Token(ctx); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	})
+}
