@@ -1,0 +1,164 @@
+// The /auth page in a real browser, against `qwen-go-proxy demo`: signing in, denying, and both without JavaScript. It
+// needs Go and Chromium, and leaves screenshots in a temporary directory.
+import assert from 'node:assert/strict'
+import { execFileSync, spawn } from 'node:child_process'
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { createInterface } from 'node:readline'
+import { chromium } from 'playwright-core'
+
+const temporary = mkdtempSync(join(tmpdir(), 'auth-page-'))
+const shots = mkdtempSync(join(tmpdir(), 'auth-page-screenshots-'))
+const program = join(temporary, 'qwen-go-proxy')
+execFileSync('go', ['build', '-o', program, '.'], { cwd: join(import.meta.dirname, '../..'), stdio: 'inherit' })
+
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? execFileSync('which', ['chromium'], { encoding: 'utf8' }).trim(),
+  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+    '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+})
+
+// check runs one scenario in a new context, on a demo of its own: that approves its sign-in by itself after 5 s, so a
+// scenario that decides otherwise must be quick.
+async function check(name, options, scenario) {
+  const demo = spawn(program, ['demo'], { env: { SERVER_HOST: '127.0.0.1', SERVER_PORT: '0' }, stdio: ['ignore', 'ignore', 'pipe'] })
+  const ended = new Promise(resolve => demo.on('exit', resolve))
+  const context = await browser.newContext(options)
+  try {
+    const origin = await new Promise((resolve, reject) => {
+      createInterface({ input: demo.stderr }).on('line', line => {
+        const url = line.match(/"msg":"listening".*"url":"([^"]+)"/)
+        if (url) resolve(url[1])
+      })
+      ended.then(status => reject(new Error(`the demo ended with status ${status}`)))
+    })
+    const faults = []
+    const page = await context.newPage()
+    page.on('console', m => faults.push(`console: ${m.text()}`)) // CSP violations too
+    page.on('pageerror', e => faults.push(`error: ${e.message}`))
+    page.on('request', r => new URL(r.url()).origin === origin || r.url() === 'data:,' || faults.push(`request to ${r.url()}`))
+    await page.goto(origin + '/auth')
+    await scenario(page, origin, faults)
+    assert.deepEqual(faults, [])
+    console.log(`ok   ${name}`)
+  } finally {
+    await context.close()
+    demo.kill()
+    await ended
+  }
+}
+
+const heading = (page, text) => page.getByRole('heading', { level: 1, name: text, exact: true }).waitFor({ timeout: 20_000 })
+
+// decide follows the link into a new tab and presses a button of the stand-in's page there.
+async function decide(page, button) {
+  const code = await page.locator('.code').textContent()
+  const opened = page.context().waitForEvent('page')
+  await page.getByRole('link', { name: 'Open Qwen’s page in a new tab' }).click()
+  const qwen = await opened
+  await qwen.waitForLoadState()
+  assert.equal(await qwen.locator('.code').textContent(), code)
+  assert.equal(await qwen.evaluate(() => window.opener), null)
+  if (button === 'Deny' || await qwen.getByRole('button').count() > 0) await qwen.getByRole('button', { name: button }).click()
+  await qwen.getByText(button === 'Deny' ? 'Denied.' : 'Approved.').waitFor()
+  await qwen.close()
+}
+
+async function chat(origin) {
+  const answer = await fetch(origin + '/v1/chat/completions', { method: 'POST', body: '{"messages":[{"role":"user","content":"Hello"}]}' })
+  assert.equal(answer.status, 200)
+  assert.match((await answer.json()).choices[0].message.content, /You said: "Hello"/)
+}
+
+// wantContrast checks the text that the page shows now for WCAG 2.2's 1.4.3, level AA, at its strictest.
+async function wantContrast(page) {
+  const low = await page.evaluate(() => {
+    const parse = color => color.match(/[\d.]+/g).map(Number)
+    const luminance = color => {
+      const [r, g, b] = parse(color).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+      return 0.2126 * r + 0.7152 * g + 0.0722 * b
+    }
+    const background = e => parse(getComputedStyle(e).backgroundColor)[3] === 0 ? background(e.parentElement) : getComputedStyle(e).backgroundColor
+    return [...document.querySelectorAll('main *')].filter(e => e.innerText?.trim()).map(e => {
+      const [dark, light] = [luminance(getComputedStyle(e).color), luminance(background(e))].sort((a, b) => a - b)
+      return { text: e.innerText, ratio: (light + 0.05) / (dark + 0.05) }
+    }).filter(({ ratio }) => !(ratio >= 4.5))
+  })
+  assert.deepEqual(low, [])
+}
+
+try {
+  await check('approve in a new tab, and chat', {}, async (page, origin) => {
+    await heading(page, 'Sign in to Qwen')
+    assert.match(await page.locator('.code').textContent(), /^[A-Z]{4}-[A-Z]{4}$/)
+    await decide(page, 'Approve')
+    await heading(page, 'Signed in')
+    assert.match(await page.title(), /^Signed in/)
+    assert.equal(await page.getByText(origin + '/v1', { exact: true }).count(), 1)
+    assert.equal(new URL(page.url()).pathname, '/auth') // it has turned in place
+    await chat(origin)
+  })
+
+  await check('deny, and start again', {}, async page => {
+    const code = await page.locator('.code').textContent()
+    await decide(page, 'Deny')
+    await heading(page, 'Sign-in denied')
+    assert.equal(await page.evaluate(() => document.activeElement.tagName), 'H1') // it was on the link, which is gone
+    await page.keyboard.press('Tab')
+    assert.equal(await page.evaluate(() => document.activeElement.textContent), 'Start again')
+    await page.keyboard.press('Enter')
+    await heading(page, 'Sign in to Qwen')
+    assert.notEqual(await page.locator('.code').textContent(), code)
+    await page.getByText(/^14:5[0-8] left$/).waitFor() // it counts down
+    await heading(page, 'Signed in') // the demo approves
+  })
+
+  await check('the proxy goes away and comes back', {}, async (page, origin, faults) => {
+    await page.route('**/auth?watch', route => route.abort())
+    await page.getByText('The proxy does not answer.').waitFor()
+    await page.unroute('**/auth?watch')
+    await heading(page, 'Signed in')
+    await page.getByText('The proxy does not answer.').waitFor({ state: 'hidden' })
+    for (const fault of faults.splice(0)) assert.match(fault, /ERR_FAILED/)
+  })
+
+  await check('without JavaScript', { javaScriptEnabled: false }, async (page, origin) => {
+    await decide(page, 'Approve')
+    await heading(page, 'Signed in')
+    await chat(origin)
+  })
+
+  await check('without JavaScript: deny, and start again', { javaScriptEnabled: false }, async page => {
+    await decide(page, 'Deny')
+    await heading(page, 'Sign-in denied')
+    await page.getByRole('link', { name: 'Start again' }).click()
+    await heading(page, 'Sign in to Qwen')
+  })
+
+  for (const colorScheme of ['light', 'dark']) {
+    for (const viewport of [{ width: 360, height: 740 }, { width: 1280, height: 800 }]) {
+      const name = `${colorScheme}, ${viewport.width}x${viewport.height}`
+      await check(name, { colorScheme, viewport }, async page => {
+        const shoot = async state => {
+          await wantContrast(page)
+          assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), viewport.width) // nothing sticks out
+          await page.screenshot({ path: join(shots, `${state}-${colorScheme}-${viewport.width}x${viewport.height}.png`) })
+        }
+        await heading(page, 'Sign in to Qwen')
+        await shoot('pending')
+        await decide(page, 'Deny')
+        await heading(page, 'Sign-in denied')
+        await shoot('denied')
+        await page.getByRole('link', { name: 'Start again' }).click()
+        await decide(page, 'Approve')
+        await heading(page, 'Signed in')
+        await shoot('signed-in')
+      })
+    }
+  }
+} finally {
+  await browser.close()
+  rmSync(temporary, { recursive: true })
+  console.log(`screenshots: ${shots}`)
+}
