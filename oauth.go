@@ -121,7 +121,7 @@ func (c *oauthClient) authorize(ctx context.Context) (*deviceAuth, error) {
 	switch {
 	case answer.DeviceCode == "":
 		return nil, errors.New("device authorization: the answer has no device_code")
-	case answer.UserCode == "" || !printable(answer.UserCode) || len(answer.UserCode) > 100:
+	case !validKey(answer.UserCode) || len(answer.UserCode) > 100:
 		return nil, errors.New("device authorization: the answer has no usable user_code")
 	case !c.showable(answer.VerificationURI) || !c.showable(answer.VerificationURIComplete):
 		return nil, errors.New("device authorization: the answer has no usable verification_uri")
@@ -266,7 +266,14 @@ func (c *oauthClient) post(ctx context.Context, path string, form url.Values, an
 		Error       string `json:"error"`
 		Description string `json:"error_description"`
 	}
-	isJSON := json.Unmarshal(body, &failure) == nil
+	json.Unmarshal(body, &failure) // a mistyped member is as good as none
+	isJSON := json.Valid(body)
+	for _, name := range []string{"refresh_token", "device_code", "code_verifier"} {
+		if secret := form.Get(name); secret != "" { // some servers repeat what they refuse
+			failure.Error = strings.ReplaceAll(failure.Error, secret, "(not shown)")
+			failure.Description = strings.ReplaceAll(failure.Description, secret, "(not shown)")
+		}
+	}
 	switch {
 	case isJSON && failure.Error != "":
 		return &oauthError{Status: res.StatusCode, Code: clip(failure.Error, 100), Description: clip(failure.Description, 300)}

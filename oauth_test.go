@@ -449,3 +449,30 @@ func FuzzTokenAnswer(f *testing.F) {
 		}
 	})
 }
+
+func TestUserCodeCannotDriveATerminal(t *testing.T) {
+	for _, code := range []string{"WDJB\u009b2J", "WDJB\u202eMJHT", "WDJB\u2028MJHT"} { // CSI, right-to-left, a line separator
+		c := newTestOAuth(t, func(*http.Request) (int, string) { return 200, deviceAnswer(map[string]any{"user_code": code}) })
+		if d, err := c.authorize(t.Context()); err == nil {
+			t.Errorf("%q would be shown", d.userCode)
+		}
+	}
+}
+
+func TestRefusalWithMistypedMembers(t *testing.T) {
+	for _, body := range []string{`{"error":"invalid_grant","error_description":["x"]}`, `{"error":{"code":"invalid_token"}}`} {
+		c := newTestOAuth(t, func(*http.Request) (int, string) { return 401, body })
+		if _, err := c.refresh(t.Context(), "refresh-secret"); !refused(err) {
+			t.Errorf("%s: %v is not taken for a refusal", body, err)
+		}
+	}
+}
+
+func TestErrorsHideWhatTheServerRepeats(t *testing.T) {
+	c := newTestOAuth(t, func(r *http.Request) (int, string) {
+		return 400, fmt.Sprintf(`{"error":"invalid_grant","error_description":"there is no %s"}`, r.PostForm.Get("refresh_token"))
+	})
+	if _, err := c.refresh(t.Context(), "refresh-secret"); err == nil || strings.Contains(err.Error(), "secret") {
+		t.Errorf("the error shows the refresh token: %v", err)
+	}
+}

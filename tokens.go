@@ -298,6 +298,7 @@ func (s *tokenSource) follow() bool {
 		err == nil && t.refresh != st.token.refresh && st.refused != nil:
 		s.log.Info("another process has changed the credentials; using them", "token", t)
 		s.setToken(t)
+		s.unserved.Store(nil) // it may be another account's
 		if st.signIn.active() {
 			s.update(func(st *authState) { st.signIn = signIn{status: signInComplete, ended: now} })
 		}
@@ -357,6 +358,9 @@ func (s *tokenSource) refresh(ctx context.Context) {
 	old := s.state.Load().token
 	s.update(func(st *authState) { st.refreshing = true })
 	fresh, err := s.redeem(ctx, old)
+	if s.state.Load().token != old {
+		return // a sign-in has been completed meanwhile, and counts
+	}
 	switch {
 	case err == nil:
 		s.log.Info("token refreshed", "expires", fresh.expiry)
@@ -375,7 +379,7 @@ func (s *tokenSource) refresh(ctx context.Context) {
 		})
 		st := s.state.Load()
 		s.log.Warn("token refresh failed; trying again", "error", err, "attempt", st.attempts,
-			"in", time.Until(st.retryAt).Round(time.Millisecond), "token", old)
+			"in", time.Until(st.retryAt).Round(time.Millisecond).String(), "token", old)
 	}
 }
 
@@ -534,6 +538,7 @@ func (s *tokenSource) signIn(ctx context.Context) {
 	if err == nil {
 		s.stored(storeSignIn(context.WithoutCancel(ctx), s.store, t))
 		s.setToken(t)
+		s.unserved.Store(nil) // it may be another account's
 		set(signIn{status: signInComplete, auth: auth, ended: time.Now()})
 		s.log.Info("signed in", "expires", t.expiry)
 		if t.baseErr != nil {

@@ -576,6 +576,7 @@ func TestSignIn(t *testing.T) {
 			answers.Go(func() {
 				_, got := s.getAuth()
 				want := map[string]any{"status": signInPending, "user_code": "WDJB-MJHT", "verification_uri": "https://chat.qwen.ai/authorize",
+					"reason":                    "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log.",
 					"verification_uri_complete": "https://chat.qwen.ai/authorize?user_code=WDJB-MJHT",
 					"expires_at":                time.Now().Add(15 * time.Minute).UTC().Format(time.RFC3339),
 					"message":                   "Open verification_uri_complete in a browser and check that it shows user_code."}
@@ -903,5 +904,80 @@ func BenchmarkToken(b *testing.B) {
 				}
 			}
 		})
+	})
+}
+
+func TestNewSignInOfAnAccountThatWasNotServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, time.Hour), nil, func(r *http.Request) (int, string) {
+			if r.PostForm.Has("grant_type") {
+				return 200, tokenAnswer(1, 3600)
+			}
+			return 200, deviceAnswer(nil)
+		})
+		s.start()
+		s.servedWith(false)
+		time.Sleep(time.Minute)
+		s.wantAuth(signInPending)
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		s.want("access-1", 0)
+		s.wantAuth("signed_in")
+		s.wantAsked("device")
+		if err := s.ready(); err != nil {
+			t.Errorf("not ready: %v", err)
+		}
+	})
+}
+
+// TestSignInWinsOverARefreshUnderWay has a sign-in become complete at 5:04, while the refresh goes on from 5:00 to 5:20.
+func TestSignInWinsOverARefreshUnderWay(t *testing.T) {
+	for _, status := range []int{200, 400, 0} {
+		t.Run(fmt.Sprint("refresh ends with ", status), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newSourceTest(t, fileOf(0, 10*time.Minute), nil, func(r *http.Request) (int, string) {
+					switch r.PostForm.Get("grant_type") {
+					case "refresh_token":
+						time.Sleep(20 * time.Second)
+						return status, map[int]string{200: tokenAnswer(7, 3600), 400: grantRefused}[status]
+					case deviceGrant:
+						return 200, tokenAnswer(1, 3600)
+					}
+					return 200, deviceAnswer(nil)
+				})
+				s.start()
+				s.servedWith(false)
+				time.Sleep(5*time.Minute - time.Second)
+				s.wantAuth(signInPending)
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				s.want("access-1", 0)
+				if st := s.state.Load(); st.refused != nil || st.failed != nil {
+					t.Errorf("what became of the old refresh token counts for the new sign-in: %v, %v", st.refused, st.failed)
+				}
+				if got := s.read()["access_token"]; got != "access-1" {
+					t.Errorf("stored access token %v, want the new sign-in's", got)
+				}
+			})
+		})
+	}
+}
+
+func TestAuthShowsTheLinkAsSoonAsARefreshIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, 10*time.Minute), nil, func(r *http.Request) (int, string) {
+			switch r.PostForm.Get("grant_type") {
+			case "refresh_token":
+				return 400, grantRefused
+			case deviceGrant:
+				return 400, pendingAnswer
+			}
+			return 200, deviceAnswer(nil)
+		})
+		s.start()
+		time.Sleep(6 * time.Minute)
+		s.want("access-0", 0)
+		s.wantAuth(signInPending)
+		s.wantAsked("refresh-0", "device")
 	})
 }
