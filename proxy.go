@@ -467,13 +467,14 @@ func (p *proxy) modifyResponse(res *http.Response) error {
 	if body.sse = isEventStream(h.Get("Content-Type")) && h.Get("Content-Encoding") == ""; body.sse {
 		h["Cache-Control"] = []string{"no-cache"}
 		h["X-Accel-Buffering"] = []string{"no"} // nginx passes each event on at once then
+		// A comment or an error event may come on top of what is announced.
+		h.Del("Content-Length")
+		res.ContentLength = -1
 		c.x.mu.Lock()
 		c.x.sse = true
 		c.x.mu.Unlock()
 		if c.completion != nil {
 			body.translated = c.completion.stream(body.src)
-			h.Del("Content-Length")
-			res.ContentLength = -1
 		}
 		res.Body = body
 		p.metrics.streams.Add(1)
