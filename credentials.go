@@ -232,6 +232,7 @@ func (s *credentialStore) reserve() (*newFile, error) {
 	if real, err := filepath.EvalSymlinks(target); err == nil {
 		target = real
 	}
+	removeLeft(filepath.Dir(target))
 	f, err := os.CreateTemp(filepath.Dir(target), "."+credentialFile+".*.tmp") // mode 0600
 	if err != nil {
 		return nil, err
@@ -242,6 +243,18 @@ func (s *credentialStore) reserve() (*newFile, error) {
 		return nil, err
 	}
 	return n, nil
+}
+
+// removeLeft removes the temporary files that crashes have left in dir: they hold tokens. What is in use is younger.
+func removeLeft(dir string) {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		info, err := e.Info()
+		if err == nil && strings.HasPrefix(e.Name(), "."+credentialFile+".") && strings.HasSuffix(e.Name(), ".tmp") &&
+			time.Since(info.ModTime()) > time.Minute {
+			os.Remove(filepath.Join(dir, e.Name()))
+		}
+	}
 }
 
 // discard gives the room up. It does nothing after commit.

@@ -20,6 +20,10 @@ const (
 	// lockBeat is how often a holder sets its lock's time to now. Older versions of Qwen Code break one of 10 s.
 	lockBeat = 2 * time.Second
 
+	// settleTime is how long a process that took a stale lock over waits to see whether another one did too. It is
+	// much longer than the few system calls of a takeover.
+	settleTime = 20 * time.Millisecond
+
 	// A process that finds the lock taken tries again after lockPause, then after 1.5 times longer each time up
 	// to maxLockPause: 29 s in all.
 	lockTries    = 20
@@ -43,27 +47,39 @@ type fileLock struct {
 func acquireLock(ctx context.Context, path string, enough func() bool) (*fileLock, error) {
 	l := &fileLock{path: path, id: rand.Text(), stop: make(chan struct{})}
 	pause := lockPause
-	for range lockTries {
+	for try := 1; ; try++ {
+		tookOver := l.takeOver()
 		err := l.create()
-		if err == nil {
+		if err == nil && tookOver && !l.settled(ctx) {
+			err = fs.ErrExist
+		}
+		switch {
+		case err == nil:
 			l.beat.Go(l.keep)
 			return l, nil
-		}
-		if !errors.Is(err, fs.ErrExist) {
+		case !errors.Is(err, fs.ErrExist):
 			return nil, err
-		}
-		if l.takeOver() {
-			continue
-		}
-		if enough() {
+		case enough():
 			return nil, nil
-		}
-		if !sleep(ctx, pause) {
+		case try > lockTries:
+			return nil, errLocked
+		case !sleep(ctx, pause):
 			return nil, context.Cause(ctx)
 		}
 		pause = min(pause*3/2, maxLockPause)
 	}
-	return nil, errLocked
+}
+
+// holds reports whether the file holds our id.
+func (l *fileLock) holds() bool {
+	holder, err := os.ReadFile(l.path)
+	return err == nil && string(holder) == l.id
+}
+
+// settled reports whether the lock is still ours after a moment. Of several processes that found the same stale
+// lock, one may have moved the other's new one aside in the belief that it is the old.
+func (l *fileLock) settled(ctx context.Context) bool {
+	return sleep(ctx, settleTime) && l.holds()
 }
 
 // create makes the file with our id in it, or fails.
@@ -81,8 +97,7 @@ func (l *fileLock) create() error {
 
 // takeOver removes a lock that is stale, and reports whether it did.
 func (l *fileLock) takeOver() bool {
-	old, err := os.Stat(l.path)
-	if err != nil || time.Since(old.ModTime()) < staleLock {
+	if !stale(l.path) {
 		return false
 	}
 	aside := l.path + ".stale." + l.id
@@ -90,12 +105,19 @@ func (l *fileLock) takeOver() bool {
 		return false
 	}
 	defer os.Remove(aside)
-	if moved, err := os.Stat(aside); err == nil && !os.SameFile(old, moved) {
-		// Another process took the stale lock over in between, and this is its own: it goes back.
+	if !stale(aside) {
+		// Another process was faster, and this is its own: back it goes. Only its time tells them apart, for a
+		// file system may give it the inode of the one just deleted.
 		os.Link(aside, l.path)
 		return false
 	}
 	return true
+}
+
+// stale reports whether there is a lock at path that counts as left behind.
+func stale(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && time.Since(info.ModTime()) >= staleLock
 }
 
 // keep keeps the lock from looking stale until it is released.
@@ -124,7 +146,7 @@ func (l *fileLock) keep() {
 func (l *fileLock) release() {
 	close(l.stop)
 	l.beat.Wait()
-	if holder, err := os.ReadFile(l.path); err == nil && string(holder) == l.id {
+	if l.holds() {
 		os.Remove(l.path)
 	}
 }

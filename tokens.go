@@ -355,7 +355,7 @@ func (s *tokenSource) due(now time.Time) time.Duration {
 
 // refresh renews the token once and puts what came of it into the state.
 func (s *tokenSource) refresh(ctx context.Context) {
-	old := s.state.Load().token
+	old, before := s.state.Load().token, s.state.Load().failed
 	s.update(func(st *authState) { st.refreshing = true })
 	fresh, err := s.redeem(ctx, old)
 	if s.state.Load().token != old {
@@ -377,8 +377,14 @@ func (s *tokenSource) refresh(ctx context.Context) {
 			st.refreshing, st.failed, st.retryAt = false, err, time.Now().Add(pause)
 			st.attempts++
 		})
-		st := s.state.Load()
-		s.log.Warn("token refresh failed; trying again", "error", err, "attempt", st.attempts,
+		if ctx.Err() != nil {
+			return // the program stops, and nothing is tried again
+		}
+		level, st := slog.LevelWarn, s.state.Load()
+		if before != nil && before.Error() == err.Error() {
+			level = slog.LevelDebug // it has been said
+		}
+		s.log.Log(ctx, level, "token refresh failed; trying again", "error", err, "attempt", st.attempts,
 			"in", time.Until(st.retryAt).Round(time.Millisecond).String(), "token", old)
 	}
 }
@@ -401,7 +407,7 @@ func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
 	switch {
 	case fresh != nil && err == nil && lock == nil:
 		return fresh, nil
-	case errors.Is(err, errLocked):
+	case errors.Is(err, errLocked), err != nil && ctx.Err() != nil:
 		return nil, err
 	case lock != nil:
 		defer lock.release()
@@ -416,14 +422,15 @@ func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
 		return nil, loadErr
 	}
 	var file *newFile
-	if err == nil {
-		if file, err = s.store.reserve(); err == nil {
+	noRoom := err
+	if noRoom == nil {
+		if file, noRoom = s.store.reserve(); noRoom == nil {
 			defer file.discard()
 		}
 	}
-	if err != nil && loadErr == nil {
+	if noRoom != nil && loadErr == nil {
 		// Spent and not stored, the file's refresh token would be lost to everybody at the next start.
-		return nil, fmt.Errorf("%w: %w", errNotStorable, err)
+		return nil, fmt.Errorf("%w: %w", errNotStorable, noRoom)
 	}
 	if loadErr == nil && stored.refresh != "" {
 		old = stored
@@ -452,7 +459,7 @@ func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
 	fresh.scope = cmp.Or(fresh.scope, old.scope)
 	if file == nil || loadErr != nil && !errors.Is(loadErr, fs.ErrNotExist) {
 		// There is no room for it, or foreign content in its place. What was redeemed was in memory alone anyway.
-		s.log.Warn("the refreshed token is kept in memory alone", "file", s.store.path(), "error", errors.Join(err, loadErr))
+		s.log.Warn("the refreshed token is kept in memory alone", "file", s.store.path(), "error", cmp.Or(noRoom, loadErr))
 		return fresh, nil
 	}
 	content, err := fresh.fileContent()
@@ -494,6 +501,7 @@ func (s *tokenSource) setToken(t *token) {
 	s.update(func(st *authState) {
 		*st = authState{token: t, signIn: st.signIn}
 	})
+	wakeUp(s.wake) // its refresh may be due sooner than run looks again
 }
 
 // startSignIn starts a sign-in where none is under way.

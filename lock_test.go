@@ -1,0 +1,359 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// never is an acquireLock caller's need that nothing else satisfies.
+func never() bool { return false }
+
+// acquire returns the lock at path, which must be free.
+func acquire(t *testing.T, path string) *fileLock {
+	t.Helper()
+	l, err := acquireLock(t.Context(), path, never)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// readLock returns the id in the lock file at path, "" where there is none.
+func readLock(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// leaveLock puts another process's lock at path, last touched age ago. In a bubble that is by the bubble's clock,
+// which files know nothing of.
+func leaveLock(t *testing.T, path string, age time.Duration) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte("another's"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	setAge(t, path, age)
+}
+
+func setAge(t *testing.T, path string, age time.Duration) {
+	t.Helper()
+	at := time.Now().Add(-age)
+	if err := os.Chtimes(path, at, at); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantLockAlone checks that nothing but the lock file is left in its directory, and not even that where id is "".
+func wantLockAlone(t *testing.T, path, id string) {
+	t.Helper()
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, want := map[string]string{}, map[string]string{}
+	for _, e := range entries {
+		got[e.Name()] = readLock(t, filepath.Join(filepath.Dir(path), e.Name()))
+	}
+	if id != "" {
+		want[filepath.Base(path)] = id
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("files (-want +got):\n%s", diff)
+	}
+}
+
+func TestLockHoldsAnIDUntilReleased(t *testing.T) {
+	path := filepath.Join(t.TempDir(), lockFile)
+	ids := map[string]bool{}
+	for range 3 {
+		l := acquire(t, path)
+		if l.id == "" || ids[l.id] {
+			t.Errorf("id %q: want a new one", l.id)
+		}
+		ids[l.id] = true
+		wantLockAlone(t, path, l.id)
+		l.release()
+		wantLockAlone(t, path, "")
+	}
+}
+
+func TestLockIsHeldByOneAtATime(t *testing.T) {
+	path := filepath.Join(t.TempDir(), lockFile)
+	var holders, held atomic.Int32
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() {
+			l, err := acquireLock(t.Context(), path, never)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if n := holders.Add(1); n != 1 {
+				t.Errorf("%d hold the lock", n)
+			}
+			held.Add(1)
+			holders.Add(-1)
+			l.release()
+		})
+	}
+	all.Wait()
+	if held.Load() != 4 {
+		t.Errorf("%d got the lock, want 4", held.Load())
+	}
+	wantLockAlone(t, path, "")
+}
+
+func TestLockErrorsOfTheFileSystemAreNotWaitedFor(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "missing", lockFile)
+	l, err := acquireLock(t.Context(), path, func() bool {
+		t.Error("asked whether there is a need")
+		return false
+	})
+	if l != nil || !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("got %v, %v; want fs.ErrNotExist", l, err)
+	}
+}
+
+func TestStoreLockMakesTheDirectory(t *testing.T) {
+	store := &credentialStore{dir: filepath.Join(t.TempDir(), "a", "b")}
+	l, err := store.lock(t.Context(), never)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantLockAlone(t, filepath.Join(store.dir, lockFile), l.id)
+	l.release()
+}
+
+func TestLockIsKeptAndReleasedOnlyWhileOurs(t *testing.T) {
+	for _, tt := range []struct {
+		name            string
+		change          func(t *testing.T, path string)
+		kept, untouched bool // whether the file holds our id after a while; whether release leaves it
+	}{
+		{"left alone", func(*testing.T, string) {}, true, false},
+		{"deleted by somebody", func(t *testing.T, path string) {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		}, true, false},
+		{"replaced by another's", func(t *testing.T, path string) { leaveLock(t, path, 0) }, false, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				path := filepath.Join(t.TempDir(), lockFile)
+				l := acquire(t, path)
+				tt.change(t, path)
+				before := readLock(t, path)
+				time.Sleep(lockBeat)
+				synctest.Wait()
+				if got := readLock(t, path); (got == l.id) != tt.kept || !tt.kept && got != before {
+					t.Errorf("the file holds %q; ours is %q, it held %q", got, l.id, before)
+				}
+				l.release()
+				want := ""
+				if tt.untouched {
+					want = before
+				}
+				wantLockAlone(t, path, want)
+			})
+		})
+	}
+}
+
+// Another's lock must not look alive because of the process that lost its own to it.
+func TestLostLockIsNotKeptFresh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), lockFile)
+		l := acquire(t, path)
+		leaveLock(t, path, 0)
+		left := time.Now()
+		time.Sleep(time.Minute)
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !info.ModTime().Equal(left) {
+			t.Errorf("another's lock was touched %v later", info.ModTime().Sub(left))
+		}
+		l.release()
+	})
+}
+
+func TestHeldLockNeverLooksStale(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), lockFile)
+		l := acquire(t, path)
+		setAge(t, path, 0)
+		for range 350 {
+			time.Sleep(100 * time.Millisecond)
+			info, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if age := time.Since(info.ModTime()); age >= 10*time.Second { // where older versions of Qwen Code break it
+				t.Fatalf("the lock looks %v old", age)
+			}
+		}
+		l.release()
+		time.Sleep(2 * lockBeat)
+		wantLockAlone(t, path, "")
+	})
+}
+
+func TestLeftLock(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		age      time.Duration // when it is found
+		min, max time.Duration // how long it is waited for
+	}{
+		{"stale for long", 24 * time.Hour, 0, settleTime},
+		{"just stale", 40 * time.Second, 0, settleTime},
+		{"nearly stale", 39 * time.Second, time.Second, 2 * time.Second},
+		{"stale for old versions of Qwen Code alone", 20 * time.Second, 20 * time.Second, 22 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				path := filepath.Join(t.TempDir(), lockFile)
+				leaveLock(t, path, tt.age)
+				started := time.Now()
+				l := acquire(t, path)
+				if took := time.Since(started); took < tt.min || took > tt.max {
+					t.Errorf("taken over after %v, want %v to %v", took, tt.min, tt.max)
+				}
+				wantLockAlone(t, path, l.id)
+				l.release()
+				wantLockAlone(t, path, "")
+			})
+		})
+	}
+}
+
+func TestYoungLockIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), lockFile)
+		leaveLock(t, path, 11*time.Second) // as old as this it is broken by old versions of Qwen Code
+		l, err := acquireLock(t.Context(), path, never)
+		if l != nil || !errors.Is(err, errLocked) {
+			t.Errorf("got %v, %v; want errLocked", l, err)
+		}
+		wantLockAlone(t, path, "another's")
+	})
+}
+
+func TestLockThatIsHeldForever(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), lockFile)
+		held := acquire(t, path)
+		setAge(t, path, 0)
+		started := time.Now()
+		var asked []time.Duration
+		l, err := acquireLock(t.Context(), path, func() bool {
+			asked = append(asked, time.Since(started).Round(time.Millisecond))
+			return false
+		})
+		if l != nil || !errors.Is(err, errLocked) {
+			t.Errorf("got %v, %v; want errLocked", l, err)
+		}
+		if took := time.Since(started); took < 28*time.Second || took > 29*time.Second {
+			t.Errorf("waited for %v, want 29 s", took)
+		}
+		want := []time.Duration{0, 100, 250, 475, 813, 1319, 2078, 3217, 4926, 6926, 8926, 10926, 12926, 14926, 16926, 18926, 20926, 22926, 24926, 26926, 28926}
+		for i := range want {
+			want[i] *= time.Millisecond
+		}
+		if diff := cmp.Diff(want, asked); diff != "" {
+			t.Errorf("times of the tries (-want +got):\n%s", diff)
+		}
+		wantLockAlone(t, path, held.id)
+		held.release()
+	})
+}
+
+func TestLockWaitEndsEarly(t *testing.T) {
+	quit := errors.New("the program stops")
+	for _, tt := range []struct {
+		name string
+		wait func(ctx context.Context, cancel context.CancelCauseFunc, path string) (*fileLock, error)
+		err  error
+	}{
+		{"where there is no need any more", func(ctx context.Context, _ context.CancelCauseFunc, path string) (*fileLock, error) {
+			started := time.Now()
+			return acquireLock(ctx, path, func() bool { return time.Since(started) > time.Second })
+		}, nil},
+		{"with its context", func(ctx context.Context, cancel context.CancelCauseFunc, path string) (*fileLock, error) {
+			time.AfterFunc(time.Second, func() { cancel(quit) })
+			return acquireLock(ctx, path, never)
+		}, quit},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				path := filepath.Join(t.TempDir(), lockFile)
+				leaveLock(t, path, 0)
+				started := time.Now()
+				ctx, cancel := context.WithCancelCause(t.Context())
+				defer cancel(nil)
+				l, err := tt.wait(ctx, cancel, path)
+				if l != nil || err != tt.err {
+					t.Errorf("got %v, %v; want %v", l, err, tt.err)
+				}
+				if took := time.Since(started); took < time.Second || took > 2*time.Second {
+					t.Errorf("took %v, want little more than 1 s", took)
+				}
+				wantLockAlone(t, path, "another's")
+			})
+		})
+	}
+}
+
+// TestStaleLockIsTakenOverByOne has two find the same stale lock at the same time, on real files: a file system may give
+// the new lock the number of the one that was just deleted.
+func TestStaleLockIsTakenOverByOne(t *testing.T) {
+	rounds := 200
+	if testing.Short() {
+		rounds = 20
+	}
+	path := filepath.Join(t.TempDir(), lockFile)
+	for round := range rounds {
+		leaveLock(t, path, staleLock+time.Second)
+		var locks [2]*fileLock
+		var both sync.WaitGroup
+		start := make(chan struct{})
+		for i := range locks {
+			both.Go(func() {
+				<-start
+				var err error
+				if locks[i], err = acquireLock(t.Context(), path, func() bool { return true }); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		close(start)
+		both.Wait()
+		if (locks[0] == nil) == (locks[1] == nil) {
+			t.Fatalf("round %d: held by the first: %t, by the second: %t; want one of them", round, locks[0] != nil, locks[1] != nil)
+		}
+		for _, l := range locks {
+			if l != nil {
+				wantLockAlone(t, path, l.id)
+				l.release()
+			}
+		}
+		if t.Failed() {
+			t.Fatalf("round %d", round)
+		}
+	}
+	wantLockAlone(t, path, "")
+}
