@@ -1,0 +1,325 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// tmpfs mounts a file system of its own on a new directory below dir, and returns the directory.
+func tmpfs(t *testing.T, dir string) string {
+	t.Helper()
+	dir = filepath.Join(dir, "qwen")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=256k,mode=0700"); err != nil {
+		t.Skipf("mounting a file system is not permitted here: %v", err)
+	}
+	t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
+	return dir
+}
+
+// remount makes the file system on dir read-only, or writable again.
+func remount(t *testing.T, dir string, readOnly bool) {
+	t.Helper()
+	flags := uintptr(syscall.MS_REMOUNT)
+	if readOnly {
+		flags |= syscall.MS_RDONLY
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", flags, ""); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// serving checks that p answers chat requests with status until done, and that of errors the body holds want.
+func (p *process) serving(done func() bool, status int, want string) {
+	p.t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		over := done()
+		got, body, err := p.chat()
+		if over {
+			return // what came of the last one depends on when it came
+		}
+		if err != nil || got != status || !strings.Contains(body, want) {
+			p.t.Fatalf("got %d %s, %v; want %d and %q", got, body, err, status, want)
+		}
+		if time.Now().After(deadline) {
+			p.t.Fatalf("status %d goes on and on", status)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// becomes waits until p answers a chat request with status.
+func (p *process) becomes(status int) {
+	p.t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		got, body, err := p.chat()
+		if err == nil && got == status {
+			return
+		}
+		if time.Now().After(deadline) {
+			p.t.Fatalf("got %d %s, %v; want %d", got, body, err, status)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// warned returns what p has logged at level warn and above, but for requests.
+func (p *process) warned() (lines []string) {
+	for line := range strings.Lines(p.stderr.String()) {
+		if strings.HasPrefix(line, "{") && !strings.Contains(line, `"msg":"request"`) {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// warnings checks what p has warned of: want in this order, each a substring of one line.
+func (p *process) warnings(want ...string) {
+	p.t.Helper()
+	got := p.warned()
+	if len(got) != len(want) {
+		p.t.Errorf("%d warnings, want %d:\n%s\nwant:\n%s", len(got), len(want), strings.Join(got, ""), strings.Join(want, "\n"))
+		return
+	}
+	for i := range want {
+		if !strings.Contains(got[i], want[i]) {
+			p.t.Errorf("warning %d is %swant %q in it", i, got[i], want[i])
+		}
+	}
+}
+
+// refreshed reports whether w has issued more than n tokens.
+func (w *witness) refreshed(n int) func() bool {
+	return func() bool { return w.counts().refreshes > n }
+}
+
+func after(d time.Duration) func() bool {
+	at := time.Now().Add(d)
+	return func() bool { return time.Now().After(at) }
+}
+
+// TestStorageThatFails has the directory turn against the process while it serves: it says so, spends no refresh token
+// whose successor it could not store, serves from memory, and goes on once the directory is good again.
+func TestStorageThatFails(t *testing.T) {
+	const life = 2 * time.Second
+	for _, tt := range []struct {
+		name          string
+		breaks, mends func(t *testing.T, dir string)
+		want          string // in the log
+	}{
+		{"read-only",
+			func(t *testing.T, dir string) { remount(t, dir, true) },
+			func(t *testing.T, dir string) { remount(t, dir, false) },
+			"read-only file system"},
+		{"full",
+			func(t *testing.T, dir string) {
+				f, err := os.Create(filepath.Join(dir, "ballast"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer f.Close()
+				for err == nil {
+					_, err = f.Write(make([]byte, 4096))
+				}
+				if !errors.Is(err, syscall.ENOSPC) {
+					t.Fatal(err)
+				}
+			},
+			func(t *testing.T, dir string) {
+				if err := os.Remove(filepath.Join(dir, "ballast")); err != nil {
+					t.Fatal(err)
+				}
+			},
+			"no space left on device"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			dir := tmpfs(t, t.TempDir())
+			w := newWitness(t, dir, life)
+			p := startProcess(t, w.env())
+			p.becomes(http.StatusOK)
+			good := time.Now()
+			tt.breaks(t, dir)
+			n := w.counts().refreshes
+			p.serving(func() bool { return time.Since(good) > life-500*time.Millisecond }, http.StatusOK, "")
+			p.becomes(http.StatusServiceUnavailable)
+			p.serving(after(500*time.Millisecond), http.StatusServiceUnavailable, "Make QWEN_DIR writable")
+			if w.refreshed(n)() {
+				t.Error("a refresh token was spent")
+			}
+			attempts := 0
+			for _, warning := range p.warned() {
+				if !strings.Contains(warning, `"token refresh failed; trying again"`) || !strings.Contains(warning, tt.want) {
+					t.Errorf("warning %swant a failed refresh and %q", warning, tt.want)
+				}
+				attempts++
+			}
+			if attempts == 0 || attempts > 4 {
+				t.Errorf("%d failed attempts in the log, want 1 to 4", attempts)
+			}
+			tt.mends(t, dir)
+			p.becomes(http.StatusOK)
+			if c := w.counts(); c.replays+c.refreshesRefused+c.deviceAuthorizations != 0 {
+				t.Errorf("%+v: want no refresh refused, no sign-in", c)
+			}
+			p.terminate()
+		})
+	}
+}
+
+// TestReadOnlyDirectoryFromTheStart signs in where nothing can be stored.
+func TestReadOnlyDirectoryFromTheStart(t *testing.T) {
+	t.Parallel()
+	dir, err := os.MkdirTemp("", "qwen-go-proxy-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	w := newWitness(t, t.TempDir(), 3*time.Second)
+	env := w.env()
+	mode, reason := readOnly(t, dir)
+	env["QWEN_DIR"] = filepath.Join(dir, "qwen")
+	p := startProcess(t, env, mode)
+	p.becomes(http.StatusOK)
+	n := w.counts().refreshes
+	p.serving(w.refreshed(n), http.StatusOK, "")
+	p.serving(after(500*time.Millisecond), http.StatusOK, "")
+	p.warnings("can't write the directory", "waiting for sign-in", "the credentials could not be stored and are lost", "the refreshed token is kept in memory alone")
+	if got := p.stderr.String(); strings.Count(got, reason) != 3 || !strings.Contains(got, "QWEN_DIR") && !strings.Contains(got, "chown") {
+		t.Errorf("want %q three times, and what to do", reason)
+	}
+	if c := w.counts(); c.deviceAuthorizations != 1 || c.replays != 0 {
+		t.Errorf("%+v: want one sign-in and no replay", c)
+	}
+	p.terminate()
+}
+
+// readOnly makes dir/qwen a directory that the process, adapted so, can't write, and returns what it will be told.
+func readOnly(t *testing.T, dir string) (adapt func(*exec.Cmd), reason string) {
+	t.Helper()
+	qwen := filepath.Join(dir, "qwen")
+	if err := os.Mkdir(qwen, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", qwen, "tmpfs", syscall.MS_RDONLY, "size=64k,mode=0700"); err == nil {
+		t.Cleanup(func() { syscall.Unmount(qwen, syscall.MNT_DETACH) })
+		return func(*exec.Cmd) {}, "read-only file system"
+	}
+	for path, mode := range map[string]os.FileMode{dir: 0o755, qwen: 0o555} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if os.Getuid() != 0 {
+		return func(*exec.Cmd) {}, "permission denied"
+	}
+	// Permissions do not bind root: another user runs a copy of the program, which it can reach.
+	const nobody = 65534
+	return func(cmd *exec.Cmd) {
+		cmd.Path = filepath.Join(dir, "program")
+		if err := copyProgram(cmd.Path, cmd.Args[0]); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Dir = dir
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	}, "permission denied"
+}
+
+func copyProgram(to, from string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_WRONLY, 0o755)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
+
+// TestFileMountedByItself can't be replaced, and is written in place.
+func TestFileMountedByItself(t *testing.T) {
+	t.Parallel()
+	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 2*time.Second)
+	other := filepath.Join(t.TempDir(), "elsewhere")
+	content, err := os.ReadFile(w.store.path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(other, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount(other, w.store.path(), "", syscall.MS_BIND, ""); err != nil {
+		t.Skipf("a bind mount is not permitted here: %v", err)
+	}
+	t.Cleanup(func() { syscall.Unmount(w.store.path(), syscall.MNT_DETACH) })
+	p := startProcess(t, w.env())
+	p.becomes(http.StatusOK)
+	p.serving(w.refreshed(3), http.StatusOK, "")
+	p.terminate()
+	p.warnings("the credentials were written in place")
+	stored, err := w.store.load()
+	if refresh, _ := w.settled(); err != nil || stored.refresh != refresh {
+		t.Errorf("the file does not hold the last token, but %v, %v", stored, err)
+	}
+	if c := w.counts(); c.refreshesRefused+c.unauthorized != 0 || w.unstored != 0 {
+		t.Errorf("%+v, %d tokens used before they were stored", c, w.unstored)
+	}
+	if left := w.left(); len(left) != 1 || left[credentialFile] != 1 {
+		t.Errorf("left in the directory: %v, want the credential file alone", left)
+	}
+}
+
+// TestFileThatGoesAway has the credential file vanish, or become something else, while its token is good.
+func TestFileThatGoesAway(t *testing.T) {
+	const life = 4 * time.Second
+	for _, tt := range []struct {
+		name  string
+		put   func(path string) error // in the file's place
+		early string                  // the warning before the next refresh
+		late  []string                // those with it
+		back  bool                    // whether the next refresh writes the file
+	}{
+		{"vanishes", func(string) error { return nil }, "the credential file has vanished", nil, true},
+		{"becomes a directory", func(path string) error { return os.Mkdir(path, 0o700) }, "is a directory",
+			[]string{"the refreshed token is kept in memory alone"}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), life)
+			p := startProcess(t, w.env())
+			p.becomes(http.StatusOK)
+			if err := os.Remove(w.store.path()); err != nil {
+				t.Fatal(err)
+			}
+			if err := tt.put(w.store.path()); err != nil {
+				t.Fatal(err)
+			}
+			p.serving(func() bool { return strings.Contains(p.stderr.String(), tt.early) }, http.StatusOK, "")
+			p.serving(w.refreshed(1), http.StatusOK, "")
+			p.serving(after(500*time.Millisecond), http.StatusOK, "")
+			p.warnings(append([]string{tt.early}, tt.late...)...)
+			if stored, err := w.store.load(); (err == nil) != tt.back || tt.back && !stored.good(time.Now()) {
+				t.Errorf("stored: %v, %v", stored, err)
+			}
+			p.terminate()
+			if c := w.counts(); c.refreshesRefused+c.unauthorized != 0 {
+				t.Errorf("%+v: want nothing refused", c)
+			}
+		})
+	}
+}
