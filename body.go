@@ -44,7 +44,8 @@ type requestBody struct {
 // read reads r's body to its end. The caller releases it. The error is an *apiError.
 func (b *bodyReader) read(w http.ResponseWriter, r *http.Request) (*requestBody, error) {
 	if r.ContentLength > b.max {
-		return nil, b.refuse(w, r, b.tooLarge())
+		closeAfter(w, r)
+		return nil, b.tooLarge()
 	}
 	body, _ := b.pool.Get().(*requestBody)
 	if body == nil {
@@ -53,13 +54,14 @@ func (b *bodyReader) read(w http.ResponseWriter, r *http.Request) (*requestBody,
 	body.refs.Store(1)
 	if err := b.fill(body, w, r); err != nil {
 		body.release()
-		return nil, b.refuse(w, r, err)
+		closeAfter(w, r)
+		return nil, err
 	}
 	return body, nil
 }
 
 func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Request) error {
-	if err := body.charge(); err != nil {
+	if err := body.charge(cap(body.data)); err != nil {
 		return err
 	}
 	rc := http.NewResponseController(w)
@@ -70,10 +72,11 @@ func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Requ
 			due = len(body.data) + readQuantum
 		}
 		if len(body.data) == cap(body.data) {
-			body.data = append(make([]byte, 0, min(2*int64(cap(body.data)), b.max+1)), body.data...)
-			if err := body.charge(); err != nil {
+			size := int(min(2*int64(cap(body.data))-1, b.max) + 1) // b.max+1 might overflow
+			if err := body.charge(size); err != nil {
 				return err
 			}
+			body.data = append(make([]byte, 0, size), body.data...)
 		}
 		n, err := r.Body.Read(body.data[len(body.data):cap(body.data)])
 		body.data = body.data[:len(body.data)+n]
@@ -93,12 +96,11 @@ func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Requ
 	}
 }
 
-// refuse sees to it that the connection closes behind a body that was not read to its end.
-func (b *bodyReader) refuse(w http.ResponseWriter, r *http.Request, err error) error {
+// closeAfter closes the connection behind an answer to a request whose body was not read to its end.
+func closeAfter(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor == 1 { // in HTTP/2 it would end the other streams too
 		w.Header()["Connection"] = valueClose
 	}
-	return err
 }
 
 func (b *bodyReader) tooLarge() *apiError {
@@ -106,9 +108,10 @@ func (b *bodyReader) tooLarge() *apiError {
 		message: fmt.Sprintf("The request body is larger than %d bytes. Send less, or raise MAX_BODY_BYTES on the proxy.", b.max)}
 }
 
-// charge accounts for the buffer's capacity as it is now.
-func (body *requestBody) charge() error {
-	more := int64(cap(body.data)) - body.held
+// charge accounts for a buffer of the given capacity, which is about to take the place of the one there is. The byte
+// by which a body may turn out too large is free, so that MAX_BUFFERED_BYTES has room for one of MAX_BODY_BYTES.
+func (body *requestBody) charge(capacity int) error {
+	more := min(int64(capacity), body.owner.max) - body.held
 	body.held += more
 	if body.owner.held.Add(more) > body.owner.budget {
 		return &apiError{status: http.StatusServiceUnavailable, typ: typeServer, code: "overloaded", retryAfter: time.Second,
@@ -122,8 +125,11 @@ func (body *requestBody) replace(start, end int, with []byte) {
 	body.data = slices.Replace(body.data, start, end, with...)
 }
 
-// set makes data the content.
-func (body *requestBody) set(data []byte) { body.data = data }
+// set makes data the content. The error says that there is no room for it.
+func (body *requestBody) set(data []byte) error {
+	body.data = data
+	return body.charge(cap(data))
+}
 
 // release ends the handler's or one reader's use of body.
 func (body *requestBody) release() {
@@ -153,7 +159,7 @@ func (body *requestBody) open() io.ReadCloser {
 }
 
 // A bodyUse is one reader of a requestBody. A transport may hold it after its answer is through, and may
-// close it in the middle of a read; the buffer goes to another request only when both have ended.
+// close it in the middle of a read.
 type bodyUse struct {
 	body *requestBody
 
@@ -162,41 +168,18 @@ type bodyUse struct {
 	closed bool
 }
 
-// hold returns the bytes yet to be read, which stay as they are until release.
-func (u *bodyUse) hold() ([]byte, error) {
+func (u *bodyUse) Read(p []byte) (int, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if u.closed {
-		return nil, os.ErrClosed
-	}
-	u.body.refs.Add(1)
-	return u.body.data[u.read:], nil
-}
-
-func (u *bodyUse) Read(p []byte) (int, error) {
-	rest, err := u.hold()
-	if err != nil {
-		return 0, err
-	}
-	defer u.body.release()
-	if len(rest) == 0 {
+	switch {
+	case u.closed:
+		return 0, os.ErrClosed
+	case u.read == len(u.body.data):
 		return 0, io.EOF
 	}
-	n := copy(p, rest)
+	n := copy(p, u.body.data[u.read:])
 	u.read += n
 	return n, nil
-}
-
-// WriteTo hands the buffer itself to w, which spares io.Copy one of its own.
-func (u *bodyUse) WriteTo(w io.Writer) (int64, error) {
-	rest, err := u.hold()
-	if err != nil {
-		return 0, err
-	}
-	defer u.body.release()
-	n, err := w.Write(rest)
-	u.read += n
-	return int64(n), err
 }
 
 func (u *bodyUse) Close() error {

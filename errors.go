@@ -29,6 +29,10 @@ const codeRateLimit = "rate_limit_exceeded"
 // (nginx's 499). It is never sent.
 const statusClientClosedRequest = 499
 
+// errNotTaken is why an answer was cut short whose other end has not failed.
+var errNotTaken = &apiError{status: statusClientClosedRequest, typ: typeNetwork, code: "client_closed_request",
+	message: "The client closed the connection, or took nothing for WRITE_TIMEOUT."}
+
 // An apiError is a failure as the client is told of it, in the shape of OpenAI's errors.
 type apiError struct {
 	status     int           // HTTP status
@@ -69,8 +73,9 @@ func toAPIError(err error) *apiError {
 		return &apiError{status: statusClientClosedRequest, typ: typeNetwork, code: "client_closed_request",
 			message: "The client closed the request.", err: err}
 	case errors.As(err, &timeout) && timeout.Timeout():
-		return &apiError{status: http.StatusGatewayTimeout, typ: typeNetwork, code: "upstream_timeout",
-			message: "Qwen did not answer in time. Try again, or raise UPSTREAM_TIMEOUT.", err: err}
+		e := *errUpstreamTimeout
+		e.err = err
+		return &e
 	default:
 		return &apiError{status: http.StatusBadGateway, typ: typeNetwork, code: "upstream_unreachable",
 			message: "Qwen could not be reached. Try again; if it lasts, check the proxy's network and its log.", err: err}

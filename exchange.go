@@ -3,7 +3,9 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/netip"
 	"runtime/debug"
@@ -21,6 +23,7 @@ type exchange struct {
 	client       netip.Addr // the client's; the zero Addr for a Unix socket's
 	start        time.Time
 	writeTimeout time.Duration
+	http2        bool
 	err          *apiError // what failed, first; nil where nothing did
 	upstreamID   string    // Qwen's own request id
 
@@ -77,6 +80,7 @@ func (x *exchange) write(p []byte) (int, error) {
 		x.firstByte = x.lastWrite
 	}
 	n, err := x.w.Write(p)
+	x.dropDeadline()
 	x.bytes += int64(n)
 	if x.sse {
 		x.tail = lastBytes(x.tail, p[:n])
@@ -88,8 +92,14 @@ func (x *exchange) write(p []byte) (int, error) {
 func (x *exchange) FlushError() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	return x.flush()
+}
+
+func (x *exchange) flush() error {
 	x.renewDeadline()
-	return x.rc.Flush()
+	err := x.rc.Flush()
+	x.dropDeadline()
+	return err
 }
 
 // renewDeadline gives the next write writeTimeout. It is not moved for each of a quick succession of
@@ -100,6 +110,15 @@ func (x *exchange) renewDeadline() {
 	if x.deadline.Sub(x.lastWrite) < x.writeTimeout {
 		x.deadline = x.lastWrite.Add(x.writeTimeout + slack)
 		x.rc.SetWriteDeadline(x.deadline) // an error shows in the write
+	}
+}
+
+// dropDeadline takes the deadline back in HTTP/2, where it ends the stream when it passes, even while nothing is
+// being written: it would bound Qwen's silences.
+func (x *exchange) dropDeadline() {
+	if x.http2 {
+		x.deadline = time.Time{}
+		x.rc.SetWriteDeadline(x.deadline)
 	}
 }
 
@@ -119,7 +138,7 @@ func (x *exchange) keepAlive(every time.Duration) time.Duration {
 		return every
 	}
 	if _, err := x.write([]byte(": keep-alive\n\n")); err == nil {
-		x.rc.Flush()
+		x.flush()
 	}
 	return every
 }
@@ -170,11 +189,15 @@ func (x *exchange) fail(err *apiError) {
 	}
 }
 
-// finish ends x: nothing is written to it any more.
-func (x *exchange) finish() {
+// finish ends x: no handler writes to it any more. Where the answer is whole net/http has its end yet to write, such as
+// that of a chunked body, and the deadline of the last write may have passed long ago.
+func (x *exchange) finish(whole bool) {
 	x.mu.Lock()
+	defer x.mu.Unlock()
+	if whole {
+		x.renewDeadline()
+	}
 	x.done = true
-	x.mu.Unlock()
 }
 
 // writeError answers a request with err, of which it writes nothing but the apiError's message. It is for
@@ -184,9 +207,14 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	x := exchangeOf(r.Context())
 	x.fail(e)
 	if e.status == statusClientClosedRequest {
-		return // nobody is there to read an answer
+		// Nobody is there to read an answer. Who is, having closed but its own half of the connection, must not
+		// get the empty 200 of a handler that just returns.
+		panic(http.ErrAbortHandler)
 	}
 	h := w.Header()
+	if x.upstreamID != "" {
+		h.Set("X-Upstream-Request-Id", x.upstreamID)
+	}
 	h.Set("Content-Type", "application/json")
 	h.Set("Cache-Control", "no-store")
 	if e.retryAfter > 0 {
@@ -209,7 +237,7 @@ var (
 // for a panic, and writes the access log.
 func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x := &exchange{w: w, rc: http.NewResponseController(w), id: requestID(r), client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout}
+		x := &exchange{w: w, rc: http.NewResponseController(w), id: requestID(r), client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2}
 		h := w.Header()
 		h["X-Request-Id"] = []string{x.id}
 		h["X-Content-Type-Options"] = valueNosniff
@@ -223,12 +251,19 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Ha
 			// latter. "the server MUST close the connection after responding to such a request" (RFC 9112 §6.1).
 			h["Connection"] = valueClose
 		}
+		if !x.http2 && r.Body != http.NoBody {
+			// What a handler leaves of the body net/http reads, and would wait for without end.
+			x.rc.SetReadDeadline(x.start.Add(cfg.readTimeout))
+		}
 		r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, x))
 
 		m.requests.Add(1)
 		m.inFlight.Add(1)
 		defer func() {
 			v := recover()
+			if v == http.ErrAbortHandler {
+				x.fail(errNotTaken) // where nothing else has failed
+			}
 			if v != nil && v != http.ErrAbortHandler {
 				log.Error("a defect of the proxy: please report it", "request_id", x.id, "panic", v, "stack", string(debug.Stack()))
 				err := &apiError{status: http.StatusInternalServerError, typ: typeServer, code: "internal_error",
@@ -239,18 +274,37 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Ha
 					v = nil
 				}
 			}
-			x.finish()
+			x.finish(v == nil)
 			m.inFlight.Add(-1)
 			if x.err != nil && x.err.code == codeRateLimit {
 				m.rateLimited.Add(1)
 			}
 			x.log(r, log, cfg.debug)
 			if v != nil {
+				resetHTTP10(r)
 				panic(http.ErrAbortHandler) // an answer that was begun must not look whole
 			}
 		}()
 		next.ServeHTTP(x, r)
 	})
+}
+
+// connKey is where a request's context has its connection.
+type connKey struct{}
+
+// resetHTTP10 makes the connection of an HTTP/1.0 request end by a reset: such a client takes the connection's end for
+// that of the answer.
+func resetHTTP10(r *http.Request) {
+	if r.ProtoAtLeast(1, 1) {
+		return
+	}
+	c, _ := r.Context().Value(connKey{}).(net.Conn)
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn()
+	}
+	if c, ok := c.(*net.TCPConn); ok {
+		c.SetLinger(0)
+	}
 }
 
 // log writes the access line.

@@ -18,6 +18,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"path"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -251,6 +252,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 		IdleTimeout:                  2 * time.Minute,
 		MaxHeaderBytes:               64 << 10,
 		BaseContext:                  func(net.Listener) context.Context { return requests },
+		ConnContext:                  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
 	}
@@ -372,7 +374,7 @@ func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, m *metrics, 
 		rt.handle("GET "+prefix+"/models", limited(http.HandlerFunc(models.all)))
 		rt.handle("GET "+prefix+"/models/{id...}", limited(http.HandlerFunc(models.one)))
 		rt.handle("POST "+prefix+"/chat/completions", limited(p.forward(pathChat)))
-		rt.handle("POST "+prefix+"/completions", limited(http.HandlerFunc(p.completions)))
+		rt.handle("POST "+prefix+"/completions", limited(p.completions()))
 		rt.handle("POST "+prefix+"/embeddings", limited(p.forward(pathEmbeddings)))
 		rt.handle("POST "+prefix+"/responses", limited(p.forward(pathResponses)))
 	}
@@ -392,14 +394,14 @@ func (rt *router) handle(pattern string, h http.Handler) {
 }
 
 func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if strings.Contains(r.URL.Path, "//") {
+	if r.RequestURI == "*" || r.Method == http.MethodConnect { // ServeMux has answers of its own for these
+		rt.unmatched(w, r)
+		return
+	}
+	if clean := path.Clean(r.URL.Path); clean != r.URL.Path {
 		// A base URL that ends in a slash makes /v1//chat/completions. ServeMux would redirect, and a
 		// redirected POST arrives as a GET.
-		path := r.URL.Path
-		for strings.Contains(path, "//") {
-			path = strings.ReplaceAll(path, "//", "/")
-		}
-		r.URL.Path, r.URL.RawPath = path, ""
+		r.URL.Path, r.URL.RawPath = clean, ""
 	}
 	rt.full.ServeHTTP(w, r)
 }
@@ -444,7 +446,7 @@ func listen(cfg *config) (net.Listener, error) {
 		}
 	}
 	ln, err := net.Listen(network, address)
-	if errors.Is(err, syscall.EADDRINUSE) {
+	if network == "tcp" && errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("%w: stop the other program, or set SERVER_PORT to another port", err)
 	}
 	return ln, err
@@ -494,9 +496,9 @@ func warn(cfg *config, log *slog.Logger, a net.Addr) {
 			log.Warn("this setting has no effect yet", "variable", name)
 		}
 	}
-	for name, u := range map[string]*url.URL{"API_BASE_URL": cfg.apiBase, "QWEN_OAUTH_BASE_URL": cfg.oauthBase} {
+	for _, u := range []*url.URL{cfg.apiBase, cfg.oauthBase} {
 		if u != nil && u.Scheme == "http" && !isLoopback(u.Hostname()) {
-			log.Warn("credentials go over the network unencrypted: use https", "variable", name, "host", u.Host)
+			log.Warn("credentials go over the network unencrypted: use https", "url", u.String())
 		}
 	}
 }

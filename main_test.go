@@ -112,7 +112,7 @@ func start(t *testing.T, env map[string]string, args ...string) *program {
 			t.Logf("stderr:\n%s", p.stderr)
 		}
 	})
-	p.url = p.stderr.await(t, `"msg":"listening".*"url":"([^"]+)"`)
+	p.url = p.stderr.await(t, `(?m)(?:"msg":"listening".*"url":"|^Listening on )([^"\s]+)`)
 	return p
 }
 

@@ -120,12 +120,12 @@ type call struct {
 	body       *requestBody
 	token      *token
 	completion *completion // nil but for a text completion
-	reused     bool        // the upstream connection had been used before
+	reused     atomic.Bool // the upstream connection had been used before, and has brought nothing yet
 
 	// The watch over Qwen's silences.
-	timer     *time.Timer
-	waiting   atomic.Int64 // since when Qwen is waited for, in ns after x.start; 0 while it is not
-	streaming atomic.Bool  // the answer's headers have come
+	timer    *time.Timer
+	waiting  atomic.Int64 // since when Qwen is waited for, in ns after x.start; 0 while it is not
+	answered atomic.Bool  // the answer's headers have come
 }
 
 type callKey struct{}
@@ -133,10 +133,15 @@ type callKey struct{}
 func callOf(ctx context.Context) *call { return ctx.Value(callKey{}).(*call) }
 
 // forward returns the handler that proxies requests to path.
-func (p *proxy) forward(path string) http.Handler {
+func (p *proxy) forward(path string) http.Handler { return p.handler(path, false) }
+
+// completions returns the handler of text completions, which go to the chat endpoint, translated.
+func (p *proxy) completions() http.Handler { return p.handler(pathChat, true) }
+
+func (p *proxy) handler(path string, translate bool) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c := &call{x: exchangeOf(r.Context()), path: path}
-		if err := p.begin(c, w, r); err != nil {
+		if err := p.begin(c, translate, w, r); err != nil {
 			writeError(w, r, err)
 			return
 		}
@@ -144,18 +149,8 @@ func (p *proxy) forward(path string) http.Handler {
 	})
 }
 
-// completions handles text completions, by way of the chat endpoint.
-func (p *proxy) completions(w http.ResponseWriter, r *http.Request) {
-	c := &call{x: exchangeOf(r.Context()), path: pathChat, completion: &completion{}}
-	if err := p.begin(c, w, r); err != nil {
-		writeError(w, r, err)
-		return
-	}
-	p.serve(c, w, r)
-}
-
 // begin reads and checks the request and gets a token for it: all that can fail before anything goes to Qwen.
-func (p *proxy) begin(c *call, w http.ResponseWriter, r *http.Request) (err error) {
+func (p *proxy) begin(c *call, translate bool, w http.ResponseWriter, r *http.Request) (err error) {
 	if c.body, err = p.bodies.read(w, r); err != nil {
 		return err
 	}
@@ -164,13 +159,14 @@ func (p *proxy) begin(c *call, w http.ResponseWriter, r *http.Request) (err erro
 			c.body.release()
 		}
 	}()
-	if c.completion != nil {
-		chat, completion, err := newCompletion(c.body.data)
-		if err != nil {
+	if translate {
+		var chat []byte
+		if chat, c.completion, err = newCompletion(c.body.data); err != nil {
 			return err
 		}
-		c.completion = completion
-		c.body.set(chat)
+		if err := c.body.set(chat); err != nil {
+			return err
+		}
 	}
 	if err := p.prepare(c.body, c.path); err != nil {
 		return err
@@ -260,21 +256,33 @@ func badBody(err error) error {
 
 // serve sends the call to Qwen and its answer to the client.
 func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
-	defer c.body.release()
+	defer c.releaseBody()
 	c.ctx, c.cancel = context.WithCancelCause(context.WithValue(r.Context(), callKey{}, c))
 	defer c.cancel(nil)
 	c.ctx = httptrace.WithClientTrace(c.ctx, &httptrace.ClientTrace{
-		GotConn: func(info httptrace.GotConnInfo) { c.reused = info.Reused },
+		GotConn:              func(info httptrace.GotConnInfo) { c.reused.Store(info.Reused) },
+		GotFirstResponseByte: func() { c.reused.Store(false) },
 	})
 	c.wait()
 	c.timer = time.AfterFunc(p.nextLook(c), func() { p.look(c) })
 	defer c.timer.Stop()
+	delete(r.Header, "Upgrade") // ReverseProxy would refuse an odd one in its own words
 	p.reverse.ServeHTTP(w, r.WithContext(c.ctx))
 }
 
-// began notes that the headers of Qwen's answer have come.
-func (p *proxy) began(c *call) {
-	c.streaming.Store(true)
+// releaseBody ends the call's use of the request's body: nothing is sent again once an answer has begun, which may last
+// for hours.
+func (c *call) releaseBody() {
+	if c.body != nil {
+		c.body.release()
+		c.body = nil
+	}
+}
+
+// answerBegan notes that the headers of Qwen's answer have come.
+func (p *proxy) answerBegan(c *call) {
+	c.releaseBody()
+	c.answered.Store(true)
 	c.wait()
 	c.timer.Reset(p.nextLook(c))
 }
@@ -289,7 +297,7 @@ func (c *call) arrived() { c.waiting.Store(0) }
 // runs seldom, and finds out from the times noted whether it is time: a timer moved at every chunk costs more.
 func (p *proxy) look(c *call) {
 	if p.patience(c) <= 0 {
-		if c.streaming.Load() {
+		if c.answered.Load() {
 			c.cancel(errStreamIdle)
 		} else {
 			c.cancel(errUpstreamTimeout)
@@ -303,7 +311,7 @@ func (p *proxy) look(c *call) {
 
 // nextLook returns how long it is until look has something to do, having written a keep-alive where one is due.
 func (p *proxy) nextLook(c *call) time.Duration {
-	if !c.streaming.Load() || p.cfg.keepAlive == 0 {
+	if !c.answered.Load() || p.cfg.keepAlive == 0 {
 		return p.patience(c)
 	}
 	return min(p.patience(c), c.x.keepAlive(p.cfg.keepAlive))
@@ -312,7 +320,7 @@ func (p *proxy) nextLook(c *call) time.Duration {
 // patience returns how long Qwen may still be silent.
 func (p *proxy) patience(c *call) time.Duration {
 	limit := p.cfg.upstreamTimeout
-	if c.streaming.Load() {
+	if c.answered.Load() {
 		limit = p.cfg.idleTimeout
 	}
 	if since := c.waiting.Load(); since != 0 {
@@ -347,6 +355,7 @@ func (p *proxy) director(r *httputil.ProxyRequest) {
 		h["X-Dashscope-Cachecontrol"] = []string{"enable"}
 	}
 	r.Out.Header = h
+	r.Out.Trailer = nil // HTTP/2 would send it
 	r.Out.Method = http.MethodPost
 	c.aim(r.Out)
 }
@@ -372,7 +381,7 @@ func (p *proxy) roundTrip(req *http.Request) (*http.Response, error) {
 	res, err := p.send(c, req)
 	if err == nil && res.StatusCode == http.StatusUnauthorized && !p.tokens.keyed() {
 		res, err = p.renew(c, req, res)
-	} else if err == nil && !p.tokens.keyed() {
+	} else if err == nil && res.StatusCode < 300 && !p.tokens.keyed() {
 		p.tokens.servedWith(true)
 	}
 	if err != nil {
@@ -386,7 +395,7 @@ func (p *proxy) roundTrip(req *http.Request) (*http.Response, error) {
 // rest, a large body that finds the connection dead while it is written, to us.
 func (p *proxy) send(c *call, req *http.Request) (*http.Response, error) {
 	res, err := p.transport.RoundTrip(req)
-	if _, network := errors.AsType[*net.OpError](err); network && c.reused && c.ctx.Err() == nil {
+	if _, network := errors.AsType[*net.OpError](err); network && c.reused.Load() && c.ctx.Err() == nil {
 		req = req.Clone(c.ctx)
 		c.aim(req)
 		res, err = p.transport.RoundTrip(req)
@@ -397,7 +406,7 @@ func (p *proxy) send(c *call, req *http.Request) (*http.Response, error) {
 // renew answers a 401 of the API's: with what comes of the same request under a fresh token, or with
 // notServed where a fresh token fares no better.
 func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Response, error) {
-	id := res.Header.Get("X-Request-Id")
+	id := clip(res.Header.Get("X-Request-Id"), 128)
 	io.CopyN(io.Discard, res.Body, 64<<10) // so that the connection can be used again
 	res.Body.Close()
 	if u := p.tokens.unserved.Load(); u != nil && time.Since(u.last) < unservedPause {
@@ -424,7 +433,9 @@ func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Res
 		p.tokens.servedWith(false)
 		return nil, notServed()
 	}
-	p.tokens.servedWith(true)
+	if res.StatusCode < 300 {
+		p.tokens.servedWith(true)
+	}
 	return res, nil
 }
 
@@ -447,7 +458,7 @@ var allowedResponseHeaders = []string{
 // headers that a client needs; an error of OpenAI's shape as it is; of anything else an error that says so.
 func (p *proxy) modifyResponse(res *http.Response) error {
 	c := callOf(res.Request.Context())
-	p.began(c)
+	p.answerBegan(c)
 	h := make(http.Header, 8)
 	for _, name := range allowedResponseHeaders {
 		if v, ok := res.Header[name]; ok {
@@ -459,6 +470,7 @@ func (p *proxy) modifyResponse(res *http.Response) error {
 		h["X-Upstream-Request-Id"] = []string{c.x.upstreamID}
 	}
 	res.Header = h
+	res.Trailer = nil // else ReverseProxy announces its names; Read drops the values
 	body := &responseBody{call: c, res: res, src: res.Body}
 	if res.StatusCode != http.StatusOK {
 		return p.failure(c, res, body)
@@ -478,7 +490,7 @@ func (p *proxy) modifyResponse(res *http.Response) error {
 		}
 		res.Body = body
 		p.metrics.streams.Add(1)
-		body.closed = func() { p.metrics.streams.Add(-1) }
+		body.onClose = func() { p.metrics.streams.Add(-1) }
 		return nil
 	}
 	if c.completion != nil {

@@ -23,7 +23,7 @@ type responseBody struct {
 	sse        bool
 	pending    []byte // to be read before src: what peek read, or the error event
 	err        error  // how src ended; nil while it has not
-	closed     func() // runs at Close; nil for nothing
+	onClose    func() // runs at Close; nil for nothing
 }
 
 func (b *responseBody) Read(p []byte) (int, error) {
@@ -58,11 +58,11 @@ func (b *responseBody) Read(p []byte) (int, error) {
 		// "a blank line goes first": the event must not join a line that was cut.
 		b.pending = append(append([]byte("\n\ndata: "), e.body(b.call.x.id)...), "\n\n"...)
 	}
-	if n > 0 || len(b.pending) > 0 {
-		if n == 0 {
-			return b.Read(p)
-		}
+	switch {
+	case n > 0:
 		return n, nil
+	case len(b.pending) > 0:
+		return b.Read(p)
 	}
 	return 0, b.err
 }
@@ -81,9 +81,9 @@ func (b *responseBody) broken(err error) *apiError {
 }
 
 func (b *responseBody) Close() error {
-	if b.closed != nil {
-		b.closed()
-		b.closed = nil
+	if b.onClose != nil {
+		b.onClose()
+		b.onClose = nil
 	}
 	return b.src.Close()
 }
@@ -96,7 +96,7 @@ func (b *responseBody) peek(buffers *copyBuffers) error {
 		return nil
 	}
 	buf := buffers.Get()
-	b.closed = func() { buffers.Put(buf) }
+	b.onClose = func() { buffers.Put(buf) }
 	n, err := io.ReadFull(b, buf)
 	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
 		return err
