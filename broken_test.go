@@ -186,6 +186,7 @@ func TestUpstreamsThatCannotBeReached(t *testing.T) {
 }
 
 func TestStrangeButWholeAnswersPass(t *testing.T) {
+	t.Parallel()
 	var packed bytes.Buffer
 	gz := gzip.NewWriter(&packed)
 	io.WriteString(gz, `{"packed":true}`)

@@ -321,6 +321,7 @@ func TestLockWaitEndsEarly(t *testing.T) {
 // TestStaleLockIsTakenOverByOne has two find the same stale lock at the same time, on real files: a file system may give
 // the new lock the number of the one that was just deleted.
 func TestStaleLockIsTakenOverByOne(t *testing.T) {
+	t.Parallel()
 	rounds := 200
 	if testing.Short() {
 		rounds = 20

@@ -249,6 +249,7 @@ func TestUsageAndExitStatus(t *testing.T) {
 }
 
 func TestDemoFromSignInToAnswer(t *testing.T) {
+	t.Parallel()
 	p := start(t, map[string]string{"QWEN_API_KEY": "sk-must-not-be-used"}, "demo")
 	if res, _ := p.get("/health/ready"); res.StatusCode != http.StatusServiceUnavailable {
 		t.Errorf("ready before the sign-in: %s", res.Status)

@@ -72,6 +72,7 @@ const (
 )
 
 func TestLoginStoresTheCredentials(t *testing.T) {
+	t.Parallel()
 	_, env := qwenEnv(t)
 	env["SERVER_PORT"] = "0"
 	server := start(t, env)
@@ -128,6 +129,7 @@ func TestLoginStoresTheCredentials(t *testing.T) {
 }
 
 func TestLoginThatFailsChangesNothing(t *testing.T) {
+	t.Parallel()
 	for name, tt := range map[string]struct {
 		end  func(t *testing.T, c *terminal, link string)
 		want string
@@ -160,6 +162,7 @@ func TestLoginThatFailsChangesNothing(t *testing.T) {
 }
 
 func TestLoginAsJSON(t *testing.T) {
+	t.Parallel()
 	_, env := qwenEnv(t)
 	c := runCommand(t, env, "login", "-json")
 	link := c.stdout.await(t, `"verification_uri_complete":"([^"]+)"`)
@@ -257,6 +260,7 @@ func TestPlanMismatch(t *testing.T) {
 }
 
 func TestTheAPIKeysFileIsFollowed(t *testing.T) {
+	t.Parallel()
 	var got = make(chan string, 1)
 	file := filepath.Join(t.TempDir(), "key")
 	if err := os.WriteFile(file, []byte("sk-old\n"), 0o600); err != nil {
