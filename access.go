@@ -1,52 +1,241 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/subtle"
+	"log/slog"
 	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"slices"
 	"strings"
+	"sync/atomic"
 )
 
-// An access says which clients may come in: those with one of the proxy's keys, or all where it has none.
+// A digest is the SHA-256 of a key. Keys are compared by their digests, whose length says nothing of theirs.
+type digest [sha256.Size]byte
+
+// An access says who may come in, and from where: clients with one of the proxy's keys, or all where it has
+// none; web pages of the allowed origins; names that no foreign page can have pointed here.
 type access struct {
-	digests [][sha256.Size]byte
+	log      *slog.Logger
+	keys     atomic.Pointer[[]digest] // empty: no key is needed
+	keysFile string
+	trusted  []netip.Prefix // reverse proxies whose X-Forwarded-For is believed
+	origins  []string       // nil is the loopback origins; "*" alone is all
+	hostname string         // the machine's own name, in lower case
+	csrf     *http.CrossOriginProtection
 }
 
-func newAccess(cfg *config) *access {
-	a := &access{}
-	for _, key := range cfg.proxyKeys {
-		a.digests = append(a.digests, sha256.Sum256([]byte(key)))
-	}
+func newAccess(cfg *config, log *slog.Logger) *access {
+	name, _ := os.Hostname() // "" matches no Host
+	a := &access{log: log, keysFile: cfg.proxyKeysFile, trusted: cfg.trustedProxies, origins: cfg.corsOrigins,
+		hostname: strings.ToLower(name), csrf: http.NewCrossOriginProtection()}
+	a.setKeys(cfg.proxyKeys)
 	return a
 }
 
-// required reports whether a client needs a key.
-func (a *access) required() bool { return len(a.digests) > 0 }
-
-// require lets requests with a valid key through to next.
-func (a *access) require(next http.Handler) http.Handler {
-	if !a.required() {
-		return next
+func (a *access) setKeys(keys []string) {
+	digests := make([]digest, len(keys))
+	for i, key := range keys {
+		digests[i] = sha256.Sum256([]byte(key))
 	}
+	a.keys.Store(&digests)
+}
+
+// required reports whether a client needs a key.
+func (a *access) required() bool { return len(*a.keys.Load()) > 0 }
+
+// follow puts the keys of PROXY_API_KEYS_FILE into use when the file changes, until ctx ends.
+func (a *access) follow(ctx context.Context, current []string) {
+	if a.keysFile == "" {
+		return
+	}
+	failed := ""
+	for sleep(ctx, maxNap) {
+		next, err := readProxyKeys(a.keysFile)
+		switch {
+		case err != nil && err.Error() != failed:
+			failed = err.Error()
+			a.log.Error("PROXY_API_KEYS_FILE can't be read any more; the last keys stay in use", "error", err)
+		case err == nil && !slices.Equal(next, current):
+			current, failed = next, ""
+			a.setKeys(next)
+			a.log.Info("the proxy's keys have changed", "keys", len(next))
+		}
+	}
+}
+
+// guard lets requests through to next that come under a name which can't be a foreign page's, and not from a
+// foreign page; it answers the preflights of allowed ones. It sets the client's address.
+func (a *access) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if a.allows(clientKey(r)) {
-			next.ServeHTTP(w, r)
+		x := exchangeOf(r.Context())
+		peerTrusted := a.isTrusted(x.client)
+		if peerTrusted {
+			x.client = a.forwardedFor(x.client, r.Header["X-Forwarded-For"])
+			x.forwarded = true
+		}
+		h := w.Header()
+		h["Vary"] = valueOrigin
+		if !a.required() && !peerTrusted && !a.isLocalName(r.Host) {
+			writeError(w, r, &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "host_not_allowed",
+				message: "Without PROXY_API_KEYS the proxy serves only IP addresses and local names, so that no web page can reach it by a name of its own. Set PROXY_API_KEYS, use the address, or name the reverse proxy in TRUSTED_PROXIES."})
 			return
 		}
-		w.Header().Set("WWW-Authenticate", `Basic realm="qwen-go-proxy", charset="UTF-8"`) // for browsers; RFC 7617
-		writeError(w, r, &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
-			message: "The proxy needs one of its keys (PROXY_API_KEYS): send it as Authorization: Bearer, as x-api-key, or as the password of HTTP Basic."})
+		origin := r.Header.Get("Origin")
+		allowed := origin != "" && a.allowsOrigin(origin)
+		if allowed {
+			h["Access-Control-Allow-Origin"] = []string{origin}
+			h["Access-Control-Expose-Headers"] = valueExposed
+		}
+		if r.Method == http.MethodOptions && origin != "" && r.Header.Get("Access-Control-Request-Method") != "" {
+			a.preflight(w, r, allowed)
+			return
+		}
+		if !allowed && a.csrf.Check(r) != nil {
+			writeError(w, r, originRefused())
+			return
+		}
+		next.ServeHTTP(w, r)
 	})
 }
 
-// allows reports whether key is one of the proxy's. How long it takes says nothing about the keys.
-func (a *access) allows(key string) bool {
-	digest := sha256.Sum256([]byte(key))
-	found := 0
-	for i := range a.digests {
-		found |= subtle.ConstantTimeCompare(digest[:], a.digests[i][:])
+var (
+	valueOrigin  = []string{"Origin"}
+	valueExposed = []string{"X-Request-ID, X-Upstream-Request-ID, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, Retry-After"}
+)
+
+func originRefused() *apiError {
+	return &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "origin_not_allowed",
+		message: "Web pages of this origin may not use the proxy. Add the origin to CORS_ALLOWED_ORIGINS on the proxy if they may."}
+}
+
+// preflight answers a CORS preflight (WHATWG Fetch, "CORS-preflight request").
+func (a *access) preflight(w http.ResponseWriter, r *http.Request, allowed bool) {
+	if !allowed {
+		writeError(w, r, originRefused())
+		return
 	}
-	return found == 1
+	h := w.Header()
+	h["Vary"] = []string{"Origin, Access-Control-Request-Method, Access-Control-Request-Headers"}
+	h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST")
+	if want := r.Header.Get("Access-Control-Request-Headers"); want != "" {
+		h.Set("Access-Control-Allow-Headers", want) // what a client sends, the proxy's allow-list sorts out
+	}
+	h.Set("Access-Control-Max-Age", "7200")
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// allowsOrigin reports whether pages of origin may use the proxy.
+func (a *access) allowsOrigin(origin string) bool {
+	switch {
+	case a.origins == nil:
+		u, err := url.Parse(origin)
+		return err == nil && (u.Scheme == "http" || u.Scheme == "https") && isLoopback(strings.ToLower(u.Hostname()))
+	case a.origins[0] == "*":
+		return true
+	}
+	return slices.Contains(a.origins, strings.ToLower(origin))
+}
+
+// isLocalName reports whether host is one that public DNS can't point here: an IP address, localhost, a name without a
+// dot or of a domain that is kept for local use, or the machine's own name. A page elsewhere that has pointed a
+// name of its own here (DNS rebinding) comes under that name.
+func (a *access) isLocalName(host string) bool {
+	name := strings.ToLower(strings.TrimSuffix((&url.URL{Host: host}).Hostname(), "."))
+	if name == "" {
+		return false
+	}
+	if _, err := netip.ParseAddr(name); err == nil {
+		return true
+	}
+	if !hostname(name) {
+		return false
+	}
+	return !strings.Contains(name, ".") || name == a.hostname ||
+		strings.HasSuffix(name, ".localhost") || strings.HasSuffix(name, ".local") || strings.HasSuffix(name, ".internal")
+}
+
+// isTrusted reports whether addr is a reverse proxy of ours.
+func (a *access) isTrusted(addr netip.Addr) bool {
+	return addr.IsValid() && slices.ContainsFunc(a.trusted, func(p netip.Prefix) bool { return p.Contains(addr) })
+}
+
+// forwardedFor returns the client's address by what the X-Forwarded-For lines of a trusted peer say. Each proxy
+// puts the address that it was called from at the end, so it is read from the right: the first address that is no
+// trusted proxy's is the client's. What stands left of it, or of anything that is no address, anybody may have put there.
+func (a *access) forwardedFor(peer netip.Addr, lines []string) netip.Addr {
+	client := peer
+	for _, line := range slices.Backward(lines) {
+		for {
+			i := strings.LastIndexByte(line, ',')
+			item := strings.TrimSpace(line[i+1:])
+			addr, err := netip.ParseAddr(item)
+			if err != nil {
+				ap, portErr := netip.ParseAddrPort(item) // some proxies add the port
+				if portErr != nil {
+					return client
+				}
+				addr = ap.Addr()
+			}
+			client = addr.Unmap().WithZone("")
+			if !a.isTrusted(client) {
+				return client
+			}
+			if i < 0 {
+				break
+			}
+			line = line[:i]
+		}
+	}
+	return client
+}
+
+// admit lets requests through to next that the limiter admits and, where keys are needed, carry one. A client
+// counts by its key, else by its address, so that whoever guesses keys is limited too.
+func (a *access) admit(limiter *rateLimiter, next http.Handler) http.Handler {
+	byClient := func(r *http.Request) rateKey {
+		x := exchangeOf(r.Context())
+		if d, ok := a.key(r); ok {
+			x.keyed = true
+			return digestKey(d[:])
+		}
+		return addressKey(x.client)
+	}
+	return limiter.limit(byClient, a.require(next))
+}
+
+// require lets requests with a valid key through to next, and all where none is needed.
+func (a *access) require(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if a.required() && !exchangeOf(r.Context()).keyed { // admit has looked only where there is a limiter
+			if _, ok := a.key(r); !ok {
+				w.Header().Set("WWW-Authenticate", `Basic realm="qwen-go-proxy", charset="UTF-8"`) // for browsers; RFC 7617
+				writeError(w, r, &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
+					message: "The proxy needs one of its keys (PROXY_API_KEYS): send it as Authorization: Bearer, as x-api-key, or as the password of HTTP Basic."})
+				return
+			}
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// key returns the digest of the key that r carries, and whether it is one of the proxy's. How long it takes says
+// nothing about the keys.
+func (a *access) key(r *http.Request) (digest, bool) {
+	keys := *a.keys.Load()
+	if len(keys) == 0 {
+		return digest{}, false
+	}
+	d := digest(sha256.Sum256([]byte(clientKey(r))))
+	found := 0
+	for i := range keys {
+		found |= subtle.ConstantTimeCompare(d[:], keys[i][:])
+	}
+	return d, found == 1
 }
 
 // clientKey returns the key that r carries, "" for none: the bearer token, x-api-key, or the password of HTTP Basic.

@@ -2,12 +2,17 @@ package main
 
 import (
 	"io"
+	"maps"
+	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // send makes a request with the headers that set puts in and a body that the path takes, and returns the answer, read
@@ -194,5 +199,256 @@ func TestAccessKeysOfAFile(t *testing.T) {
 		if res, body := p.send("GET", "/v1/models", header("X-Api-Key", key)); res.StatusCode != want {
 			t.Errorf("key %q: %s %s, want %d", key, res.Status, body, want)
 		}
+	}
+}
+
+func TestOnlyNamesThatNoForeignPageCanHavePointedHere(t *testing.T) {
+	own, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	api := func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") }
+	open := startWith(t, api, nil)
+	keyed := startWith(t, api, map[string]string{"PROXY_API_KEYS": "key-1"})
+	behind := startWith(t, api, map[string]string{"TRUSTED_PROXIES": "127.0.0.0/8"})
+	for host, allowed := range map[string]bool{
+		"127.0.0.1:8080": true, "127.0.0.1": true, "[::1]:8080": true, "[::1]": true, "192.168.1.5": true, "8.8.8.8:80": true,
+		"localhost": true, "LocalHost:8080": true, "localhost.": true, "a.localhost": true, "nas.local": true, "qwen.internal:80": true,
+		"qwen": true, "qwen_proxy:8080": true, own: true,
+		"evil.example": false, "evil.example:8080": false, "localhost.evil.example": false, "127.0.0.1.evil.example": false,
+		"local": true, "evil.local.example": false, "xlocalhost.com": false, "qwen.ai": false, "a b": false, "evil.example%00.local": false,
+	} {
+		t.Run(host, func(t *testing.T) {
+			set := func(r *http.Request) { r.Host = host }
+			res, body := open.send("GET", "/health", set)
+			if allowed != (res.StatusCode == 200) {
+				t.Errorf("got %s %s", res.Status, body)
+			}
+			if !allowed && res.StatusCode != http.StatusBadRequest { // net/http's own word on a malformed Host
+				wantError(t, res, body, 403, typeAuthentication, "host_not_allowed")
+			}
+			if strings.ContainsAny(host, " %") {
+				return
+			}
+			for name, p := range map[string]*program{"with keys": keyed, "behind a trusted proxy": behind} {
+				if res, body := p.send("GET", "/health", set); res.StatusCode != 200 {
+					t.Errorf("%s: %s %s", name, res.Status, body)
+				}
+			}
+		})
+	}
+	c, err := net.Dial("tcp", strings.TrimPrefix(open.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	io.WriteString(c, "GET /health HTTP/1.0\r\n\r\n")
+	if b, _ := io.ReadAll(c); !strings.Contains(string(b), " 403 ") {
+		t.Errorf("without a Host: %s", b)
+	}
+}
+
+func TestWebPagesOfOtherOriginsStayOut(t *testing.T) {
+	var calls atomic.Int64
+	api := func(w http.ResponseWriter, r *http.Request) { calls.Add(1); answerJSON(w, 200, "{}") }
+	programs := map[string]*program{
+		"":  startWith(t, api, nil),
+		"a": startWith(t, api, map[string]string{"CORS_ALLOWED_ORIGINS": "https://app.example, http://other.example:8080"}),
+		"*": startWith(t, api, map[string]string{"CORS_ALLOWED_ORIGINS": "*"}),
+	}
+	for _, tt := range []struct {
+		config, origin, site string
+		ok                   bool
+	}{
+		{"", "", "", true},
+		{"", "http://localhost", "", true}, {"", "http://localhost:3000", "same-site", true}, {"", "https://127.0.0.1:1", "cross-site", true}, {"", "http://[::1]:80", "", true},
+		{"", "https://evil.example", "cross-site", false}, {"", "http://localhost.evil.example", "", false}, {"", "null", "cross-site", false},
+		{"", "http://127.0.0.1.evil.example", "", false}, {"", "file://localhost", "", false}, {"", "", "cross-site", false}, {"", "", "same-site", false},
+		{"", "", "none", true}, {"", "", "same-origin", true},
+		{"a", "https://app.example", "cross-site", true}, {"a", "http://other.example:8080", "", true}, {"a", "HTTPS://APP.EXAMPLE", "", true},
+		{"a", "http://localhost", "", false}, {"a", "https://app.example.evil.example", "", false}, {"a", "http://app.example", "", false}, {"a", "https://app.example:444", "", false},
+		{"*", "https://anyone.example", "cross-site", true}, {"*", "null", "cross-site", true},
+	} {
+		t.Run(tt.config+" "+tt.origin+" "+tt.site, func(t *testing.T) {
+			p := programs[tt.config]
+			set := func(r *http.Request) {
+				if tt.origin != "" {
+					r.Header.Set("Origin", tt.origin)
+				}
+				if tt.site != "" {
+					r.Header.Set("Sec-Fetch-Site", tt.site)
+				}
+			}
+			before := calls.Load()
+			res, body := p.send("POST", "/v1/chat/completions", set)
+			if tt.ok != (res.StatusCode == 200) || tt.ok != (calls.Load() == before+1) {
+				t.Errorf("POST: %s %s, %d calls of the API", res.Status, body, calls.Load()-before)
+			}
+			if !tt.ok {
+				wantError(t, res, body, 403, typeAuthentication, "origin_not_allowed")
+			}
+			wantOrigin := ""
+			if tt.ok {
+				wantOrigin = tt.origin
+			}
+			if got := res.Header.Get("Access-Control-Allow-Origin"); got != wantOrigin || !strings.Contains(res.Header.Get("Vary"), "Origin") {
+				t.Errorf("Access-Control-Allow-Origin %q, Vary %q", got, res.Header.Get("Vary"))
+			}
+			if tt.origin == "" {
+				return
+			}
+			res, body = p.send("OPTIONS", "/v1/chat/completions", func(r *http.Request) {
+				set(r)
+				r.Header.Set("Access-Control-Request-Method", "POST")
+				r.Header.Set("Access-Control-Request-Headers", "authorization,content-type,x-stainless-os")
+			})
+			if tt.ok != (res.StatusCode == 204) || tt.ok != (res.Header.Get("Access-Control-Allow-Headers") == "authorization,content-type,x-stainless-os") {
+				t.Errorf("preflight: %s %s %v", res.Status, body, res.Header)
+			}
+		})
+	}
+	t.Run("a safe request of another origin is answered, and the page can't read it", func(t *testing.T) {
+		res, _ := programs[""].send("GET", "/v1/models", header("Origin", "https://evil.example"))
+		if res.StatusCode != 200 || res.Header.Get("Access-Control-Allow-Origin") != "" {
+			t.Errorf("got %s %v", res.Status, res.Header)
+		}
+	})
+	t.Run("a preflight needs no key and no token of the limiter", func(t *testing.T) {
+		p := startWith(t, api, map[string]string{"PROXY_API_KEYS": "key-1", "RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "1"})
+		for range 5 {
+			res, body := p.send("OPTIONS", "/v1/chat/completions", func(r *http.Request) {
+				r.Header.Set("Origin", "http://localhost:1")
+				r.Header.Set("Access-Control-Request-Method", "POST")
+			})
+			if res.StatusCode != 204 {
+				t.Errorf("got %s %s", res.Status, body)
+			}
+		}
+		if res, body := p.send("GET", "/v1/models", header("Authorization", "Bearer key-1")); res.StatusCode != 200 {
+			t.Errorf("afterwards: %s %s", res.Status, body)
+		}
+	})
+}
+
+func TestForwardedForIsReadFromTheRight(t *testing.T) {
+	a := &access{trusted: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("fd00::/8")}}
+	for _, tt := range []struct{ lines, want string }{
+		{"", "10.0.0.1"},
+		{"198.51.100.7", "198.51.100.7"},
+		{"1.2.3.4, 198.51.100.7", "198.51.100.7"},
+		{"1.2.3.4,198.51.100.7 , 10.9.9.9", "198.51.100.7"},
+		{"1.2.3.4|198.51.100.7|10.9.9.9,10.1.1.1", "198.51.100.7"}, // | stands between header lines
+		{"10.2.2.2, 10.9.9.9", "10.2.2.2"},
+		{"198.51.100.7:4711", "198.51.100.7"},
+		{"[2001:db8::1]:4711", "2001:db8::1"},
+		{"2001:db8::1", "2001:db8::1"},
+		{"::ffff:198.51.100.7", "198.51.100.7"},
+		{"fe80::1%eth0", "fe80::1"},
+		{"1.2.3.4, unknown", "10.0.0.1"},
+		{"1.2.3.4, unknown, 10.9.9.9", "10.9.9.9"},
+		{"1.2.3.4,", "10.0.0.1"},
+		{"1.2.3.4, 198.51.100.7\x00", "10.0.0.1"},
+	} {
+		var lines []string
+		if tt.lines != "" {
+			lines = strings.Split(tt.lines, "|")
+		}
+		if got := a.forwardedFor(netip.MustParseAddr("10.0.0.1"), lines); got.String() != tt.want {
+			t.Errorf("%q: %v, want %s", tt.lines, got, tt.want)
+		}
+	}
+}
+
+// FuzzForwardedFor: whatever stands left of the first address that a trusted proxy has put there changes nothing.
+func FuzzForwardedFor(f *testing.F) {
+	for _, s := range []string{"", "1.2.3.4", "x, 1.2.3.4", ",,,", "[::1]:80, 10.0.0.1", "::ffff:10.0.0.1", "fe80::1%x"} {
+		f.Add(s)
+	}
+	a := &access{trusted: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
+	peer := netip.MustParseAddr("10.0.0.1")
+	f.Fuzz(func(t *testing.T, s string) {
+		if got := a.forwardedFor(peer, []string{s}); !got.IsValid() || got.Is4In6() || got.Zone() != "" {
+			t.Errorf("%q: %v", s, got)
+		}
+		for _, end := range []string{"198.51.100.7", "198.51.100.7, 10.1.1.1"} {
+			if got := a.forwardedFor(peer, []string{s, end}); got.String() != "198.51.100.7" {
+				t.Errorf("%q before %q: %v", s, end, got)
+			}
+			if got := a.forwardedFor(peer, []string{s + "," + end}); got.String() != "198.51.100.7" {
+				t.Errorf("%q before %q on a line: %v", s, end, got)
+			}
+		}
+	})
+}
+
+func TestTheLimiterCountsByKeyOrAddress(t *testing.T) {
+	api := func(w http.ResponseWriter, r *http.Request) {}
+	limits := map[string]string{"RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "2"}
+	take := func(p *program, set func(*http.Request)) int {
+		res, _ := p.send("GET", "/v1/models", set)
+		return res.StatusCode
+	}
+	t.Run("by key", func(t *testing.T) {
+		env := maps.Clone(limits)
+		env["PROXY_API_KEYS"] = "key-1,key-2"
+		p := startWith(t, api, env)
+		var got []int
+		for _, key := range []string{"key-1", "key-1", "key-1", "key-2", "wrong-1", "wrong-2", "wrong-3", "key-2"} {
+			got = append(got, take(p, header("Authorization", "Bearer "+key)))
+		}
+		if diff := cmp.Diff([]int{200, 200, 429, 200, 401, 401, 429, 200}, got); diff != "" {
+			t.Errorf("statuses (-want +got):\n%s", diff)
+		}
+	})
+	t.Run("by address behind a trusted proxy", func(t *testing.T) {
+		env := maps.Clone(limits)
+		env["TRUSTED_PROXIES"] = "127.0.0.1, ::1"
+		p := startWith(t, api, env)
+		var got []int
+		for _, from := range []string{"198.51.100.1", "6.6.6.6, 198.51.100.1", "7.7.7.7, 198.51.100.1", "198.51.100.2"} {
+			got = append(got, take(p, header("X-Forwarded-For", from)))
+		}
+		if diff := cmp.Diff([]int{200, 200, 429, 200}, got); diff != "" {
+			t.Errorf("statuses (-want +got):\n%s", diff)
+		}
+		p.stderr.await(t, `"client":"198.51.100.2"`)
+	})
+	t.Run("X-Forwarded-For of anybody counts for nothing", func(t *testing.T) {
+		p := startWith(t, api, limits)
+		var got []int
+		for _, from := range []string{"198.51.100.1", "198.51.100.2", "198.51.100.3"} {
+			got = append(got, take(p, header("X-Forwarded-For", from)))
+		}
+		if diff := cmp.Diff([]int{200, 200, 429}, got); diff != "" {
+			t.Errorf("statuses (-want +got):\n%s", diff)
+		}
+	})
+}
+
+func TestTheFileOfTheProxysKeysIsFollowed(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "keys")
+	write := func(s string) {
+		if err := os.WriteFile(file, []byte(s), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("# ours\nold\n")
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {}, map[string]string{"PROXY_API_KEYS_FILE": file})
+	status := func(key string) int {
+		res, _ := p.send("GET", "/v1/models", header("X-Api-Key", key))
+		return res.StatusCode
+	}
+	if status("old") != 200 || status("new") != 401 {
+		t.Error("the file's keys are not in use")
+	}
+	write("new\n")
+	p.stderr.await(t, `"msg":"the proxy's keys have changed"`)
+	if status("old") != 401 || status("new") != 200 {
+		t.Error("the file's new keys are not in use")
+	}
+	write("")
+	p.stderr.await(t, `"msg":"PROXY_API_KEYS_FILE can't be read any more`)
+	if status("") != 401 || status("new") != 200 {
+		t.Error("an emptied file opened the proxy, or lost the last keys")
 	}
 }

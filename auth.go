@@ -238,12 +238,14 @@ func acceptWeight(accept, typ, subtype string) (weight float64) {
 }
 
 // private lets only clients on this machine or in a private network through: whoever completes a sign-in decides
-// whose account reads the prompts. A request that another proxy has forwarded comes from anywhere.
+// whose account reads the prompts. What a proxy has forwarded that is none of TRUSTED_PROXIES comes from anywhere.
 func private(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		addr := exchangeOf(r.Context()).client
-		_, forwarded := r.Header["X-Forwarded-For"]
-		if _, ok := r.Header["Forwarded"]; ok || forwarded || addr.IsValid() && !addr.IsLoopback() && !addr.IsPrivate() && !addr.IsLinkLocalUnicast() {
+		x := exchangeOf(r.Context())
+		_, forwardedFor := r.Header["X-Forwarded-For"]
+		_, forwarded := r.Header["Forwarded"]
+		a := x.client
+		if (forwardedFor || forwarded) && !x.forwarded || a.IsValid() && !a.IsLoopback() && !a.IsPrivate() && !a.IsLinkLocalUnicast() {
 			writeError(w, r, &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "forbidden",
 				message: "Without PROXY_API_KEYS the proxy shows its sign-in to loopback and private addresses alone. Set PROXY_API_KEYS, or open /auth from the proxy's own network."})
 			return

@@ -21,6 +21,8 @@ type exchange struct {
 	rc           *http.ResponseController
 	id           string     // X-Request-ID
 	client       netip.Addr // the client's; the zero Addr for a Unix socket's
+	forwarded    bool       // a trusted proxy has named the client
+	keyed        bool       // the request carries one of the proxy's keys
 	start        time.Time
 	writeTimeout time.Duration
 	http2        bool

@@ -241,11 +241,12 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 	}
 	m := &metrics{started: time.Now()}
 	tokens := newSource(cfg, log, stderr)
+	keys := newAccess(cfg, log)
 	h := &health{tokens: tokens, metrics: m}
 	requests, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cutOff(nil)
 	srv := &http.Server{
-		Handler:           newHandler(cfg, log, tokens, m, h, newTransport()),
+		Handler:           newHandler(cfg, log, tokens, keys, m, h, newTransport()),
 		ReadHeaderTimeout: cfg.readTimeout,
 		// No ReadTimeout and no WriteTimeout: they bound the whole request and would cut long streams. The
 		// deadlines of bodies and writes move with each piece.
@@ -274,6 +275,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 		}
 	}()
 	running, stopTokens := context.WithCancel(context.WithoutCancel(ctx))
+	go keys.follow(running, cfg.proxyKeys)
 	tokensDone := make(chan struct{})
 	go func() {
 		defer close(tokensDone)
@@ -350,15 +352,13 @@ func planMismatch(key string, base *url.URL) string {
 	return ""
 }
 
-// newHandler returns the whole server's handler. From the outside in: track (id, log, panics), the routes, the
-// limiter, the key, the endpoint.
-func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, m *metrics, h *health, transport http.RoundTripper) http.Handler {
+// newHandler returns the whole server's handler. From the outside in: track (id, log, panics), guard (names and origins,
+// the client's address), the routes, the limiter, the key, the endpoint.
+func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access, m *metrics, h *health, transport http.RoundTripper) http.Handler {
 	p := newProxy(cfg, tokens, m, transport)
 	models := newModels(cfg)
 	limiter := newRateLimiter(cfg.rateLimit, cfg.rateBurst)
-	keys := newAccess(cfg)
-	byAddress := func(r *http.Request) rateKey { return addressKey(exchangeOf(r.Context()).client) }
-	limited := func(next http.Handler) http.Handler { return limiter.limit(byAddress, keys.require(next)) }
+	limited := func(next http.Handler) http.Handler { return keys.admit(limiter, next) }
 	auth := http.Handler(http.HandlerFunc(tokens.auth))
 	if !keys.required() {
 		auth = private(auth)
@@ -378,8 +378,8 @@ func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, m *metrics, 
 		rt.handle("POST "+prefix+"/embeddings", limited(p.forward(pathEmbeddings)))
 		rt.handle("POST "+prefix+"/responses", limited(p.forward(pathResponses)))
 	}
-	rt.full.Handle("/", limiter.limit(byAddress, http.HandlerFunc(rt.unmatched)))
-	return track(cfg, log, m, rt)
+	rt.full.Handle("/", limited(http.HandlerFunc(rt.unmatched)))
+	return track(cfg, log, m, keys.guard(rt))
 }
 
 // A router is a ServeMux whose own answers have the shape of the API's errors.
@@ -489,11 +489,6 @@ func warn(cfg *config, log *slog.Logger, a net.Addr) {
 	if cfg.apiKey != "" {
 		if problem := planMismatch(cfg.apiKey, keyBase(cfg)); problem != "" {
 			log.Warn(problem, "base_url", keyBase(cfg).String())
-		}
-	}
-	for name, set := range map[string]bool{"TRUSTED_PROXIES": cfg.trustedProxies != nil, "CORS_ALLOWED_ORIGINS": cfg.corsOrigins != nil} {
-		if set {
-			log.Warn("this setting has no effect yet", "variable", name)
 		}
 	}
 	for _, u := range []*url.URL{cfg.apiBase, cfg.oauthBase} {

@@ -91,7 +91,7 @@ func inBubble(t *testing.T, env map[string]string, api http.HandlerFunc) *bubble
 	m := &metrics{started: time.Now()}
 	front := newPipeNet()
 	server := &http.Server{
-		Handler:           newHandler(cfg, log, tokens, m, &health{tokens: tokens, metrics: m}, transport),
+		Handler:           newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, transport),
 		ReadHeaderTimeout: cfg.readTimeout,
 	}
 	go server.Serve(front)
@@ -238,7 +238,7 @@ func TestHeadersPassByAllowList(t *testing.T) {
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		got = r.Header.Clone()
 		h := w.Header()
-		for _, name := range []string{"Set-Cookie", "Alt-Svc", "Server", "Access-Control-Allow-Origin", "X-Envoy-Upstream", "X-Dashscope-Call-Gateway", "Trailer"} {
+		for _, name := range []string{"Set-Cookie", "Alt-Svc", "Server", "Access-Control-Allow-Credentials", "X-Envoy-Upstream", "X-Dashscope-Call-Gateway", "Trailer"} {
 			h.Set(name, "no")
 		}
 		h.Set("X-Request-ID", "qwen-1")
@@ -252,9 +252,10 @@ func TestHeadersPassByAllowList(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"Cookie", "X-Api-Key", "Forwarded", "X-Forwarded-For", "X_Forwarded_For", "X-Real-Ip", "Via", "Origin", "Referer", "Te", "Upgrade", "X-Custom", "Openai-Organization"} {
+	for _, name := range []string{"Cookie", "X-Api-Key", "Forwarded", "X-Forwarded-For", "X_Forwarded_For", "X-Real-Ip", "Via", "Referer", "Te", "Upgrade", "X-Custom", "Openai-Organization"} {
 		req.Header.Set(name, "secret")
 	}
+	req.Header.Set("Origin", "http://localhost:3000")
 	req.Header.Set("Authorization", "Bearer sk-of-the-client")
 	req.Header.Set("Connection", "Authorization, X-Request-Id, Upgrade")
 	req.Header.Set("Accept", "application/json")
@@ -279,7 +280,7 @@ func TestHeadersPassByAllowList(t *testing.T) {
 		t.Errorf("headers to the API (-want +got):\n%s", diff)
 	}
 	names := slices.Sorted(maps.Keys(res.Header))
-	wantNames := []string{"Content-Type", "Date", "Referrer-Policy", "X-Content-Type-Options", "X-Frame-Options", "X-Ratelimit-Remaining-Tokens", "X-Request-Id", "X-Upstream-Request-Id"}
+	wantNames := []string{"Access-Control-Allow-Origin", "Access-Control-Expose-Headers", "Content-Type", "Date", "Referrer-Policy", "Vary", "X-Content-Type-Options", "X-Frame-Options", "X-Ratelimit-Remaining-Tokens", "X-Request-Id", "X-Upstream-Request-Id"}
 	if diff := cmp.Diff(wantNames, slices.DeleteFunc(names, func(s string) bool { return s == "Content-Length" })); diff != "" {
 		t.Errorf("headers to the client (-want +got):\n%s", diff)
 	}
@@ -915,7 +916,7 @@ func BenchmarkHandler(b *testing.B) {
 		name string
 		h    http.Handler
 	}{
-		{"ours", newHandler(cfg, log, tokens, m, &health{tokens: tokens, metrics: m}, upstream)},
+		{"ours", newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, upstream)},
 		{"bare", &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(target) }, Transport: upstream, BufferPool: &copyBuffers{}}},
 	} {
 		b.Run(bm.name, func(b *testing.B) {

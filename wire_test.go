@@ -174,7 +174,7 @@ func handlerOver(t *testing.T, cfg *config, api *httptest.Server) http.Handler {
 	log := newLogger(cfg, io.Discard)
 	tokens := newSource(cfg, log, io.Discard)
 	m := &metrics{}
-	return newHandler(cfg, log, tokens, m, &health{tokens: tokens, metrics: m}, transport)
+	return newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, transport)
 }
 
 func TestAnUpgradeNeverPasses(t *testing.T) {
