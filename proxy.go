@@ -180,13 +180,16 @@ func (p *proxy) begin(c *call, translate bool, w http.ResponseWriter, r *http.Re
 	return nil
 }
 
+// requiredMember is the member that a request to a path can't do without, beside the model.
+var requiredMember = map[string]string{pathChat: "messages", pathEmbeddings: "input"}
+
 // prepare checks what the proxy has to know of a body and puts in the model where it names none, or an
 // alias. All other bytes stay as they are.
 func (p *proxy) prepare(body *requestBody, path string) error {
 	type span struct{ start, end int }
 	var model, stream, required span
 	members := 0
-	need := map[string]string{pathChat: "messages", pathEmbeddings: "input"}[path]
+	need := requiredMember[path]
 	err := scanObject(body.data, func(name []byte, start, end int) error {
 		members++
 		var seen *span
