@@ -298,7 +298,10 @@ func (s *tokenSource) follow() bool {
 		err == nil && t.refresh != st.token.refresh && st.refused != nil:
 		s.log.Info("another process has changed the credentials; using them", "token", t)
 		s.setToken(t)
-		s.unserved.Store(nil) // it may be another account's
+		if u := s.unserved.Load(); u != nil {
+			// It may be another account's, or the same one's whose refresh shall not lead to ours, and that to another.
+			s.unserved.Store(&unserved{since: now, last: u.last})
+		}
 		if st.signIn.active() {
 			s.update(func(st *authState) { st.signIn = signIn{status: signInComplete, ended: now} })
 		}

@@ -5,12 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -980,4 +982,32 @@ func TestAuthShowsTheLinkAsSoonAsARefreshIsRefused(t *testing.T) {
 		s.wantAuth(signInPending)
 		s.wantAsked("refresh-0", "device")
 	})
+}
+
+// TestATokenOfAnotherProcessIsTriedBeforeARefresh: several processes whose account is not served must not refresh for
+// one another for ever.
+func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
+	cfg, err := loadConfig(lookup(map[string]string{"QWEN_DIR": credentials(t)}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSource(cfg, slog.New(slog.DiscardHandler), io.Discard)
+	last := time.Now().Add(-10 * time.Second)
+	s.unserved.Store(&unserved{since: time.Now().Add(-2 * unservedPause), last: last})
+	if s.ready() == nil {
+		t.Fatal("ready though the account is not served")
+	}
+	content := strings.Replace(fileContent, "1753142400123", strconv.FormatInt(time.Now().Add(time.Hour).UnixMilli(), 10), 1)
+	if err := os.WriteFile(s.store.path(), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if !s.follow() {
+		t.Fatal("the new token was not taken")
+	}
+	if err := s.ready(); err != nil {
+		t.Errorf("not ready, so that nobody will ever try the new token: %v", err)
+	}
+	if u := s.unserved.Load(); u == nil || !u.last.Equal(last) {
+		t.Errorf("unserved is %+v: the next 401 would start a refresh", u)
+	}
 }
