@@ -28,6 +28,7 @@ type exchange struct {
 	http2        bool
 	err          *apiError // what failed, first; nil where nothing did
 	upstreamID   string    // Qwen's own request id
+	called       bool      // the request has gone to Qwen
 
 	mu        sync.Mutex // guards w and what follows: a keep-alive is written from another goroutine
 	status    int        // 0 until the header is written
@@ -320,6 +321,10 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, detail bool) {
 	}
 	if status >= 500 {
 		level = slog.LevelError
+	}
+	if x.http2 && !x.called && r.Context().Err() != nil {
+		// Streams can be opened and reset faster than answered (CVE-2023-44487), and a line each would fill a disk.
+		level = slog.LevelDebug
 	}
 	if !log.Enabled(r.Context(), level) {
 		return

@@ -250,8 +250,10 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 		ReadHeaderTimeout: cfg.readTimeout,
 		// No ReadTimeout and no WriteTimeout: they bound the whole request and would cut long streams. The
 		// deadlines of bodies and writes move with each piece.
-		IdleTimeout:                  2 * time.Minute,
-		MaxHeaderBytes:               64 << 10,
+		IdleTimeout:    2 * time.Minute,
+		MaxHeaderBytes: 64 << 10,
+		// net/http reserves a frame's announced length before any of it comes, by default up to 1 MiB a connection.
+		HTTP2:                        &http.HTTP2Config{MaxReadFrameSize: 16 << 10},
 		BaseContext:                  func(net.Listener) context.Context { return requests },
 		ConnContext:                  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
@@ -504,6 +506,7 @@ func tlsConfig(cfg *config, log *slog.Logger) *tls.Config {
 	var mu sync.Mutex
 	var current *tls.Certificate
 	var modified, looked time.Time
+	var problem string // as it was logged last
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		// For TLS 1.2; all those of 1.3 are AEAD.
@@ -528,10 +531,13 @@ func tlsConfig(cfg *config, log *slog.Logger) *tls.Config {
 				if current == nil {
 					return nil, err
 				}
-				log.Error("the renewed certificate can't be used; the old one stays in use", "error", err)
+				if err.Error() != problem {
+					problem = err.Error()
+					log.Error("the renewed certificate can't be used; the old one stays in use", "error", err)
+				}
 				return current, nil
 			}
-			current, modified = &pair, info.ModTime()
+			current, modified, problem = &pair, info.ModTime(), ""
 			return current, nil
 		},
 	}

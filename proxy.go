@@ -260,6 +260,7 @@ func badBody(err error) error {
 // serve sends the call to Qwen and its answer to the client.
 func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
 	defer c.releaseBody()
+	c.x.called = true
 	c.ctx, c.cancel = context.WithCancelCause(context.WithValue(r.Context(), callKey{}, c))
 	defer c.cancel(nil)
 	c.ctx = httptrace.WithClientTrace(c.ctx, &httptrace.ClientTrace{
