@@ -1011,3 +1011,35 @@ func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 		t.Errorf("unserved is %+v: the next 401 would start a refresh", u)
 	}
 }
+
+// TestAClockThatJumps: what expires is judged by the wall clock as it is now, forwards and back, and a credential file
+// whose time lies in the future is no reason to refresh late or over and over.
+func TestAClockThatJumps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newTestOAuth(t, func(*http.Request) (int, string) { return 200, tokenAnswer(1, 3600) })
+		fresh, err := c.refresh(t.Context(), "refresh-0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if fresh.expiry != fresh.expiry.Round(0) || fresh.obtained != fresh.obtained.Round(0) {
+			t.Error("the token's times have a monotonic reading: a jump of the wall clock would go unnoticed")
+		}
+		now := wallClock()
+		for _, tt := range []struct {
+			name string
+			at   time.Duration // where the clock stands, from now
+			good bool
+		}{{"as it was", 0, true}, {"an hour and more ahead", 2 * time.Hour, false}, {"a day back", -24 * time.Hour, true}} {
+			if got := fresh.good(now.Add(tt.at)); got != tt.good {
+				t.Errorf("%s: good %v, want %v", tt.name, got, tt.good)
+			}
+		}
+		s := &tokenSource{buffer: 5 * time.Minute}
+		for name, obtained := range map[string]time.Time{"written in the future": now.Add(48 * time.Hour), "written long ago": now.Add(-48 * time.Hour)} {
+			old := s.prepare(&token{access: "a", obtained: obtained, expiry: now.Add(time.Hour)})
+			if want := now.Add(55 * time.Minute); !old.refreshAt.Equal(want) {
+				t.Errorf("%s: refreshed at %v, want %v", name, old.refreshAt, want)
+			}
+		}
+	})
+}
