@@ -39,32 +39,13 @@ type cutAPI struct {
 }
 
 func startCutAPI(t *testing.T, answer string, reset bool) *cutAPI {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	a := &cutAPI{answer: answer, reset: reset, url: "http://" + ln.Addr().String() + "/v1"}
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				req, err := http.ReadRequest(bufio.NewReader(c))
-				if err != nil {
-					return
-				}
-				io.Copy(io.Discard, req.Body)
-				io.WriteString(c, a.answer[:a.n.Load()])
-				if a.reset {
-					c.(*net.TCPConn).SetLinger(0)
-				}
-			}()
+	a := &cutAPI{answer: answer, reset: reset}
+	a.url = serveRaw(t, func(c *net.TCPConn, _ *bufio.Reader) {
+		io.WriteString(c, a.answer[:a.n.Load()])
+		if a.reset {
+			c.SetLinger(0)
 		}
-	}()
+	})
 	return a
 }
 

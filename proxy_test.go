@@ -395,8 +395,9 @@ func TestABrokenStreamEndsWithAnErrorEventAndACut(t *testing.T) {
 	}
 }
 
-// rawAPI answers each request with the bytes of answer and closes.
-func rawAPI(t *testing.T, answer string) string {
+// serveRaw returns the base URL of an API for tests that write their own bytes: answer has each connection, from
+// behind its first request on, until it returns.
+func serveRaw(t *testing.T, answer func(c *net.TCPConn, br *bufio.Reader)) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -411,14 +412,28 @@ func rawAPI(t *testing.T, answer string) string {
 			}
 			go func() {
 				defer c.Close()
-				if req, err := http.ReadRequest(bufio.NewReader(c)); err == nil {
-					io.Copy(io.Discard, req.Body)
-					io.WriteString(c, answer)
+				if br := bufio.NewReader(c); readRaw(br) {
+					answer(c.(*net.TCPConn), br)
 				}
 			}()
 		}
 	}()
 	return "http://" + ln.Addr().String() + "/v1"
+}
+
+// readRaw reads a request, body and all, and reports whether there was one.
+func readRaw(br *bufio.Reader) bool {
+	req, err := http.ReadRequest(br)
+	if err == nil {
+		_, err = io.Copy(io.Discard, req.Body)
+	}
+	return err == nil
+}
+
+// rawAPI answers each request with the bytes of answer and closes.
+func rawAPI(t *testing.T, answer string) string {
+	t.Helper()
+	return serveRaw(t, func(c *net.TCPConn, _ *bufio.Reader) { io.WriteString(c, answer) })
 }
 
 func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
@@ -612,34 +627,14 @@ func TestAResourceURLOfAnotherHostIsRefused(t *testing.T) {
 // TestADeadKeptAliveConnectionCostsNoRequest: the API closes each connection once it has been idle, at
 // the moment when the next request comes.
 func TestADeadKeptAliveConnectionCostsNoRequest(t *testing.T) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
 	var served atomic.Int32
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				br := bufio.NewReader(c)
-				req, err := http.ReadRequest(br)
-				if err != nil {
-					return
-				}
-				io.Copy(io.Discard, req.Body)
-				served.Add(1)
-				io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
-				br.ReadByte() // the next request's first byte: now the connection dies
-				c.(*net.TCPConn).SetLinger(0)
-			}()
-		}
-	}()
-	p := start(t, map[string]string{"API_BASE_URL": "http://" + ln.Addr().String() + "/v1", "QWEN_DIR": credentials(t)})
+	api := serveRaw(t, func(c *net.TCPConn, br *bufio.Reader) {
+		served.Add(1)
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+		br.ReadByte() // the next request's first byte: now the connection dies
+		c.SetLinger(0)
+	})
+	p := start(t, map[string]string{"API_BASE_URL": api, "QWEN_DIR": credentials(t)})
 	for range 200 {
 		if res, body := p.post("/v1/chat/completions", `{"messages":[]}`); res.StatusCode != 200 {
 			t.Fatalf("got %s %s", res.Status, body)

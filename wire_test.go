@@ -220,38 +220,19 @@ func TestOddRequestTargetsGetAnErrorOfOurs(t *testing.T) {
 // something with the request.
 func TestNoReplayOnceAnAnswerHasBegun(t *testing.T) {
 	for _, begun := range []string{"HTTP/1.1 20", "HTTP/1.1 102 Processing\r\n\r\n"} {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
 		var served atomic.Int32
-		go func() {
-			for {
-				c, err := ln.Accept()
-				if err != nil {
+		api := serveRaw(t, func(c *net.TCPConn, br *bufio.Reader) {
+			for ok := true; ok; ok = readRaw(br) {
+				if served.Add(1) == 2 {
+					io.WriteString(c, begun)
+					time.Sleep(50 * time.Millisecond) // it has arrived before the reset, which would overtake it
+					c.SetLinger(0)
 					return
 				}
-				go func() {
-					defer c.Close()
-					for br := bufio.NewReader(c); ; {
-						req, err := http.ReadRequest(br)
-						if err != nil {
-							return
-						}
-						io.Copy(io.Discard, req.Body)
-						if served.Add(1) == 2 {
-							io.WriteString(c, begun)
-							time.Sleep(50 * time.Millisecond) // it has arrived before the reset, which would overtake it
-							c.(*net.TCPConn).SetLinger(0)
-							return
-						}
-						io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
-					}
-				}()
+				io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
 			}
-		}()
-		p := start(t, map[string]string{"API_BASE_URL": "http://" + ln.Addr().String() + "/v1", "QWEN_API_KEY": "sk-test"})
+		})
+		p := start(t, map[string]string{"API_BASE_URL": api, "QWEN_API_KEY": "sk-test"})
 		p.post("/v1/chat/completions", `{"messages":[]}`)
 		res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
 		wantError(t, res, body, 502, typeNetwork, "upstream_unreachable")
