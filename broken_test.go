@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -234,11 +235,16 @@ func TestFastAnswersArriveWhole(t *testing.T) {
 	want := strings.Repeat("data: x\n\n", 20) + "data: [DONE]\n\n"
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { sse(w, want) }, map[string]string{"LOG_LEVEL": "error"})
 	n := 1000
-	if testing.Short() {
+	switch {
+	case os.Getenv("QWEN_LONG_TESTS") != "":
+		n = 10_000
+	case testing.Short():
 		n = 100
 	}
 	for i := range n {
-		res, body := p.post("/v1/chat/completions", `{"stream":true,"messages":[{"role":"user","content":"x"}]}`)
+		// Beyond some buffer the body is still being written when the answer comes.
+		content := strings.Repeat("x", []int{1, 8 << 10, 256 << 10}[i%3])
+		res, body := p.post("/v1/chat/completions", `{"stream":true,"messages":[{"role":"user","content":"`+content+`"}]}`)
 		if res.StatusCode != 200 || body != want {
 			t.Fatalf("answer %d: %s, %d bytes", i, res.Status, len(body))
 		}

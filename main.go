@@ -447,7 +447,15 @@ func listen(cfg *config) (net.Listener, error) {
 			os.Remove(address) // left behind by a process that was killed
 		}
 	}
-	ln, err := net.Listen(network, address)
+	config := net.ListenConfig{Control: func(network, _ string, c syscall.RawConn) error {
+		if network == "unix" {
+			return nil
+		}
+		// Without the option the server serves all the same.
+		return c.Control(func(fd uintptr) { boundUnsent(fd, cfg.writeTimeout) })
+	}}
+	config.SetMultipathTCP(false) // its sockets don't know the option
+	ln, err := config.Listen(context.Background(), network, address)
 	if network == "tcp" && errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("%w: stop the other program, or set SERVER_PORT to another port", err)
 	}
