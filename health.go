@@ -32,10 +32,15 @@ func writeJSON(w http.ResponseWriter, status int, v any) {
 	if err != nil {
 		panic(err) // track answers for it
 	}
+	writeBody(w, status, append(b, '\n'))
+}
+
+// writeBody answers with b, which is JSON.
+func writeBody(w http.ResponseWriter, status int, b []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
-	w.Write(append(b, '\n'))
+	w.Write(b)
 }
 
 // root handles GET /.

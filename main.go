@@ -358,7 +358,7 @@ func planMismatch(key string, base *url.URL) string {
 // the client's address), the routes, the limiter, the key, the endpoint.
 func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access, m *metrics, h *health, transport http.RoundTripper) http.Handler {
 	p := newProxy(cfg, tokens, m, transport)
-	models := newModels(cfg)
+	models := newModels(cfg, tokens, transport, log)
 	limiter := newRateLimiter(cfg.rateLimit, cfg.rateBurst)
 	limited := func(next http.Handler) http.Handler { return keys.admit(limiter, next) }
 	auth := http.Handler(http.HandlerFunc(tokens.auth))

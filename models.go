@@ -1,10 +1,28 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"maps"
 	"net/http"
 	"slices"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// modelsFresh is how long the upstream's list is kept.
+	modelsFresh = 5 * time.Minute
+	// modelsRetry is how long the upstream isn't asked again after a failure.
+	modelsRetry = 30 * time.Second
+	// modelsTimeout bounds how long the upstream is waited for: there is a list to fall back on.
+	modelsTimeout = 10 * time.Second
+	// maxModels bounds the upstream's list, in bytes.
+	maxModels = 4 << 20
 )
 
 // The models listed where neither the upstream nor MODELS names any. What an account may use in
@@ -14,50 +32,170 @@ var (
 	keyModels   = []string{"qwen3-coder-plus", "qwen3-coder-flash", "qwen3.6-plus", "qwen3.7-plus", "qwen3.7-max", "qwen3.8-flash", "text-embedding-v4"}
 )
 
-// A model is the model object of OpenAI's API.
-type model struct {
-	ID      string `json:"id"`
-	Object  string `json:"object"`
-	Created int64  `json:"created"` // Unix seconds
-	OwnedBy string `json:"owned_by"`
-}
-
-// models handles GET /v1/models and /v1/models/{id}. It never starts a sign-in.
+// models handles GET /v1/models and /v1/models/{id}: with an API key by the upstream's list, without one and where that can't
+// be had by MODELS or a list of its own. It never starts a sign-in.
 type models struct {
-	list []model
+	tokens    *tokenSource
+	transport http.RoundTripper
+	log       *slog.Logger
+	aliases   []string
+
+	fixed   *modelList                // where the upstream has none
+	current atomic.Pointer[modelList] // the upstream's, or fixed; nil before the first request
+	asking  chan struct{}             // 1 slot; held while current is replaced
+	failure string                    // why the upstream was of no use, as it was logged last; for who holds asking
 }
 
-func newModels(cfg *config) *models {
+// A modelList is a list of models as it is answered, with all aliases. It does not change.
+type modelList struct {
+	body  []byte                     // the list object of OpenAI's API
+	byID  map[string]json.RawMessage // the model objects
+	until time.Time                  // when the upstream is to be asked again
+}
+
+func newModels(cfg *config, tokens *tokenSource, transport http.RoundTripper, log *slog.Logger) *models {
 	ids := cfg.models
 	switch {
 	case len(ids) > 0:
-	case cfg.apiKey != "":
+	case tokens.keyed():
 		ids = keyModels
 	default:
 		ids = oauthModels
 	}
-	aliases := slices.Sorted(maps.Keys(cfg.aliases))
-	m := &models{list: []model{}}
-	for _, id := range slices.Concat(ids, []string{cfg.defaultModel}, aliases) {
-		if !slices.ContainsFunc(m.list, func(m model) bool { return m.ID == id }) {
-			// 2025-07-22, the release of qwen3-coder: these lists know no dates.
-			m.list = append(m.list, model{ID: id, Object: "model", Created: 1753142400, OwnedBy: "qwen"})
-		}
+	m := &models{tokens: tokens, transport: transport, log: log, aliases: slices.Sorted(maps.Keys(cfg.aliases)), asking: make(chan struct{}, 1)}
+	var own []json.RawMessage
+	for _, id := range append(slices.Clone(ids), cfg.defaultModel) {
+		own = append(own, ownModel(id))
+	}
+	m.fixed = m.newList(own)
+	if !tokens.keyed() {
+		m.fixed.until = time.Now().AddDate(1000, 0, 0)
+		m.current.Store(m.fixed)
 	}
 	return m
 }
 
-func (m *models) all(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]any{"object": "list", "data": m.list})
+// ownModel returns the model object of a model that the upstream has said nothing of.
+func ownModel(id string) json.RawMessage {
+	b, err := json.Marshal(struct {
+		ID      string `json:"id"`
+		Object  string `json:"object"`
+		Created int64  `json:"created"` // Unix seconds
+		OwnedBy string `json:"owned_by"`
+	}{id, "model", 1753142400, "qwen"}) // 2025-07-22, the release of qwen3-coder
+	if err != nil {
+		panic(err) // strings and a number always marshal
+	}
+	return b
+}
+
+// newList returns the list of the model objects and the aliases. What has no id, or one that came before, is left out.
+func (m *models) newList(objects []json.RawMessage) *modelList {
+	l := &modelList{byID: map[string]json.RawMessage{}}
+	list := struct {
+		Object string            `json:"object"`
+		Data   []json.RawMessage `json:"data"`
+	}{"list", []json.RawMessage{}}
+	add := func(id string, object json.RawMessage) {
+		if _, ok := l.byID[id]; !ok && id != "" {
+			l.byID[id] = object
+			list.Data = append(list.Data, object)
+		}
+	}
+	for _, object := range objects {
+		var named struct{ ID string }
+		if json.Unmarshal(object, &named) == nil {
+			add(named.ID, object)
+		}
+	}
+	for _, alias := range m.aliases {
+		add(alias, ownModel(alias))
+	}
+	var err error
+	if l.body, err = json.Marshal(list); err != nil {
+		panic(err) // what has been unmarshalled marshals
+	}
+	return l
+}
+
+// list returns the models there are. Many requests ask the upstream once.
+func (m *models) list(ctx context.Context) *modelList {
+	if l := m.current.Load(); l != nil && time.Now().Before(l.until) {
+		return l
+	}
+	select {
+	case m.asking <- struct{}{}:
+		defer func() { <-m.asking }()
+	case <-ctx.Done():
+		return m.fixed // nobody reads it
+	}
+	last := m.current.Load()
+	if last != nil && time.Now().Before(last.until) {
+		return last
+	}
+	objects, err := m.ask(context.WithoutCancel(ctx)) // others wait for it
+	var next modelList
+	switch {
+	case err == nil:
+		next = *m.newList(objects)
+		next.until = time.Now().Add(modelsFresh)
+		m.failure = ""
+	default:
+		if next = *m.fixed; last != nil {
+			next = *last
+		}
+		next.until = time.Now().Add(modelsRetry)
+		if err.Error() != m.failure {
+			m.failure = err.Error()
+			m.log.Warn("Qwen's list of models can't be had; the last one, MODELS or a built-in list serves instead", "error", err)
+		}
+	}
+	m.current.Store(&next)
+	return &next
+}
+
+// ask returns the upstream's model objects, at least one.
+func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
+	ctx, cancel := context.WithTimeout(ctx, modelsTimeout)
+	defer cancel()
+	t, err := m.tokens.Token(ctx)
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, t.base.String()+"/models", nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Authorization", t.authorization)
+	req.Header.Set("User-Agent", userAgent)
+	res, err := m.transport.RoundTrip(req) // which follows no redirects
+	if err != nil {
+		return nil, err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s/models answered %s", t.base, res.Status)
+	}
+	b, err := io.ReadAll(io.LimitReader(res.Body, maxModels))
+	if err != nil {
+		return nil, err
+	}
+	var list struct{ Data []json.RawMessage }
+	if err := json.Unmarshal(b, &list); err != nil || len(list.Data) == 0 {
+		return nil, errors.Join(fmt.Errorf("%s/models answered something other than a list of models", t.base), err)
+	}
+	return list.Data, nil
+}
+
+func (m *models) all(w http.ResponseWriter, r *http.Request) {
+	writeBody(w, http.StatusOK, m.list(r.Context()).body)
 }
 
 func (m *models) one(w http.ResponseWriter, r *http.Request) {
 	id := r.PathValue("id")
-	for _, model := range m.list {
-		if model.ID == id {
-			writeJSON(w, http.StatusOK, model)
-			return
-		}
+	if model, ok := m.list(r.Context()).byID[id]; ok {
+		writeBody(w, http.StatusOK, model)
+		return
 	}
 	writeError(w, r, &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "model_not_found", param: "model",
 		message: fmt.Sprintf("The model %q does not exist. GET /v1/models lists those there are.", clip(id, 100))})

@@ -2,9 +2,14 @@ package main
 
 import (
 	"encoding/json"
+	"io"
+	"maps"
 	"net/http"
-	"net/http/httptest"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -25,17 +30,14 @@ func TestModelList(t *testing.T) {
 		{"aliases, in order", map[string]string{"MODELS": "a", "DEFAULT_MODEL": "a", "MODEL_ALIASES": "gpt-4o=a,gpt-3.5=a,a=b"}, []string{"a", "gpt-3.5", "gpt-4o"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			cfg, err := loadConfig(lookup(tt.env))
-			if err != nil {
-				t.Fatal(err)
-			}
-			w := httptest.NewRecorder()
-			newModels(cfg).all(w, nil)
+			env := map[string]string{"API_BASE_URL": "http://127.0.0.1:1/v1"} // where nobody is
+			maps.Copy(env, tt.env)
+			_, body := start(t, env).get("/v1/models")
 			var got struct {
 				Object string
 				Data   []map[string]any
 			}
-			if err := json.Unmarshal(w.Body.Bytes(), &got); err != nil {
+			if err := json.Unmarshal([]byte(body), &got); err != nil {
 				t.Fatal(err)
 			}
 			want := []map[string]any{}
@@ -49,9 +51,79 @@ func TestModelList(t *testing.T) {
 	}
 }
 
+// TestTheUpstreamsModelsAreListed follows one list through its life: had, kept, asked for again, lost, found again.
+func TestTheUpstreamsModelsAreListed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var asked atomic.Int64
+		var answer atomic.Pointer[http.HandlerFunc]
+		b := inBubble(t, map[string]string{"MODELS": "mine", "MODEL_ALIASES": "gpt-4o=live-1", "DEFAULT_MODEL": "mine"}, func(w http.ResponseWriter, r *http.Request) {
+			asked.Add(1)
+			if r.URL.Path != "/v1/models" || r.Header.Get("Authorization") != "Bearer sk-test" {
+				t.Errorf("asked for %s with %v", r.URL, r.Header)
+			}
+			(*answer.Load())(w, r)
+		})
+		list := func(models string) http.HandlerFunc {
+			return func(w http.ResponseWriter, r *http.Request) {
+				answerJSON(w, 200, `{"object":"list","data":[`+models+`]}`)
+			}
+		}
+		alias := string(ownModel("gpt-4o"))
+		check := func(when, want string, times int64) {
+			t.Helper()
+			res, err := b.client.Get("http://proxy/v1/models")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			got, err := io.ReadAll(res.Body)
+			if want = `{"object":"list","data":[` + want + `]}`; string(got) != want || err != nil {
+				t.Errorf("%s: %s, %v, want %s", when, got, err, want)
+			}
+			if n := asked.Load(); n != times {
+				t.Errorf("%s: the upstream was asked %d times, want %d", when, n, times)
+			}
+		}
+		set := func(h http.HandlerFunc) { answer.Store(&h) }
+
+		own := string(ownModel("mine")) + "," + alias
+		set(func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 500, `{}`) })
+		check("it fails", own, 1)
+		set(list(`{"id":"live-1","object":"model","context_length":1000}`))
+		check("soon after", own, 1)
+		time.Sleep(modelsRetry)
+		check("then", `{"id":"live-1","object":"model","context_length":1000},`+alias, 2)
+		set(list(`{"id":"live-2"},{"id":"live-2"},{"id":""},7`))
+		time.Sleep(modelsFresh - time.Second)
+		check("it is kept", `{"id":"live-1","object":"model","context_length":1000},`+alias, 2)
+		time.Sleep(time.Second)
+		check("a new one", `{"id":"live-2"},`+alias, 3)
+		for n, h := range []http.HandlerFunc{
+			list(""),
+			func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "<html>") },
+			func(w http.ResponseWriter, r *http.Request) {
+				http.Redirect(w, r, "http://127.0.0.1/v1/models?x", http.StatusFound)
+			},
+			func(w http.ResponseWriter, r *http.Request) { panic(http.ErrAbortHandler) },
+			func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, // never answers
+		} {
+			set(h)
+			time.Sleep(modelsFresh)
+			check("what there was serves", `{"id":"live-2"},`+alias, int64(4+n))
+		}
+		set(list(`{"id":"live-3"}`))
+		time.Sleep(modelsRetry)
+		var many sync.WaitGroup
+		for range 20 {
+			many.Go(func() { check("many at once", `{"id":"live-3"},`+alias, 9) })
+		}
+		many.Wait()
+	})
+}
+
 func TestOneModel(t *testing.T) {
 	p := start(t, map[string]string{
-		"QWEN_API_KEY": "sk-test", "MODELS": "plain,org/deep/model:1.5,50%", "MODEL_ALIASES": "gpt-4o=plain,openai/gpt-4o=plain"})
+		"QWEN_API_KEY": "sk-test", "API_BASE_URL": "http://127.0.0.1:1/v1", "MODELS": "plain,org/deep/model:1.5,50%", "MODEL_ALIASES": "gpt-4o=plain,openai/gpt-4o=plain"})
 	for _, tt := range []struct{ path, id string }{ // "" for none
 		{"/v1/models/plain", "plain"},
 		{"/models/plain", "plain"},
