@@ -379,6 +379,8 @@ func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access
 		rt.handle("POST "+prefix+"/completions", limited(p.completions()))
 		rt.handle("POST "+prefix+"/embeddings", limited(p.forward(pathEmbeddings)))
 		rt.handle("POST "+prefix+"/responses", limited(p.forward(pathResponses)))
+		rt.handle("POST "+prefix+"/messages", limited(p.messages(pathMessages)))
+		rt.handle("POST "+prefix+"/messages/count_tokens", limited(p.messages(pathCountTokens)))
 	}
 	rt.full.Handle("/", limited(http.HandlerFunc(rt.unmatched)))
 	return track(cfg, log, m, keys.guard(rt))
@@ -422,7 +424,7 @@ func (rt *router) unmatched(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	writeError(w, r, &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "unknown_url",
-		message: fmt.Sprintf("There is no %s. The proxy has POST /v1/chat/completions, /v1/completions, /v1/embeddings and /v1/responses, and GET /v1/models, /health, /health/ready, /health/detailed and /auth.", clip(r.URL.Path, 100))})
+		message: fmt.Sprintf("There is no %s. The proxy has POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/messages and /v1/messages/count_tokens, and GET /v1/models, /health, /health/ready, /health/detailed and /auth.", clip(r.URL.Path, 100))})
 }
 
 // A discardResponse keeps an answer's header and nothing else.

@@ -26,6 +26,13 @@ const (
 	pathResponses  = "/responses"
 )
 
+// Those of its Anthropic-compatible interface, behind its host.
+const (
+	anthropic       = "/apps/anthropic"
+	pathMessages    = anthropic + "/v1/messages"
+	pathCountTokens = anthropic + "/v1/messages/count_tokens"
+)
+
 // maxErrorBody bounds how much of an upstream's error answer is read to see what it is, in bytes.
 const maxErrorBody = 1 << 20
 
@@ -135,6 +142,17 @@ func callOf(ctx context.Context) *call { return ctx.Value(callKey{}).(*call) }
 // forward returns the handler that proxies requests to path.
 func (p *proxy) forward(path string) http.Handler { return p.handler(path, false) }
 
+// messages returns the handler of requests to path, one of the Anthropic-compatible interface, which is for API keys alone.
+func (p *proxy) messages(path string) http.Handler {
+	if p.tokens.keyed() {
+		return p.forward(path)
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		writeError(w, r, &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "endpoint_not_found",
+			message: "Qwen has an Anthropic-compatible interface for API keys alone. Use /v1/chat/completions, or set QWEN_API_KEY on the proxy."})
+	})
+}
+
 // completions returns the handler of text completions, which go to the chat endpoint, translated.
 func (p *proxy) completions() http.Handler { return p.handler(pathChat, true) }
 
@@ -181,7 +199,7 @@ func (p *proxy) begin(c *call, translate bool, w http.ResponseWriter, r *http.Re
 }
 
 // requiredMember is the member that a request to a path can't do without, beside the model.
-var requiredMember = map[string]string{pathChat: "messages", pathEmbeddings: "input"}
+var requiredMember = map[string]string{pathChat: "messages", pathEmbeddings: "input", pathMessages: "messages", pathCountTokens: "messages"}
 
 // prepare checks what the proxy has to know of a body and puts in the model where it names none, or an
 // alias. All other bytes stay as they are.
@@ -219,7 +237,7 @@ func (p *proxy) prepare(body *requestBody, path string) error {
 		switch v := value(required); {
 		case len(v) == 0 || string(v) == "null":
 			return invalidRequest(need, "missing_required_parameter", "The request has no %q. It is required.", need)
-		case path == pathChat && v[0] != '[':
+		case need == "messages" && v[0] != '[':
 			return invalidRequest(need, "invalid_type", "%q has to be an array of messages.", need)
 		}
 	}
@@ -291,6 +309,9 @@ func (p *proxy) answerBegan(c *call) {
 	c.timer.Reset(p.nextLook(c))
 }
 
+// anthropic reports whether the call is to the Anthropic-compatible interface.
+func (c *call) anthropic() bool { return strings.HasPrefix(c.path, anthropic) }
+
 // wait notes that from now on Qwen is waited for.
 func (c *call) wait() { c.waiting.Store(int64(time.Since(c.x.start)) | 1) }
 
@@ -334,7 +355,7 @@ func (p *proxy) patience(c *call) time.Duration {
 }
 
 // allowedRequestHeaders are those of the client's that Qwen needs. All others stay here.
-var allowedRequestHeaders = []string{"Accept", "Accept-Language", "Idempotency-Key"}
+var allowedRequestHeaders = []string{"Accept", "Accept-Language", "Idempotency-Key", "Anthropic-Version", "Anthropic-Beta"}
 
 // director points a request at Qwen and sets the bearer token. It is the Rewrite of ReverseProxy: hop-by-hop
 // headers are gone by then, so no client can have the token removed.
@@ -367,7 +388,11 @@ func (p *proxy) director(r *httputil.ProxyRequest) {
 // aim points req at the API of the call's token, with the token and a fresh reader of the body.
 func (c *call) aim(req *http.Request) {
 	base := c.token.base
-	req.URL = &url.URL{Scheme: base.Scheme, Host: base.Host, Path: base.Path + c.path}
+	path := c.path
+	if !c.anthropic() {
+		path = base.Path + path
+	}
+	req.URL = &url.URL{Scheme: base.Scheme, Host: base.Host, Path: path}
 	req.Host = ""
 	req.Header["Authorization"] = []string{c.token.authorization}
 	req.Body = c.body.open()

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -286,6 +287,72 @@ func TestHeadersPassByAllowList(t *testing.T) {
 	}
 	if res.Header.Get("X-Request-ID") != "client-1" || res.Header.Get("X-Upstream-Request-ID") != "qwen-1" || early != 0 || len(res.Trailer) != 0 || string(body) != "{}" {
 		t.Errorf("answer %v, %d informational answers, trailer %v, body %s", res.Header, early, res.Trailer, body)
+	}
+}
+
+// TestMessages: the Anthropic-compatible interface stands beside the other one, on the same host.
+func TestMessages(t *testing.T) {
+	var got *http.Request
+	var sent string
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		got, sent = r, string(b)
+		answerJSON(w, 200, `{"type":"message"}`)
+	}, map[string]string{"QWEN_API_KEY": "sk-qwen", "MODEL_ALIASES": "claude-opus=qwen3.7-max", "PROXY_API_KEYS": "sk-mine"})
+	body := func(r *http.Request, s string) { r.Body, r.ContentLength = io.NopCloser(strings.NewReader(s)), int64(len(s)) }
+	headers := func(r *http.Request) {
+		r.Header.Set("X-Api-Key", "sk-mine")
+		r.Header.Set("Anthropic-Version", "2023-06-01")
+		r.Header.Set("Anthropic-Beta", "a,b")
+		r.Header.Set("Anthropic-Dangerous-Direct-Browser-Access", "true")
+		body(r, `{"model":"claude-opus", "max_tokens":1,"messages":[]}`)
+	}
+	for path, want := range map[string]string{
+		"/v1/messages": "/apps/anthropic/v1/messages", "/messages": "/apps/anthropic/v1/messages",
+		"/v1/messages/count_tokens": "/apps/anthropic/v1/messages/count_tokens", "/messages/count_tokens": "/apps/anthropic/v1/messages/count_tokens",
+	} {
+		res, answer := p.send("POST", path+"?beta=true", headers)
+		if res.StatusCode != 200 || answer != `{"type":"message"}` || got.RequestURI != want || sent != `{"model":"qwen3.7-max", "max_tokens":1,"messages":[]}` {
+			t.Errorf("%s: %s %s; the upstream got %s of %s", path, res.Status, answer, sent, got.RequestURI)
+		}
+		if h := got.Header; h.Get("Authorization") != "Bearer sk-qwen" || h.Get("X-Api-Key") != "" || h.Get("Anthropic-Version") != "2023-06-01" || h.Get("Anthropic-Beta") != "a,b" || len(h) != 7 {
+			t.Errorf("%s: the upstream got %v", path, h)
+		}
+	}
+	res, answer := p.send("POST", "/v1/messages", func(r *http.Request) {
+		headers(r)
+		body(r, `{"messages":"x"}`)
+	})
+	wantError(t, res, answer, http.StatusBadRequest, typeInvalidRequest, "invalid_type")
+}
+
+func TestMessagesNeedAKey(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { t.Error("it went upstream") }, nil)
+	for _, path := range []string{"/v1/messages", "/v1/messages/count_tokens"} {
+		res, body := p.post(path, `{"messages":[]}`)
+		if e := wantError(t, res, body, http.StatusNotFound, typeInvalidRequest, "endpoint_not_found"); !strings.Contains(e.Error.Message, "QWEN_API_KEY") {
+			t.Errorf("%s: %s", path, body)
+		}
+	}
+}
+
+// TestABrokenStreamOfMessages: Anthropic's clients know an error by the event's name.
+func TestABrokenStreamOfMessages(t *testing.T) {
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": rawAPI(t,
+		"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n16\r\nevent: ping\ndata: {}\n\n\r\n")})
+	res, err := http.Post(p.url+"/v1/messages", "application/json", strings.NewReader(`{"messages":[]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	got, err := io.ReadAll(res.Body)
+	event, ok := strings.CutPrefix(string(got), "event: ping\ndata: {}\n\n\n\nevent: error\ndata: ")
+	var data struct {
+		Type  string
+		Error struct{ Type, Message string }
+	}
+	if jsonErr := json.Unmarshal([]byte(event), &data); jsonErr != nil || !ok || data.Type != "error" || data.Error.Type != typeStreaming || data.Error.Message == "" || !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("%q, %v, %v", got, err, jsonErr)
 	}
 }
 

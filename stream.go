@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 )
@@ -55,8 +56,8 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	b.err = e
 	b.call.x.fail(e)
 	if b.sse && e.status != statusClientClosedRequest {
-		// "a blank line goes first": the event must not join a line that was cut.
-		b.pending = append(append([]byte("\n\ndata: "), e.body(b.call.x.id)...), "\n\n"...)
+		// A blank line goes first: the event must not join a line that was cut.
+		b.pending = append([]byte("\n\n"), b.call.errorEvent(e)...)
 	}
 	switch {
 	case n > 0:
@@ -65,6 +66,15 @@ func (b *responseBody) Read(p []byte) (int, error) {
 		return b.Read(p)
 	}
 	return 0, b.err
+}
+
+// errorEvent returns e as an event of the stream that the client expects.
+func (c *call) errorEvent(e *apiError) []byte {
+	body := e.body(c.x.id)
+	if c.anthropic() { // whose clients go by the event's name and by the member type
+		return fmt.Appendf(nil, "event: error\ndata: {\"type\":\"error\",%s\n\n", body[1:])
+	}
+	return fmt.Appendf(nil, "data: %s\n\n", body)
 }
 
 // broken returns what the client is told of an answer that ended with err.
