@@ -72,7 +72,7 @@ func (a *access) follow(ctx context.Context, current []string) {
 // foreign page; it answers the preflights of allowed ones. It sets the client's address.
 func (a *access) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x := exchangeOf(r.Context())
+		x := exchangeOf(w)
 		peerTrusted := a.isTrusted(x.client)
 		if peerTrusted {
 			x.client = a.forwardedFor(x.client, r.Header["X-Forwarded-For"])
@@ -197,8 +197,8 @@ func (a *access) forwardedFor(peer netip.Addr, lines []string) netip.Addr {
 // admit lets requests through to next that the limiter admits and, where keys are needed, carry one. A client
 // counts by its key, else by its address, so that whoever guesses keys is limited too.
 func (a *access) admit(limiter *rateLimiter, next http.Handler) http.Handler {
-	byClient := func(r *http.Request) rateKey {
-		x := exchangeOf(r.Context())
+	byClient := func(w http.ResponseWriter, r *http.Request) rateKey {
+		x := exchangeOf(w)
 		if d, ok := a.key(r); ok {
 			x.keyed = true
 			return digestKey(d[:])
@@ -211,7 +211,7 @@ func (a *access) admit(limiter *rateLimiter, next http.Handler) http.Handler {
 // require lets requests with a valid key through to next, and all where none is needed.
 func (a *access) require(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if a.required() && !exchangeOf(r.Context()).keyed { // admit has looked only where there is a limiter
+		if a.required() && !exchangeOf(w).keyed { // admit has looked only where there is a limiter
 			if _, ok := a.key(r); !ok {
 				w.Header().Set("WWW-Authenticate", `Basic realm="qwen-go-proxy", charset="UTF-8"`) // for browsers; RFC 7617
 				writeError(w, r, &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",

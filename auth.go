@@ -241,7 +241,7 @@ func acceptWeight(accept, typ, subtype string) (weight float64) {
 // whose account reads the prompts. What a proxy has forwarded that is none of TRUSTED_PROXIES comes from anywhere.
 func private(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x := exchangeOf(r.Context())
+		x := exchangeOf(w)
 		_, forwardedFor := r.Header["X-Forwarded-For"]
 		_, forwarded := r.Header["Forwarded"]
 		a := x.client

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"crypto/rand"
 	"crypto/tls"
 	"log/slog"
@@ -15,11 +14,11 @@ import (
 )
 
 // An exchange is one request and its answer as the access log tells them. It is the ResponseWriter that
-// every handler gets; exchangeOf finds it by the request's context.
+// every handler gets.
 type exchange struct {
 	w            http.ResponseWriter
 	rc           *http.ResponseController
-	id           string     // X-Request-ID
+	ids          [1]string  // X-Request-ID, as the value of a header
 	client       netip.Addr // the client's; the zero Addr for a Unix socket's
 	forwarded    bool       // a trusted proxy has named the client
 	keyed        bool       // the request carries one of the proxy's keys
@@ -41,13 +40,11 @@ type exchange struct {
 	done      bool      // the handler has returned: w is no longer ours
 }
 
-type exchangeKey struct{}
+// exchangeOf returns the exchange that w is, in every handler behind track.
+func exchangeOf(w http.ResponseWriter) *exchange { return w.(*exchange) }
 
-// exchangeOf returns the exchange that ctx belongs to, for every request that came through track.
-func exchangeOf(ctx context.Context) *exchange {
-	x, _ := ctx.Value(exchangeKey{}).(*exchange)
-	return x
-}
+// id returns the request's X-Request-ID.
+func (x *exchange) id() string { return x.ids[0] }
 
 func (x *exchange) Header() http.Header { return x.w.Header() }
 
@@ -207,7 +204,7 @@ func (x *exchange) finish(whole bool) {
 // requests that have had no other answer yet.
 func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	e := toAPIError(err)
-	x := exchangeOf(r.Context())
+	x := exchangeOf(w)
 	x.fail(e)
 	if e.status == statusClientClosedRequest {
 		// Nobody is there to read an answer. Who is, having closed but its own half of the connection, must not
@@ -224,7 +221,7 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 		h.Set("Retry-After", retryAfterSeconds(e.retryAfter))
 	}
 	w.WriteHeader(e.status)
-	w.Write(e.body(x.id)) // a client that's gone needs no answer
+	w.Write(e.body(x.id())) // a client that's gone needs no answer
 }
 
 // Header values that never change. net/http reads them only.
@@ -240,9 +237,9 @@ var (
 // for a panic, and writes the access log.
 func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x := &exchange{w: w, rc: http.NewResponseController(w), id: requestID(r), client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2}
+		x := &exchange{w: w, rc: http.NewResponseController(w), ids: [1]string{requestID(r)}, client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2}
 		h := w.Header()
-		h["X-Request-Id"] = []string{x.id}
+		h["X-Request-Id"] = x.ids[:]
 		h["X-Content-Type-Options"] = valueNosniff
 		h["X-Frame-Options"] = valueDeny
 		h["Referrer-Policy"] = valueNoReferrer
@@ -258,7 +255,6 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Ha
 			// What a handler leaves of the body net/http reads, and would wait for without end.
 			x.rc.SetReadDeadline(x.start.Add(cfg.readTimeout))
 		}
-		r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, x))
 
 		m.requests.Add(1)
 		m.inFlight.Add(1)
@@ -268,7 +264,7 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Ha
 				x.fail(errNotTaken) // where nothing else has failed
 			}
 			if v != nil && v != http.ErrAbortHandler {
-				log.Error("a defect of the proxy: please report it", "request_id", x.id, "panic", v, "stack", string(debug.Stack()))
+				log.Error("a defect of the proxy: please report it", "request_id", x.id(), "panic", v, "stack", string(debug.Stack()))
 				err := &apiError{status: http.StatusInternalServerError, typ: typeServer, code: "internal_error",
 					message: "The proxy failed to handle the request. Its log says why."}
 				x.fail(err)
@@ -331,7 +327,7 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, detail bool) {
 	}
 	attrs := make([]slog.Attr, 0, 16)
 	attrs = append(attrs,
-		slog.String("request_id", x.id),
+		slog.String("request_id", x.id()),
 		slog.String("method", clip(r.Method, 20)),
 		slog.String("path", clip(r.URL.Path, 200)),
 		slog.Int("status", status),

@@ -118,6 +118,6 @@ func (h *health) detailed(w http.ResponseWriter, r *http.Request) {
 		"memory":     map[string]uint64{"heap_bytes": mem.HeapAlloc, "system_bytes": mem.Sys},
 		"goroutines": runtime.NumGoroutine(),
 		"auth":       a,
-		"request_id": exchangeOf(r.Context()).id,
+		"request_id": exchangeOf(w).id(),
 	})
 }

@@ -8,11 +8,13 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/http/httputil"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -158,7 +160,7 @@ func (p *proxy) completions() http.Handler { return p.handler(pathChat, true) }
 
 func (p *proxy) handler(path string, translate bool) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c := &call{x: exchangeOf(r.Context()), path: path}
+		c := &call{x: exchangeOf(w), path: path}
 		if err := p.begin(c, translate, w, r); err != nil {
 			writeError(w, r, err)
 			return
@@ -281,15 +283,25 @@ func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
 	c.x.called = true
 	c.ctx, c.cancel = context.WithCancelCause(context.WithValue(r.Context(), callKey{}, c))
 	defer c.cancel(nil)
-	c.ctx = httptrace.WithClientTrace(c.ctx, &httptrace.ClientTrace{
-		GotConn:              func(info httptrace.GotConnInfo) { c.reused.Store(info.Reused) },
-		GotFirstResponseByte: func() { c.reused.Store(false) },
-	})
+	if len(c.body.data) > maxCopied { // for send
+		c.ctx = httptrace.WithClientTrace(c.ctx, &httptrace.ClientTrace{
+			GotConn:              func(info httptrace.GotConnInfo) { c.reused.Store(info.Reused) },
+			GotFirstResponseByte: func() { c.reused.Store(false) },
+		})
+	}
 	c.wait()
 	c.timer = time.AfterFunc(p.nextLook(c), func() { p.look(c) })
 	defer c.timer.Stop()
-	delete(r.Header, "Upgrade") // ReverseProxy would refuse an odd one in its own words
-	p.reverse.ServeHTTP(w, r.WithContext(c.ctx))
+	// Only what may go on is copied again and again from here.
+	header := make(http.Header, len(allowedRequestHeaders))
+	for _, name := range allowedRequestHeaders {
+		if v, ok := r.Header[name]; ok {
+			header[name] = v
+		}
+	}
+	r = r.WithContext(c.ctx)
+	r.Header = header
+	p.reverse.ServeHTTP(w, r)
 }
 
 // releaseBody ends the call's use of the request's body: nothing is sent again once an answer has begun, which may last
@@ -354,32 +366,35 @@ func (p *proxy) patience(c *call) time.Duration {
 	return limit
 }
 
-// allowedRequestHeaders are those of the client's that Qwen needs. All others stay here.
-var allowedRequestHeaders = []string{"Accept", "Accept-Language", "Idempotency-Key", "Anthropic-Version", "Anthropic-Beta"}
+// allowedRequestHeaders are those of the client's that Qwen needs, and Connection, by which ReverseProxy takes out what it
+// lists. All others stay here.
+var allowedRequestHeaders = []string{"Accept", "Accept-Language", "Idempotency-Key", "Anthropic-Version", "Anthropic-Beta", "Connection"}
+
+// Values of headers to Qwen that never change. Nothing writes to them.
+var (
+	valueJSON      = []string{"application/json"}
+	valueUserAgent = []string{userAgent}
+	valueOAuth     = []string{"qwen-oauth"}
+	valueEnable    = []string{"enable"}
+)
 
 // director points a request at Qwen and sets the bearer token. It is the Rewrite of ReverseProxy: hop-by-hop
 // headers are gone by then, so no client can have the token removed.
 func (p *proxy) director(r *httputil.ProxyRequest) {
 	c := callOf(r.In.Context())
-	h := make(http.Header, 10)
-	for _, name := range allowedRequestHeaders {
-		if v, ok := r.Out.Header[name]; ok {
-			h[name] = v
-		}
-	}
+	h := r.Out.Header
 	if _, ok := h["Idempotency-Key"]; !ok {
 		// Present but empty, it's not sent, and lets net/http send a POST again on a new connection where a
 		// kept-alive one was dead before a byte of an answer came.
 		h["Idempotency-Key"] = nil
 	}
-	h["Content-Type"] = []string{"application/json"}
-	h["User-Agent"] = []string{userAgent}
-	h["X-Request-Id"] = []string{c.x.id}
+	h["Content-Type"] = valueJSON
+	h["User-Agent"] = valueUserAgent
+	h["X-Request-Id"] = c.x.ids[:]
 	if !p.tokens.keyed() {
-		h["X-Dashscope-Authtype"] = []string{"qwen-oauth"}
-		h["X-Dashscope-Cachecontrol"] = []string{"enable"}
+		h["X-Dashscope-Authtype"] = valueOAuth
+		h["X-Dashscope-Cachecontrol"] = valueEnable
 	}
-	r.Out.Header = h
 	r.Out.Trailer = nil // HTTP/2 would send it
 	r.Out.Method = http.MethodPost
 	c.aim(r.Out)
@@ -487,18 +502,23 @@ var allowedResponseHeaders = []string{
 // headers that a client needs; an error of OpenAI's shape as it is; of anything else an error that says so.
 func (p *proxy) modifyResponse(res *http.Response) error {
 	c := callOf(res.Request.Context())
-	p.answerBegan(c)
-	h := make(http.Header, 8)
-	for _, name := range allowedResponseHeaders {
-		if v, ok := res.Header[name]; ok {
-			h[name] = v
-		}
+	if err := p.answer(c, res); err != nil {
+		return err
 	}
-	if id := res.Header.Get("X-Request-Id"); id != "" {
+	maps.Copy(c.x.Header(), res.Header)
+	res.Header = nil // ReverseProxy would copy each value of it
+	return nil
+}
+
+func (p *proxy) answer(c *call, res *http.Response) error {
+	p.answerBegan(c)
+	h := res.Header
+	id := h.Get("X-Request-Id")
+	maps.DeleteFunc(h, func(name string, _ []string) bool { return !slices.Contains(allowedResponseHeaders, name) })
+	if id != "" {
 		c.x.upstreamID = clip(id, 128)
 		h["X-Upstream-Request-Id"] = []string{c.x.upstreamID}
 	}
-	res.Header = h
 	res.Trailer = nil // else ReverseProxy announces its names; Read drops the values
 	body := &responseBody{call: c, res: res, src: res.Body}
 	if res.StatusCode != http.StatusOK {
@@ -590,7 +610,7 @@ func (p *proxy) failure(c *call, res *http.Response, body *responseBody) error {
 		e.message = fmt.Sprintf("The API behind the proxy has no %s. Check API_BASE_URL on the proxy.", c.path)
 	}
 	c.x.fail(e)
-	setBody(res, e.body(c.x.id))
+	setBody(res, e.body(c.x.id()))
 	return nil
 }
 

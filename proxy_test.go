@@ -299,7 +299,9 @@ func TestMessages(t *testing.T) {
 		got, sent = r, string(b)
 		answerJSON(w, 200, `{"type":"message"}`)
 	}, map[string]string{"QWEN_API_KEY": "sk-qwen", "MODEL_ALIASES": "claude-opus=qwen3.7-max", "PROXY_API_KEYS": "sk-mine"})
-	body := func(r *http.Request, s string) { r.Body, r.ContentLength = io.NopCloser(strings.NewReader(s)), int64(len(s)) }
+	body := func(r *http.Request, s string) {
+		r.Body, r.ContentLength = io.NopCloser(strings.NewReader(s)), int64(len(s))
+	}
 	headers := func(r *http.Request) {
 		r.Header.Set("X-Api-Key", "sk-mine")
 		r.Header.Set("Anthropic-Version", "2023-06-01")

@@ -146,12 +146,12 @@ func (s *bucketSet) bucket(key rateKey, t time.Duration) *bucket {
 // request counts for the client that key names. Every response tells the client how its bucket stands, in
 // X-RateLimit-Limit (the rate), X-RateLimit-Remaining and X-RateLimit-Reset (Unix seconds, rounded up).
 // A nil l admits everything and sets no headers.
-func (l *rateLimiter) limit(key func(*http.Request) rateKey, next http.Handler) http.Handler {
+func (l *rateLimiter) limit(key func(http.ResponseWriter, *http.Request) rateKey, next http.Handler) http.Handler {
 	if l == nil {
 		return next
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		d := l.allowAt(key(r), time.Now())
+		d := l.allowAt(key(w, r), time.Now())
 		h := w.Header() // X-Ratelimit is X-RateLimit's canonical form
 		h["X-Ratelimit-Limit"] = l.rate
 		h["X-Ratelimit-Remaining"] = []string{strconv.Itoa(d.remaining)}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"math/big"
@@ -348,9 +347,8 @@ func TestLimit(t *testing.T) {
 	serve := func(h http.Handler, client string) response {
 		r := httptest.NewRequest("POST", "/v1/chat/completions", nil)
 		r.RemoteAddr = client
-		r = r.WithContext(context.WithValue(r.Context(), exchangeKey{}, &exchange{}))
 		w := httptest.NewRecorder()
-		h.ServeHTTP(w, r)
+		h.ServeHTTP(&exchange{w: w, rc: http.NewResponseController(w)}, r)
 		got := response{
 			Status:     w.Code,
 			Limit:      w.Header().Get("X-RateLimit-Limit"),
@@ -367,7 +365,7 @@ func TestLimit(t *testing.T) {
 		}
 		return got
 	}
-	byAddress := func(r *http.Request) rateKey {
+	byAddress := func(_ http.ResponseWriter, r *http.Request) rateKey {
 		return addressKey(netip.MustParseAddrPort(r.RemoteAddr).Addr())
 	}
 	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("passed")) })
@@ -467,7 +465,7 @@ func BenchmarkAddressKey(b *testing.B) {
 
 func BenchmarkLimit(b *testing.B) {
 	next := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
-	h := newRateLimiter(1e9, 20).limit(func(*http.Request) rateKey { return 1 }, next)
+	h := newRateLimiter(1e9, 20).limit(func(http.ResponseWriter, *http.Request) rateKey { return 1 }, next)
 	w := httptest.NewRecorder()
 	r := httptest.NewRequest("GET", "/v1/models", nil)
 	b.ReportAllocs()

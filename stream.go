@@ -70,7 +70,7 @@ func (b *responseBody) Read(p []byte) (int, error) {
 
 // errorEvent returns e as an event of the stream that the client expects.
 func (c *call) errorEvent(e *apiError) []byte {
-	body := e.body(c.x.id)
+	body := e.body(c.x.id())
 	if c.anthropic() { // whose clients go by the event's name and by the member type
 		return fmt.Appendf(nil, "event: error\ndata: {\"type\":\"error\",%s\n\n", body[1:])
 	}
