@@ -25,6 +25,9 @@ const (
 // codeRateLimit is the code of a request that the proxy's own limiter refused.
 const codeRateLimit = "rate_limit_exceeded"
 
+// codeInternal is the code of a request that ran into a defect of the proxy.
+const codeInternal = "internal_error"
+
 // statusClientClosedRequest is what the access log says of a client that left before its answer
 // (nginx's 499). It is never sent.
 const statusClientClosedRequest = 499
@@ -52,6 +55,16 @@ func (e *apiError) Error() string {
 }
 
 func (e *apiError) Unwrap() error { return e.err }
+
+// ours reports whether e, of a request that went to Qwen, is neither Qwen's doing nor that of the way to it: the client
+// left, the proxy stopped, or it has a defect.
+func (e *apiError) ours() bool {
+	switch e.code { // the status may be Qwen's
+	case errNotTaken.code, errShuttingDown.code, codeInternal:
+		return true
+	}
+	return false
+}
 
 // invalidRequest returns a 400 about param, a member of the request's body ("" for the body as a whole).
 func invalidRequest(param, code, format string, args ...any) *apiError {

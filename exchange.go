@@ -28,6 +28,7 @@ type exchange struct {
 	err          *apiError // what failed, first; nil where nothing did
 	upstreamID   string    // Qwen's own request id
 	called       bool      // the request has gone to Qwen
+	route        *route    // nil where none has matched
 
 	mu        sync.Mutex // guards w and what follows: a keep-alive is written from another goroutine
 	status    int        // 0 until the header is written
@@ -265,7 +266,7 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Ha
 			}
 			if v != nil && v != http.ErrAbortHandler {
 				log.Error("a defect of the proxy: please report it", "request_id", x.id(), "panic", v, "stack", string(debug.Stack()))
-				err := &apiError{status: http.StatusInternalServerError, typ: typeServer, code: "internal_error",
+				err := &apiError{status: http.StatusInternalServerError, typ: typeServer, code: codeInternal,
 					message: "The proxy failed to handle the request. Its log says why."}
 				x.fail(err)
 				if x.status == 0 {
@@ -274,11 +275,10 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Ha
 				}
 			}
 			x.finish(v == nil)
+			took := time.Since(x.start)
 			m.inFlight.Add(-1)
-			if x.err != nil && x.err.code == codeRateLimit {
-				m.rateLimited.Add(1)
-			}
-			x.log(r, log, cfg.debug)
+			m.ended(x, took)
+			x.log(r, log, took, cfg.debug)
 			if v != nil {
 				resetHTTP10(r)
 				panic(http.ErrAbortHandler) // an answer that was begun must not look whole
@@ -306,15 +306,20 @@ func resetHTTP10(r *http.Request) {
 	}
 }
 
-// log writes the access line.
-func (x *exchange) log(r *http.Request, log *slog.Logger, detail bool) {
-	status, level := x.status, slog.LevelInfo
-	if status == 0 {
-		status = http.StatusOK
-		if x.err != nil {
-			status = x.err.status
-		}
+// outcome returns the status of x, which has ended: where no answer was begun that of what failed.
+func (x *exchange) outcome() int {
+	switch {
+	case x.status != 0:
+		return x.status
+	case x.err != nil:
+		return x.err.status
 	}
+	return http.StatusOK // net/http's, for a handler that wrote nothing
+}
+
+// log writes the access line.
+func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, detail bool) {
+	status, level := x.outcome(), slog.LevelInfo
 	if status >= 500 {
 		level = slog.LevelError
 	}
@@ -331,7 +336,7 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, detail bool) {
 		slog.String("method", clip(r.Method, 20)),
 		slog.String("path", clip(r.URL.Path, 200)),
 		slog.Int("status", status),
-		slog.Float64("duration_ms", milliseconds(time.Since(x.start))),
+		slog.Float64("duration_ms", milliseconds(took)),
 	)
 	if !x.firstByte.IsZero() {
 		attrs = append(attrs, slog.Float64("first_byte_ms", milliseconds(x.firstByte.Sub(x.start))))

@@ -9,16 +9,6 @@ import (
 	"time"
 )
 
-// metrics are the counts that /health/detailed tells, since the start.
-type metrics struct {
-	started        time.Time
-	requests       atomic.Int64
-	inFlight       atomic.Int64 // now
-	streams        atomic.Int64 // open now
-	rateLimited    atomic.Int64
-	upstreamErrors atomic.Int64
-}
-
 // A health tells how the server is. It starts nothing.
 type health struct {
 	tokens   *tokenSource
@@ -113,7 +103,7 @@ func (h *health) detailed(w http.ResponseWriter, r *http.Request) {
 			"in_flight":       h.metrics.inFlight.Load(),
 			"open_streams":    h.metrics.streams.Load(),
 			"rate_limited":    h.metrics.rateLimited.Load(),
-			"upstream_errors": h.metrics.upstreamErrors.Load(),
+			"upstream_errors": h.metrics.upstreamFailures(),
 		},
 		"memory":     map[string]uint64{"heap_bytes": mem.HeapAlloc, "system_bytes": mem.Sys},
 		"goroutines": runtime.NumGoroutine(),

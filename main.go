@@ -366,11 +366,12 @@ func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access
 		auth = private(auth)
 	}
 
-	rt := &router{full: http.NewServeMux(), bare: http.NewServeMux()}
+	rt := &router{metrics: m, full: http.NewServeMux(), bare: http.NewServeMux()}
 	rt.handle("GET /{$}", http.HandlerFunc(h.root))
 	rt.handle("GET /health", http.HandlerFunc(h.live))
 	rt.handle("GET /health/ready", http.HandlerFunc(h.ready))
 	rt.handle("GET /health/detailed", keys.require(http.HandlerFunc(h.detailed)))
+	rt.handle("GET /metrics", keys.require(http.HandlerFunc(h.prometheus)))
 	rt.handle("GET /auth", limited(auth))
 	for _, prefix := range []string{"/v1", ""} {
 		rt.handle("GET "+prefix+"/models", limited(http.HandlerFunc(models.all)))
@@ -388,12 +389,13 @@ func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access
 
 // A router is a ServeMux whose own answers have the shape of the API's errors.
 type router struct {
-	full *http.ServeMux // the routes, and unmatched for all else
-	bare *http.ServeMux // the routes alone, to find out what is wrong with a request that matches none
+	metrics *metrics
+	full    *http.ServeMux // the routes, and unmatched for all else
+	bare    *http.ServeMux // the routes alone, to find out what is wrong with a request that matches none
 }
 
 func (rt *router) handle(pattern string, h http.Handler) {
-	rt.full.Handle(pattern, h)
+	rt.full.Handle(pattern, rt.metrics.counted(pattern, h))
 	rt.bare.Handle(pattern, h)
 }
 
@@ -424,7 +426,7 @@ func (rt *router) unmatched(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	writeError(w, r, &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "unknown_url",
-		message: fmt.Sprintf("There is no %s. The proxy has POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/messages and /v1/messages/count_tokens, and GET /v1/models, /health, /health/ready, /health/detailed and /auth.", clip(r.URL.Path, 100))})
+		message: fmt.Sprintf("There is no %s. The proxy has POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/messages and /v1/messages/count_tokens, and GET /v1/models, /health, /health/ready, /health/detailed, /metrics and /auth.", clip(r.URL.Path, 100))})
 }
 
 // A discardResponse keeps an answer's header and nothing else.

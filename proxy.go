@@ -585,7 +585,6 @@ func (p *proxy) failure(c *call, res *http.Response, body *responseBody) error {
 	if status < 400 || status > 599 {
 		return notAnAnswer(status, nil)
 	}
-	p.metrics.upstreamErrors.Add(1)
 	text, err := io.ReadAll(io.LimitReader(body, maxErrorBody))
 	if err != nil {
 		text = nil // what came of it is no answer; the status is

@@ -47,6 +47,7 @@ type tokenSource struct {
 	signIns chan struct{} // 1 slot: a sign-in to start, for run
 
 	unserved   atomic.Pointer[unserved] // nil while the API takes the token
+	refreshes  [len(refreshResults)]atomic.Int64
 	sayInPlace sync.Once
 }
 
@@ -87,6 +88,15 @@ func (s *signIn) active() bool { return s.status == signInStarting || s.status =
 
 // An unserved is a run of 401s that fresh tokens got too: the account is signed in, and the API does not serve it.
 type unserved struct{ since, last time.Time }
+
+// What may come of a refresh, as indices into refreshResults.
+const (
+	refreshed      = iota // by this process, or by another that was faster
+	refreshRefused        // no other attempt would fare better
+	refreshFailed         // to be tried again
+)
+
+var refreshResults = [...]string{"success", "refused", "failed"}
 
 // newTokenSource returns a source over the credential file, which is read here. It needs run to renew anything.
 func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
@@ -366,15 +376,18 @@ func (s *tokenSource) refresh(ctx context.Context) {
 	}
 	switch {
 	case err == nil:
+		s.refreshes[refreshed].Add(1)
 		s.log.Info("token refreshed", "expires", fresh.expiry)
 		s.setToken(fresh)
 	case errors.Is(err, errSignedOut):
 		s.signedOut()
 	case refused(err):
+		s.refreshes[refreshRefused].Add(1)
 		s.update(func(st *authState) { st.refreshing, st.refused = false, err })
 		s.log.Error(signInRefused(err).message, "error", err)
 		s.startSignIn()
 	default:
+		s.refreshes[refreshFailed].Add(1)
 		s.update(func(st *authState) {
 			pause := backoff(st.attempts, maxRefreshPause)
 			st.refreshing, st.failed, st.retryAt = false, err, time.Now().Add(pause)

@@ -1,0 +1,677 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// A scrape is a page of /metrics: the value of each sample, by its name and labels as they stand there.
+type scrape map[string]float64
+
+// of returns the samples whose name is family's, without it.
+func (s scrape) of(family string) map[string]float64 {
+	found := map[string]float64{}
+	for series, value := range s {
+		if name, labels, _ := strings.Cut(series, "{"); name == family {
+			found["{"+labels] = value
+		}
+	}
+	return found
+}
+
+var (
+	metaLine   = regexp.MustCompile(`^# (HELP|TYPE) ([a-z_]+) (.+)$`)
+	sampleLine = regexp.MustCompile(`^([a-z_]+)((?:\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+\})?) (\S+)$`)
+	labelPair  = regexp.MustCompile(`([a-z_]+)="((?:[^"\\\n]|\\["\\n])*)"`)
+)
+
+// parsePage reads a page as strictly as anybody could: each family is a HELP, a TYPE, and its samples, all in one place;
+// no series comes twice; counters end in _total; a histogram's buckets are sorted and add up.
+func parsePage(text string) (scrape, error) {
+	s := scrape{}
+	seen := map[string]bool{}
+	types := map[string]string{}
+	family, previous := "", ""
+	type bucket struct{ le, value float64 }
+	buckets := map[string][]bucket{} // by name and labels but for le
+	if !strings.HasSuffix(text, "\n") {
+		return nil, errors.New("the last line has no end")
+	}
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		if m := metaLine.FindStringSubmatch(line); m != nil {
+			switch kind, name := m[1], m[2]; {
+			case kind == "HELP" && !seen[name]:
+				family, seen[name] = name, true
+			case kind == "TYPE" && name == family && strings.HasPrefix(previous, "# HELP "+name+" ") && slices.Contains([]string{"counter", "gauge", "histogram"}, m[3]):
+				types[name] = m[3]
+			default:
+				return nil, fmt.Errorf("out of place: %s", line)
+			}
+			previous = line
+			continue
+		}
+		m := sampleLine.FindStringSubmatch(line)
+		if m == nil {
+			return nil, fmt.Errorf("not a sample: %q", line)
+		}
+		name, labels := m[1], m[2]
+		value, err := strconv.ParseFloat(m[3], 64)
+		if err != nil || value < 0 {
+			return nil, fmt.Errorf("value of %q", line)
+		}
+		if _, ok := s[name+labels]; ok {
+			return nil, fmt.Errorf("twice: %q", line)
+		}
+		s[name+labels] = value
+		suffix, ok := strings.CutPrefix(name, family)
+		switch typ := types[family]; {
+		case typ == "histogram" && ok && suffix == "_bucket":
+			rest, le := "", math.NaN()
+			for _, pair := range labelPair.FindAllStringSubmatch(labels, -1) {
+				if pair[1] == "le" {
+					le, err = strconv.ParseFloat(pair[2], 64)
+				} else {
+					rest += pair[0]
+				}
+			}
+			of := buckets[family+"{"+rest+"}"]
+			if err != nil || len(of) > 0 && !(le > of[len(of)-1].le && value >= of[len(of)-1].value) {
+				return nil, fmt.Errorf("bucket %q after %v", line, of)
+			}
+			buckets[family+"{"+rest+"}"] = append(of, bucket{le, value})
+		case typ == "histogram" && ok && (suffix == "_sum" || suffix == "_count"):
+		case typ == "gauge" && ok && suffix == "":
+		case typ == "counter" && ok && suffix == "" && (strings.HasSuffix(name, "_total") || name == "go_gc_cycles_total_gc_cycles_total"):
+		default:
+			return nil, fmt.Errorf("%q is no sample of the %s %s", line, typ, family)
+		}
+		previous = line
+	}
+	for series, of := range buckets {
+		name, labels, _ := strings.Cut(series, "{")
+		count, ok := s[name+"_count{"+labels]
+		_, summed := s[name+"_sum{"+labels]
+		if last := of[len(of)-1]; !ok || !summed || !math.IsInf(last.le, 1) || last.value != count {
+			return nil, fmt.Errorf("%s: the last bucket is %v, the count %v", series, last, count)
+		}
+	}
+	return s, nil
+}
+
+func TestParsePageIsStrict(t *testing.T) {
+	const help = "# HELP a_total text\n# TYPE a_total counter\n"
+	const histogram = "# HELP h text\n# TYPE h histogram\n"
+	for _, tt := range []struct {
+		page string
+		ok   bool
+	}{
+		{help + "a_total 1\n", true},
+		{help + "a_total{x=\"1\"} 1\na_total{x=\"\\\"\\\\\"} 1\n", true},
+		{histogram + "h_bucket{le=\"1\"} 1\nh_bucket{le=\"+Inf\"} 2\nh_sum{} 1\nh_count{} 2\n", false}, // {} is not how we write none
+		{histogram + "h_bucket{r=\"/\",le=\"1\"} 1\nh_bucket{r=\"/\",le=\"+Inf\"} 2\nh_sum{r=\"/\"} 1\nh_count{r=\"/\"} 2\n", true},
+		{histogram + "h_bucket{r=\"/\",le=\"1\"} 1\nh_bucket{r=\"/\",le=\"+Inf\"} 2\nh_sum{r=\"/\"} 1\nh_count{r=\"/\"} 3\n", false},
+		{histogram + "h_bucket{r=\"/\",le=\"2\"} 1\nh_bucket{r=\"/\",le=\"1\"} 1\n", false},
+		{histogram + "h_bucket{r=\"/\",le=\"1\"} 1\nh_sum{r=\"/\"} 1\nh_count{r=\"/\"} 1\n", false},
+		{help + "a_total 1\na_total 1\n", false},
+		{"a_total 1\n", false},
+		{help + "b_total 1\n", false},
+		{"# TYPE a_total counter\na_total 1\n", false},
+		{help + "a_total 1\n" + help, false},
+		{help + "a_total x\n", false},
+		{help + "a_total{x=\"\"\"} 1\n", false},
+		{help + "a_total 1", false},
+		{"# HELP a text\n# TYPE a counter\na 1\n", false},
+	} {
+		if _, err := parsePage(tt.page); (err == nil) != tt.ok {
+			t.Errorf("%v for\n%s", err, tt.page)
+		}
+	}
+}
+
+// metrics asks for /metrics and reads the page.
+func (p *program) metrics() scrape {
+	p.t.Helper()
+	res, body := p.get("/metrics")
+	if got := res.Header.Get("Content-Type"); res.StatusCode != http.StatusOK || got != "text/plain; version=0.0.4; charset=utf-8" {
+		p.t.Errorf("status %s, Content-Type %q", res.Status, got)
+	}
+	s, err := parsePage(body)
+	if err != nil {
+		p.t.Fatalf("%v in\n%s", err, body)
+	}
+	return s
+}
+
+// ended waits until the program has logged n requests to path, which it counts before.
+func (p *program) ended(path string, n int) {
+	p.t.Helper()
+	p.stderr.await(p.t, `(?s)(`+strings.Repeat(`"path":"`+path+`".*`, n)+`)`)
+}
+
+const ordinaryChat = `{"messages":[]}`
+
+func TestMetricsCountByRouteAndStatus(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		if _, status, ok := strings.Cut(string(b), "status "); ok {
+			n, _ := strconv.Atoi(status[:3])
+			answerJSON(w, n, `{"error":{"message":"no"}}`)
+			return
+		}
+		answerJSON(w, http.StatusOK, `{"choices":[]}`)
+	}, nil)
+	for _, r := range []struct{ method, path, body string }{
+		{"GET", "/", ""}, {"HEAD", "/health", ""}, {"GET", "/health", ""}, {"GET", "/health/ready", ""}, {"GET", "/health/detailed", ""}, {"GET", "/auth", ""},
+		{"GET", "/v1/models", ""}, {"GET", "/models", ""}, {"GET", "/v1/models/qwen3-coder-plus", ""}, {"GET", "/models/a/b", ""},
+		{"POST", "/v1/chat/completions", ordinaryChat}, {"POST", "/chat/completions", ordinaryChat}, {"POST", "/v1//chat/completions", ordinaryChat},
+		{"POST", "/v1/chat/completions", `{`},
+		{"POST", "/v1/chat/completions", `{"messages":["status 422"]}`},
+		{"POST", "/v1/chat/completions", `{"messages":["status 418"]}`}, {"POST", "/v1/chat/completions", `{"messages":["status 451"]}`},
+		{"POST", "/v1/chat/completions", `{"messages":["status 599"]}`},
+		{"POST", "/embeddings", `{"input":"x"}`}, {"POST", "/v1/responses", `{"input":"x"}`},
+		{"GET", "/v1/chat/completions", ""}, {"DELETE", "/v1/models", ""}, {"GET", "/v1/nonsense", ""}, {"BREW", "/pot", ""}, {"GET", "/metrics/", ""},
+	} {
+		p.do(r.method, r.path, strings.NewReader(r.body))
+	}
+	p.do("GET", "/metrics", nil)
+	want := map[string]float64{
+		`{route="/",status="200"}`:                    1,
+		`{route="/health",status="200"}`:              2,
+		`{route="/health/ready",status="200"}`:        1,
+		`{route="/health/detailed",status="200"}`:     1,
+		`{route="/auth",status="200"}`:                1,
+		`{route="/metrics",status="200"}`:             2, // /metrics/ is the same
+		`{route="/v1/models",status="200"}`:           2,
+		`{route="/v1/models/{id}",status="200"}`:      1,
+		`{route="/v1/models/{id}",status="404"}`:      1,
+		`{route="/v1/chat/completions",status="200"}`: 3,
+		`{route="/v1/chat/completions",status="400"}`: 1,
+		`{route="/v1/chat/completions",status="422"}`: 1,
+		`{route="/v1/chat/completions",status="4xx"}`: 2,
+		`{route="/v1/chat/completions",status="5xx"}`: 1,
+		`{route="/v1/embeddings",status="200"}`:       1,
+		`{route="/v1/responses",status="200"}`:        1,
+		`{route="other",status="404"}`:                2,
+		`{route="other",status="405"}`:                2,
+	}
+	got := p.metrics()
+	counts := got.of("qwen_proxy_requests_total")
+	if n, ok := counts[`{route="/v1/completions",status="502"}`]; n != 0 || !ok {
+		t.Errorf("no series of the failures to come: %v", counts)
+	}
+	maps.DeleteFunc(counts, func(_ string, n float64) bool { return n == 0 })
+	if diff := cmp.Diff(want, counts); diff != "" {
+		t.Errorf("requests by route and status (-want +got):\n%s", diff)
+	}
+	byRoute := map[string]float64{}
+	for series, n := range want {
+		byRoute[series[:strings.IndexByte(series, ',')]+"}"] += n
+	}
+	if diff := cmp.Diff(byRoute, got.of("qwen_proxy_request_duration_seconds_count")); diff != "" {
+		t.Errorf("counts of the durations (-want +got):\n%s", diff)
+	}
+}
+
+// TestMetricsOfTime sees each histogram count at its bucket, by a clock that is exact.
+func TestMetricsOfTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) {
+			time.Sleep(3 * time.Second)
+			sse(w, "data: 1\n\n")
+			time.Sleep(87 * time.Second)
+			sse(w, "data: [DONE]\n\n")
+		})
+		const requests = 3
+		for range requests {
+			res := b.post(t, "/v1/chat/completions", ordinaryChat)
+			if _, err := io.ReadAll(res.Body); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		res, err := b.client.Get("http://proxy/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		text, _ := io.ReadAll(res.Body)
+		got, err := parsePage(string(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for family, h := range map[string]struct {
+			took     float64
+			bounds   []string
+			smallest string // of the bounds that hold took
+		}{
+			"qwen_proxy_request_duration_seconds": {90, []string{"0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "20", "30", "60",
+				"120", "300", "600", "+Inf"}, "120"},
+			"qwen_proxy_time_to_first_byte_seconds": {3, []string{"0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1", "2.5", "5", "10", "20", "30", "60",
+				"+Inf"}, "5"},
+		} {
+			want := map[string]float64{}
+			count := 0.0
+			for _, bound := range h.bounds {
+				if bound == h.smallest {
+					count = requests
+				}
+				want[`{route="/v1/chat/completions",le="`+bound+`"}`] = count
+			}
+			if diff := cmp.Diff(want, got.of(family+"_bucket")); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", family, diff)
+			}
+			if sum := got[family+`_sum{route="/v1/chat/completions"}`]; math.Abs(sum-requests*h.took) > 1e-6 {
+				t.Errorf("%s: sum %v, want %v", family, sum, requests*h.took)
+			}
+		}
+	})
+}
+
+// TestHistogramBounds: a bucket holds its bound, as le says, and what is above them all is in the last. The label is one
+// that has everything to escape.
+func TestHistogramBounds(t *testing.T) {
+	var h histogram
+	for _, bound := range bounds {
+		h.observe(bound)
+		h.observe(bound + 1)
+	}
+	for _, shown := range []int{len(bounds), firstByteBounds} {
+		var p page
+		p.begin("h", "histogram", "text")
+		p.histogram(&h, shown, "a\"b\\c\nd")
+		got, err := parsePage(string(p.b))
+		if err != nil {
+			t.Fatalf("%v in\n%s", err, p.b)
+		}
+		const label = `{route="a\"b\\c\nd"`
+		all := float64(2 * len(bounds))
+		want := map[string]float64{label + `,le="+Inf"}`: all}
+		for i, bound := range bounds[:shown] {
+			want[fmt.Sprintf(`%s,le="%v"}`, label, bound.Seconds())] = float64(2*i + 1)
+		}
+		if diff := cmp.Diff(want, got.of("h_bucket")); diff != "" {
+			t.Errorf("%d bounds (-want +got):\n%s", shown, diff)
+		}
+		if n := got["h_count"+label+"}"]; n != all {
+			t.Errorf("count %v, want %v", n, all)
+		}
+	}
+}
+
+func TestMetricsOfWhatIsOpen(t *testing.T) {
+	release := make(chan struct{})
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		sse(w, "data: 1\n\n")
+		<-release
+	}, map[string]string{"RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "1"})
+	gauges := func() map[string]float64 {
+		all, some := p.metrics(), map[string]float64{}
+		for _, name := range []string{"qwen_proxy_requests_in_flight", "qwen_proxy_open_streams", "qwen_proxy_rate_limited_total", "qwen_proxy_upstream_requests_total", "qwen_proxy_ready"} {
+			some[strings.TrimPrefix(name, "qwen_proxy_")] = all[name]
+		}
+		return some
+	}
+	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(ordinaryChat))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	limited, body := p.get("/v1/models")
+	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, codeRateLimit)
+	want := map[string]float64{"requests_in_flight": 2, "open_streams": 1, "rate_limited_total": 1, "upstream_requests_total": 0, "ready": 1}
+	if diff := cmp.Diff(want, gauges()); diff != "" {
+		t.Errorf("while a stream is open (-want +got):\n%s", diff)
+	}
+	close(release)
+	if _, err := io.ReadAll(res.Body); err != nil {
+		t.Fatal(err)
+	}
+	p.ended("/v1/chat/completions", 1)
+	want = map[string]float64{"requests_in_flight": 1, "open_streams": 0, "rate_limited_total": 1, "upstream_requests_total": 1, "ready": 1}
+	if diff := cmp.Diff(want, gauges()); diff != "" {
+		t.Errorf("after it (-want +got):\n%s", diff)
+	}
+}
+
+func TestMetricsOfUpstreamErrors(t *testing.T) {
+	leave := make(chan context.CancelFunc, 1)
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		_, what, _ := strings.Cut(string(b), `"messages":["`)
+		what, _, _ = strings.Cut(what, `"`)
+		switch status, err := strconv.Atoi(what); {
+		case err == nil:
+			answerJSON(w, status, `{"error":{"message":"no"}}`)
+		case what == "page":
+			io.WriteString(w, "<html>")
+		case what == "unreachable":
+			panic(http.ErrAbortHandler)
+		case what == "broken":
+			sse(w, "data: 1\n\n")
+			panic(http.ErrAbortHandler)
+		case what == "left":
+			(<-leave)()
+			<-r.Context().Done()
+		default:
+			answerJSON(w, http.StatusOK, `{"choices":[]}`)
+		}
+	}, map[string]string{"QWEN_API_KEY": "sk-test"})
+	for _, what := range []string{"fine", "400", "401", "403", "404", "429", "499", "500", "503", "page", "unreachable", "broken"} {
+		res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":["`+what+`"]}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.Copy(io.Discard, res.Body) // a broken one ends in an error
+		res.Body.Close()
+	}
+	p.post("/v1/chat/completions", `{"messages":`) // goes nowhere
+	ctx, cancel := context.WithCancel(t.Context())
+	leave <- cancel
+	req, _ := http.NewRequestWithContext(ctx, "POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":["left"]}`))
+	if _, err := http.DefaultClient.Do(req); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	p.ended("/v1/chat/completions", 14)
+
+	got := p.metrics()
+	want := map[string]float64{
+		`{category="authentication_error"}`:  2,
+		`{category="configuration_error"}`:   0,
+		`{category="invalid_request_error"}`: 3,
+		`{category="network_error"}`:         2,
+		`{category="rate_limit_error"}`:      1,
+		`{category="server_error"}`:          2,
+		`{category="streaming_error"}`:       1,
+	}
+	if diff := cmp.Diff(want, got.of("qwen_proxy_upstream_errors_total")); diff != "" {
+		t.Errorf("upstream errors (-want +got):\n%s", diff)
+	}
+	if n := got["qwen_proxy_upstream_requests_total"]; n != 13 {
+		t.Errorf("%v requests went to Qwen, want 13", n)
+	}
+	if n := got[`qwen_proxy_requests_total{route="/v1/chat/completions",status="499"}`]; n != 2 {
+		t.Errorf("499 is counted %v times, want once for the client and once for the API", n)
+	}
+	if n := p.detailed(nil)["requests"].(map[string]any)["upstream_errors"]; n != 11.0 {
+		t.Errorf("/health/detailed counts %v upstream errors, want 11", n)
+	}
+	for series := range got {
+		if strings.HasPrefix(series, "qwen_proxy_token_") {
+			t.Errorf("%s, with an API key", series)
+		}
+	}
+}
+
+func TestMetricsOfTheToken(t *testing.T) {
+	const expiry = "qwen_proxy_token_expiry_timestamp_seconds"
+	for _, tt := range []struct {
+		result  string
+		status  int // of the OAuth server's answer
+		answer  string
+		chat    int     // status of the request that needs a fresh token
+		expires float64 // in seconds from now; 0 for what it was
+	}{
+		{"success", 200, `{"access_token":"fresh","refresh_token":"r2","expires_in":7200}`, 200, 7200},
+		{"refused", 400, `{"error":"invalid_grant"}`, 401, 0},
+		{"failed", 500, `{}`, 503, 0},
+	} {
+		t.Run(tt.result, func(t *testing.T) {
+			p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+				switch {
+				case r.URL.Path == "/api/v1/oauth2/token":
+					answerJSON(w, tt.status, tt.answer)
+				case r.Header.Get("Authorization") != "Bearer fresh":
+					answerJSON(w, http.StatusUnauthorized, `{"error":{"message":"no"}}`)
+				default:
+					answerJSON(w, http.StatusOK, `{"choices":[]}`)
+				}
+			}, nil)
+			before := p.metrics()
+			if got := before[expiry] - float64(time.Now().Unix()); math.Abs(got-3600) > 60 {
+				t.Errorf("at first the token expires in %v s, want an hour", got)
+			}
+			want := map[string]float64{`{result="success"}`: 0, `{result="refused"}`: 0, `{result="failed"}`: 0}
+			if diff := cmp.Diff(want, before.of("qwen_proxy_token_refreshes_total")); diff != "" {
+				t.Errorf("refreshes at first (-want +got):\n%s", diff)
+			}
+			if res, body := p.post("/v1/chat/completions", ordinaryChat); res.StatusCode != tt.chat {
+				t.Fatalf("%s %s", res.Status, body)
+			}
+			after := p.metrics()
+			got := after.of("qwen_proxy_token_refreshes_total")
+			if got[`{result="`+tt.result+`"}`] < 1 {
+				t.Errorf("refreshes are %v, want a %s", got, tt.result)
+			}
+			got[`{result="`+tt.result+`"}`] = 0
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("other refreshes (-want +got):\n%s", diff)
+			}
+			switch remaining := after[expiry] - float64(time.Now().Unix()); {
+			case tt.expires == 0 && after[expiry] != before[expiry]:
+				t.Errorf("the expiry moved by %v s", after[expiry]-before[expiry])
+			case tt.expires != 0 && math.Abs(remaining-tt.expires) > 60:
+				t.Errorf("now the token expires in %v s, want %v", remaining, tt.expires)
+			}
+			if ready := map[bool]float64{true: 1}[tt.chat == 200]; after["qwen_proxy_ready"] != ready {
+				t.Errorf("ready is %v, want %v", after["qwen_proxy_ready"], ready)
+			}
+		})
+	}
+	t.Run("not signed in", func(t *testing.T) {
+		nobody := httptest.NewServer(http.NotFoundHandler())
+		nobody.Close()
+		got := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": nobody.URL}, "serve").metrics()
+		if v, ok := got[expiry]; ok || got["qwen_proxy_ready"] != 0 {
+			t.Errorf("expiry %v, ready %v", v, got["qwen_proxy_ready"])
+		}
+	})
+}
+
+func TestMetricsOfTheProcess(t *testing.T) {
+	t0 := float64(time.Now().Unix())
+	got := startWith(t, nil, nil).metrics()
+	v := version()
+	if got[fmt.Sprintf(`qwen_proxy_build_info{version=%q,commit=%q,goversion=%q}`, v.Version, v.Commit, v.Go)] != 1 {
+		t.Errorf("build info: %v", got.of("qwen_proxy_build_info"))
+	}
+	if n := got["process_start_time_seconds"]; n < t0 || n > t0+60 {
+		t.Errorf("started at %v, and it is %v", n, t0)
+	}
+	names := []string{"go_goroutines", "go_threads", "go_sched_gomaxprocs_threads", "go_memstats_heap_alloc_bytes", "go_memstats_alloc_bytes_total", "go_memstats_sys_bytes", "go_memstats_next_gc_bytes"}
+	if runtime.GOOS == "linux" {
+		names = append(names, "process_cpu_seconds_total", "process_virtual_memory_bytes", "process_resident_memory_bytes", "process_open_fds", "process_max_fds")
+	}
+	for _, name := range names {
+		if got[name] <= 0 {
+			t.Errorf("%s is %v", name, got[name])
+		}
+	}
+	if runtime.GOOS != "linux" {
+		return
+	}
+	descriptors, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := float64(len(descriptors)); math.Abs(got["process_open_fds"]-n) > 20 || got["process_max_fds"] < n {
+		t.Errorf("%v of %v descriptors are open, want about %v", got["process_open_fds"], got["process_max_fds"], n)
+	}
+}
+
+func TestMetricsNeedAKeyAndHaveNoLimit(t *testing.T) {
+	p := startWith(t, nil, map[string]string{"PROXY_API_KEYS": "s3cret", "RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "1"})
+	res, body := p.get("/metrics")
+	wantError(t, res, body, http.StatusUnauthorized, typeAuthentication, "invalid_api_key")
+	for _, method := range []string{"GET", "HEAD", "GET"} {
+		req, _ := http.NewRequest(method, p.url+"/metrics", nil)
+		req.Header.Set("Authorization", "Bearer s3cret") // as Prometheus' authorization setting has it
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(res.Body)
+		res.Body.Close()
+		if err != nil || res.StatusCode != http.StatusOK || res.Header.Get("X-RateLimit-Limit") != "" {
+			t.Errorf("%s: %v %s %v", method, err, res.Status, res.Header)
+		}
+		if (method == "HEAD") != (len(b) == 0) {
+			t.Errorf("%s: %d bytes", method, len(b))
+		}
+		if strings.Contains(string(b), "s3cret") || strings.Contains(string(b), "good-token") {
+			t.Errorf("a secret in\n%s", b)
+		}
+	}
+}
+
+// metricsHandler is the whole handler over an API that answers at once, for requests that don't come over a network.
+func metricsHandler(t testing.TB, m *metrics) http.Handler {
+	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "RATE_LIMIT_RPS": "0"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	tokens := newSource(cfg, log, io.Discard)
+	return newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, benchTransport{http.Header{"Content-Type": {"application/json"}}})
+}
+
+// FuzzMetricsLabels: whatever is asked for, it counts once, for a route and a status that were there before.
+func FuzzMetricsLabels(f *testing.F) {
+	for _, path := range []string{"/", "/health", "/v1/models/x", "/models/\"}\n#", "/v1/chat/completions", "//v1/../health", "/\xff", "*", "", "/v1/models/{id...}", "other", "/metrics"} {
+		for _, method := range []string{"GET", "POST", "HEAD", "OPTIONS", "CONNECT", "BREW", "", "GET\n"} {
+			f.Add(method, path, "localhost")
+		}
+	}
+	f.Add("GET", "/health", "evil.example.com")
+	m := &metrics{}
+	h := metricsHandler(f, m)
+	routes := "other"
+	for _, r := range m.routes {
+		routes += "|" + regexp.QuoteMeta(r.path)
+	}
+	allowed := regexp.MustCompile(`^route="(` + routes + `)",status="([1-5]xx|[2-5]\d\d)"$`)
+	total := 0.0
+	f.Fuzz(func(t *testing.T, method, path, host string) {
+		r := (&http.Request{Method: method, URL: &url.URL{Path: path}, RequestURI: path, Host: host, Header: http.Header{}, RemoteAddr: "127.0.0.1:1",
+			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: io.NopCloser(strings.NewReader(ordinaryChat))}).WithContext(t.Context())
+		func() {
+			defer func() {
+				if v := recover(); v != nil && v != http.ErrAbortHandler {
+					panic(v)
+				}
+			}()
+			h.ServeHTTP(&discard{http.Header{}}, r)
+		}()
+		var p page
+		p.server(m)
+		sum := 0.0
+		for line := range strings.Lines(string(p.b)) { // parsePage would take most of the time
+			labels, ok := strings.CutPrefix(line, "qwen_proxy_requests_total{")
+			if !ok {
+				continue
+			}
+			labels, value, _ := strings.Cut(strings.TrimSuffix(labels, "\n"), "} ")
+			n, err := strconv.ParseFloat(value, 64)
+			if err != nil || !allowed.MatchString(labels) {
+				t.Errorf("%q", line)
+			}
+			sum += n
+		}
+		if total++; sum != total {
+			t.Errorf("%v requests are counted, want %v", sum, total)
+			total = sum
+		}
+	})
+}
+
+// TestRoutesOfBothPrefixesAreOne checks that a new route has its label from its pattern.
+func TestRoutesOfBothPrefixesAreOne(t *testing.T) {
+	m := &metrics{}
+	metricsHandler(t, m)
+	var got []string
+	for _, r := range m.routes {
+		got = append(got, r.path)
+	}
+	if sorted := slices.Compact(slices.Sorted(slices.Values(got))); len(sorted) != len(got) {
+		t.Errorf("twice in %q", got)
+	}
+	for _, path := range got {
+		if strings.ContainsAny(path, "$ ") || strings.Contains(path, "...") {
+			t.Errorf("route %q", path)
+		}
+		if !strings.HasPrefix(path, "/v1/") && slices.Contains(got, "/v1"+path) {
+			t.Errorf("%q is there with and without /v1", path)
+		}
+	}
+}
+
+// endedExchange is a request that has been answered, for what counts it.
+func endedExchange(m *metrics) *exchange {
+	start := time.Now()
+	return &exchange{route: m.route("POST /v1/chat/completions"), start: start, firstByte: start.Add(700 * time.Millisecond), status: http.StatusOK, called: true}
+}
+
+func TestCountingDoesNotAllocate(t *testing.T) {
+	m := &metrics{}
+	x, failed := endedExchange(m), endedExchange(m)
+	failed.err = errStreamIdle
+	if n := testing.AllocsPerRun(100, func() { m.ended(x, 2*time.Second); m.ended(failed, time.Hour) }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// BenchmarkMetrics counts a request that went to Qwen: all that counting costs it.
+func BenchmarkMetrics(b *testing.B) {
+	b.Run("serial", func(b *testing.B) {
+		m := &metrics{}
+		x := endedExchange(m)
+		b.ReportAllocs()
+		for b.Loop() {
+			m.ended(x, 2*time.Second)
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		m := &metrics{}
+		m.route("POST /v1/chat/completions")
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			x := endedExchange(m)
+			for pb.Next() {
+				m.ended(x, 2*time.Second)
+			}
+		})
+	})
+	b.Run("page", func(b *testing.B) {
+		m := &metrics{}
+		h := metricsHandler(b, m)
+		for _, r := range m.routes {
+			r.statuses[statusIndex[200]].Store(1)
+			r.duration.observe(time.Second)
+			r.firstByte.observe(time.Second)
+		}
+		r := httptest.NewRequest("GET", "http://localhost/metrics", nil)
+		b.ReportAllocs()
+		for b.Loop() {
+			h.ServeHTTP(&discard{http.Header{}}, r)
+		}
+	})
+}
