@@ -543,6 +543,35 @@ func TestMetricsNeedAKeyAndHaveNoLimit(t *testing.T) {
 	}
 }
 
+// TestDeployedFilesNameMetricsThatExist: a dashboard that asks for another shows nothing, and an alert never fires.
+func TestDeployedFilesNameMetricsThatExist(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("elsewhere there are no metrics of the process")
+	}
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, http.StatusOK, `{"choices":[]}`) }, nil)
+	p.post("/v1/chat/completions", ordinaryChat)
+	names := map[string]bool{}
+	for series := range p.metrics() {
+		name, _, _ := strings.Cut(series, "{")
+		names[name] = true
+	}
+	for _, file := range []string{"deploy/grafana-dashboard.json", "deploy/alerts.yaml"} {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := regexp.MustCompile(`\b(qwen_proxy|process|go)_[a-z_]+`).FindAllString(string(b), -1)
+		if len(found) < 5 {
+			t.Errorf("%s names %d metrics", file, len(found))
+		}
+		for _, name := range found {
+			if !names[name] {
+				t.Errorf("%s: there is no %s", file, name)
+			}
+		}
+	}
+}
+
 // metricsHandler is the whole handler over an API that answers at once, for requests that don't come over a network.
 func metricsHandler(t testing.TB, m *metrics) http.Handler {
 	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "RATE_LIMIT_RPS": "0"}))
