@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -12,6 +13,7 @@ import (
 	"fmt"
 	"html/template"
 	"io"
+	"iter"
 	"maps"
 	"math"
 	mathrand "math/rand/v2"
@@ -19,6 +21,7 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -35,6 +38,7 @@ type standIn struct {
 	interval     time.Duration // between polls, announced in whole seconds; 0 announces none and allows any
 	wordDelay    time.Duration // pause between the words of a stream
 	maxBody      int64         // bytes of an API request's body
+	key          string        // an API key that is good beside the access tokens; "" for none
 
 	mu           sync.Mutex                // guards all below
 	signIns      map[string]*standInSignIn // by device code
@@ -52,7 +56,7 @@ type standInCounts struct {
 	refreshes            int // refresh tokens redeemed for new ones
 	refreshesRefused     int // replays included
 	replays              int // refresh tokens sent again after they had been redeemed
-	chats                int // chat completions answered
+	chats                int // chat completions, responses and messages answered
 	unauthorized         int // API requests refused with 401
 }
 
@@ -76,6 +80,7 @@ type standInGrant struct {
 
 const (
 	standInIntro       = "This is qwen-go-proxy's stand-in for Qwen, not a model."
+	standInThought     = "I repeat what the user said."
 	standInRefreshLife = 90 * 24 * time.Hour    // of a refresh token that is never used
 	standInPollSlack   = 100 * time.Millisecond // a poll may come this much too early
 	standInMaxInputs   = 2048                   // texts in one embeddings request
@@ -113,7 +118,8 @@ func (s *standIn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.page(w, r)
 	case route == "POST /authorize":
 		s.decide(w, r)
-	case strings.HasPrefix(r.URL.Path, "/v1/"):
+	case strings.HasPrefix(r.URL.Path, "/v1/"), strings.HasPrefix(r.URL.Path, "/compatible-mode/v1/"),
+		strings.HasPrefix(r.URL.Path, "/apps/anthropic/v1/"):
 		s.api(w, r)
 	default:
 		http.NotFound(w, r)
@@ -410,39 +416,54 @@ func plainCode(userCode string) string {
 // object is any JSON object.
 type object = map[string]any
 
-// api serves all under /v1/, to whoever has an access token.
+// api serves the API to whoever has an access token or the key: under /v1/, where a sign-in points, and under
+// /compatible-mode/v1/, as with a key. Under /apps/anthropic/v1/ is its Anthropic-compatible interface.
 func (s *standIn) api(w http.ResponseWriter, r *http.Request) {
 	requestID := rand.Text()
 	w.Header().Set("X-Request-Id", requestID)
-	if !s.authorized(r) {
-		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(http.StatusUnauthorized)
-		fmt.Fprintf(w, `{"error":{"code":"invalid_api_key","message":"invalid access token or token expired",`+
-			`"param":null,"type":"invalid_request_error"},"request_id":%q}`, requestID)
-		return
-	}
+	path := strings.TrimPrefix(r.URL.Path, "/compatible-mode")
 	var failure *apiError
-	switch r.Method + " " + r.URL.Path {
-	case "POST /v1/chat/completions":
+	switch route := r.Method + " " + path; {
+	case !s.authorized(r):
+		failure = &apiError{status: http.StatusUnauthorized, typ: typeInvalidRequest, code: "invalid_api_key",
+			message: "invalid access token or token expired"}
+	case route == "POST /v1/chat/completions":
 		failure = s.chat(w, r)
-	case "POST /v1/embeddings":
+	case route == "POST /v1/responses":
+		failure = s.responses(w, r)
+	case route == "POST /v1/embeddings":
 		failure = s.embeddings(w, r)
-	case "GET /v1/models":
+	case route == "GET /v1/models":
 		s.models(w)
+	case route == "POST /apps/anthropic/v1/messages":
+		failure = s.messages(w, r)
+	case route == "POST /apps/anthropic/v1/messages/count_tokens":
+		failure = s.countTokens(w, r)
 	default:
 		failure = &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "not_found",
 			message: "The stand-in for Qwen has no " + r.Method + " " + r.URL.Path + "."}
 	}
-	if failure != nil {
-		w.Header().Set("Content-Type", "application/json")
-		w.WriteHeader(failure.status)
-		_, _ = w.Write(failure.body(requestID))
+	if failure == nil {
+		return
 	}
+	body := failure.body(requestID)
+	if strings.HasPrefix(path, "/apps/anthropic/") {
+		body = standInMessagesError(failure, requestID)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	if failure.retryAfter > 0 {
+		w.Header().Set("Retry-After", retryAfterSeconds(failure.retryAfter))
+	}
+	w.WriteHeader(failure.status)
+	_, _ = w.Write(body) // a client that has left is nobody to tell
 }
 
-// authorized reports whether r carries an access token that has not expired.
+// authorized reports whether r carries the key, or an access token that has not expired.
 func (s *standIn) authorized(r *http.Request) bool {
 	token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if s.key != "" && token == s.key {
+		return true
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if time.Now().Before(s.accessTokens[token]) {
@@ -450,6 +471,27 @@ func (s *standIn) authorized(r *http.Request) bool {
 	}
 	s.counted.unauthorized++
 	return false
+}
+
+// Models of these names fail. All others are answered.
+const (
+	standInFails  = "error-"          // and a status from 400 to 599: with that
+	standInBreaks = "error-midstream" // the connection is cut after two words of a stream, and before an answer that is none
+)
+
+// fault returns the failure that the name of a model asks for, nil where it asks for none.
+func fault(model string) *apiError {
+	digits, _ := strings.CutPrefix(model, standInFails)
+	status, err := strconv.Atoi(digits)
+	if err != nil || digits == model || status < 400 || status > 599 {
+		return nil
+	}
+	failure := &apiError{status: status, typ: categoryOf(status), code: "provoked",
+		message: fmt.Sprintf("The model %s fails with status %d.", model, status)}
+	if status == http.StatusTooManyRequests {
+		failure.retryAfter = time.Second
+	}
+	return failure
 }
 
 // read decodes the JSON body of an API request into v.
@@ -488,6 +530,7 @@ type standInChat struct {
 	StreamOptions       struct {
 		IncludeUsage bool `json:"include_usage"`
 	} `json:"stream_options"`
+	EnableThinking bool              `json:"enable_thinking"`
 	Tools          []standInTool     `json:"tools"`
 	ToolChoice     standInToolChoice `json:"tool_choice"`
 	ResponseFormat struct {
@@ -503,10 +546,12 @@ type standInMessage struct {
 	Content standInContent `json:"content"`
 }
 
-// A standInContent is a message's content: a string, or an array of parts whose texts are joined.
+// A standInContent is a message's content: a string, or an array of parts whose texts are joined. The types of the parts
+// are those of all three interfaces.
 type standInContent struct {
 	text   string
 	images int
+	result bool // there is a tool's result in it
 }
 
 func (c *standInContent) UnmarshalJSON(b []byte) error {
@@ -514,8 +559,9 @@ func (c *standInContent) UnmarshalJSON(b []byte) error {
 		return nil
 	}
 	var parts []struct {
-		Type string `json:"type"`
-		Text string `json:"text"`
+		Type    string         `json:"type"`
+		Text    string         `json:"text"`
+		Content standInContent `json:"content"`
 	}
 	if json.Unmarshal(b, &parts) != nil {
 		return errors.New("content must be a string or an array of parts")
@@ -523,10 +569,13 @@ func (c *standInContent) UnmarshalJSON(b []byte) error {
 	var texts []string
 	for _, part := range parts {
 		switch part.Type {
-		case "text":
+		case "text", "input_text", "output_text":
 			texts = append(texts, part.Text)
-		case "image_url":
+		case "image_url", "input_image", "image":
 			c.images++
+		case "tool_result":
+			texts = append(texts, part.Content.text)
+			c.result = true
 		}
 	}
 	c.text = strings.Join(texts, " ")
@@ -561,15 +610,12 @@ func (s *standIn) chat(w http.ResponseWriter, r *http.Request) *apiError {
 	case c.MaxCompletionTokens < 1:
 		return invalidRequest("max_completion_tokens", "invalid_value", "max_completion_tokens must be 1 at least.")
 	}
-	answer, failure := c.answer()
+	answer, failure := s.answer(c)
 	if failure != nil {
 		return failure
 	}
-	s.mu.Lock()
-	s.counted.chats++
-	s.mu.Unlock()
 	if c.Stream {
-		s.stream(r.Context(), w, c, answer)
+		c.stream(s.newStream(w, r, c.Model), answer)
 		return nil
 	}
 	choices := make([]object, c.N)
@@ -583,20 +629,80 @@ func (s *standIn) chat(w http.ResponseWriter, r *http.Request) *apiError {
 	return nil
 }
 
-// stream sends answer as server-sent events, until ctx ends.
-func (s *standIn) stream(ctx context.Context, w http.ResponseWriter, c *standInChat, answer *standInAnswer) {
+// answer returns the answer to c, or the failure that its model's name asks for.
+func (s *standIn) answer(c *standInChat) (*standInAnswer, *apiError) {
+	if failure := fault(c.Model); failure != nil {
+		return nil, failure
+	}
+	answer, failure := c.answer()
+	if failure != nil {
+		return nil, failure
+	}
+	if c.Model == standInBreaks && !c.Stream {
+		panic(http.ErrAbortHandler)
+	}
+	s.mu.Lock()
+	s.counted.chats++
+	s.mu.Unlock()
+	return answer, nil
+}
+
+// A standInStream sends server-sent events, and the pieces of an answer at the pace of the stand-in.
+type standInStream struct {
+	ctx    context.Context
+	w      http.ResponseWriter
+	delay  time.Duration
+	breaks bool // off in the middle
+	sent   int  // pieces so far
+}
+
+// newStream begins the stream that answers r.
+func (s *standIn) newStream(w http.ResponseWriter, r *http.Request, model string) *standInStream {
 	w.Header().Set("Content-Type", "text/event-stream;charset=UTF-8")
 	w.Header().Set("Cache-Control", "no-cache")
+	return &standInStream{ctx: r.Context(), w: w, delay: s.wordDelay, breaks: model == standInBreaks}
+}
+
+// send sends one event; name is "" where the interface has none.
+func (e *standInStream) send(name string, data object) {
+	b, _ := json.Marshal(data) // strings and numbers alone always marshal
+	if name != "" {
+		fmt.Fprintf(e.w, "event: %s\n", name)
+	}
+	fmt.Fprintf(e.w, "data: %s\n\n", b)
+	_ = http.NewResponseController(e.w).Flush() // a client that has left ends ctx
+}
+
+// pace returns pieces, each when it is its time, until the client has left.
+func (e *standInStream) pace(pieces []string) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for _, piece := range pieces {
+			if e.sent == 2 && e.breaks {
+				panic(http.ErrAbortHandler)
+			}
+			if e.sent > 0 {
+				select {
+				case <-e.ctx.Done():
+					return
+				case <-time.After(e.delay):
+				}
+			}
+			if e.sent++; !yield(piece) {
+				return
+			}
+		}
+	}
+}
+
+// stream sends answer as chunks of a chat completion.
+func (c *standInChat) stream(events *standInStream, answer *standInAnswer) {
 	id, created := "chatcmpl-"+rand.Text(), time.Now().Unix()
-	flush := http.NewResponseController(w).Flush
 	send := func(choices []object, usage any) {
 		chunk := object{"id": id, "object": "chat.completion.chunk", "created": created, "model": c.Model, "choices": choices}
 		if c.StreamOptions.IncludeUsage {
 			chunk["usage"] = usage
 		}
-		b, _ := json.Marshal(chunk) // strings and numbers alone always marshal
-		fmt.Fprintf(w, "data: %s\n\n", b)
-		_ = flush() // a client that has left ends ctx
+		events.send("", chunk)
 	}
 	sendDelta := func(delta object, finish any) {
 		for i := range c.N {
@@ -604,30 +710,44 @@ func (s *standIn) stream(ctx context.Context, w http.ResponseWriter, c *standInC
 		}
 	}
 
-	for i, delta := range answer.deltas() {
-		if i > 1 { // the first two are the role and the beginning of the answer
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(s.wordDelay):
-			}
+	sendDelta(object{"role": "assistant", "content": ""}, nil)
+	for piece := range events.pace(answer.thoughts) {
+		sendDelta(object{"content": nil, "reasoning_content": piece}, nil)
+	}
+	if answer.tool != "" { // a call begins with its name, and its arguments follow
+		sendDelta(object{"tool_calls": []object{{
+			"index": 0, "id": answer.callID, "type": "function", "function": object{"name": answer.tool, "arguments": ""},
+		}}}, nil)
+	}
+	for piece := range events.pace(answer.pieces) {
+		if answer.tool == "" {
+			sendDelta(object{"content": piece}, nil)
+		} else {
+			sendDelta(object{"tool_calls": []object{{"index": 0, "function": object{"arguments": piece}}}}, nil)
 		}
-		sendDelta(delta, nil)
 	}
 	sendDelta(object{}, answer.finish)
 	if c.StreamOptions.IncludeUsage {
 		send([]object{}, c.usage(answer))
 	}
-	fmt.Fprint(w, "data: [DONE]\n\n")
+	fmt.Fprint(events.w, "data: [DONE]\n\n")
 }
 
 // A standInAnswer is what each choice of a chat completion holds: a text, or a call of a tool.
 type standInAnswer struct {
-	pieces []string // of the text, word by word, or of the call's arguments, in JSON
-	tool   string   // the function's name; "" for a text
-	callID string
-	finish string // the finish_reason
+	thoughts []string // word by word; none where thinking was not asked for
+	pieces   []string // of the text, word by word, or of the call's arguments, in JSON
+	tool     string   // the function's name; "" for a text
+	callID   string
+	finish   string // the finish_reason: stop, length or tool_calls
+	stop     string // the stop sequence that ended the text; "" for none
 }
+
+// text returns the answer in one piece.
+func (a *standInAnswer) text() string { return strings.Join(a.pieces, "") }
+
+// tokens counts pieces for tokens.
+func (a *standInAnswer) tokens() int { return len(a.thoughts) + len(a.pieces) }
 
 // standInWord matches a word with the white space before it, and white space at the end, so that the
 // matches joined are the text.
@@ -639,22 +759,27 @@ func (c *standInChat) answer() (*standInAnswer, *apiError) {
 	if failure != nil {
 		return nil, failure
 	}
+	a := &standInAnswer{finish: "stop"}
+	if c.EnableThinking {
+		a.thoughts = standInWord.FindAllString(standInThought, -1)
+	}
 	if tool != nil {
-		return &standInAnswer{pieces: toolArguments(tool.Function.Parameters, c.said().text),
-			tool: tool.Function.Name, callID: "call_" + rand.Text(), finish: "tool_calls"}, nil
+		a.tool, a.callID, a.finish = tool.name, "call_"+rand.Text(), "tool_calls"
+		a.pieces = toolArguments(tool.schema, c.said().text)
+		return a, nil
 	}
 
 	text := c.text()
 	for _, stop := range c.Stop {
-		if stop != "" {
-			text, _, _ = strings.Cut(text, stop)
+		if before, _, found := strings.Cut(text, stop); found && stop != "" {
+			text, a.stop = before, stop
 		}
 	}
-	words, finish := standInWord.FindAllString(text, -1), "stop"
-	if limit := min(c.MaxTokens, c.MaxCompletionTokens); len(words) > limit {
-		words, finish = words[:limit], "length"
+	a.pieces = standInWord.FindAllString(text, -1)
+	if limit := min(c.MaxTokens, c.MaxCompletionTokens); len(a.pieces) > limit {
+		a.pieces, a.finish, a.stop = a.pieces[:limit], "length", ""
 	}
-	return &standInAnswer{pieces: words, finish: finish}, nil
+	return a, nil
 }
 
 // text returns the answer in words, or in JSON where response_format wants it.
@@ -689,41 +814,34 @@ func (c *standInChat) said() standInContent {
 
 // usage counts words for tokens.
 func (c *standInChat) usage(answer *standInAnswer) object {
-	prompt, completion := 0, c.N*len(answer.pieces)
+	prompt, completion := c.promptTokens(), c.N*answer.tokens()
+	usage := object{"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+	if thoughts := len(answer.thoughts); thoughts > 0 {
+		usage["completion_tokens_details"] = object{"reasoning_tokens": c.N * thoughts}
+	}
+	return usage
+}
+
+// promptTokens counts the words of the messages.
+func (c *standInChat) promptTokens() int {
+	n := 0
 	for _, m := range c.Messages {
-		prompt += len(strings.Fields(m.Content.text))
+		n += len(strings.Fields(m.Content.text))
 	}
-	return object{"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+	return n
 }
 
-// message returns the answer in one piece.
+// message returns the answer as the message of a chat completion.
 func (a *standInAnswer) message() object {
-	whole := strings.Join(a.pieces, "")
-	if a.tool == "" {
-		return object{"role": "assistant", "content": whole}
-	}
-	return object{"role": "assistant", "content": nil, "tool_calls": []object{{
-		"id": a.callID, "type": "function", "function": object{"name": a.tool, "arguments": whole},
-	}}}
-}
-
-// deltas returns the answer as a stream's deltas, the role first. A tool call begins with its name, and
-// its arguments follow.
-func (a *standInAnswer) deltas() []object {
-	deltas := []object{{"role": "assistant", "content": ""}}
+	m := object{"role": "assistant", "content": a.text()}
 	if a.tool != "" {
-		deltas = append(deltas, object{"tool_calls": []object{{
-			"index": 0, "id": a.callID, "type": "function", "function": object{"name": a.tool, "arguments": ""},
-		}}})
+		m["content"] = nil
+		m["tool_calls"] = []object{{"id": a.callID, "type": "function", "function": object{"name": a.tool, "arguments": a.text()}}}
 	}
-	for _, piece := range a.pieces {
-		if a.tool == "" {
-			deltas = append(deltas, object{"content": piece})
-		} else {
-			deltas = append(deltas, object{"tool_calls": []object{{"index": 0, "function": object{"arguments": piece}}}})
-		}
+	if len(a.thoughts) > 0 {
+		m["reasoning_content"] = strings.Join(a.thoughts, "")
 	}
-	return deltas
+	return m
 }
 
 // models answers with the stand-in's models. It serves any other name as well.
@@ -756,6 +874,9 @@ func (s *standIn) embeddings(w http.ResponseWriter, r *http.Request) *apiError {
 		return invalidRequest("dimensions", "invalid_value", "dimensions must be between 1 and 2048.")
 	case req.EncodingFormat != "float" && req.EncodingFormat != "base64":
 		return invalidRequest("encoding_format", "invalid_value", "encoding_format must be float or base64.")
+	}
+	if failure := fault(req.Model); failure != nil {
+		return failure
 	}
 	data := make([]object, len(req.Input))
 	tokens := 0
@@ -791,14 +912,30 @@ func textVector(text string, dimensions int) []float32 {
 
 // Tools, and JSON made after a schema.
 
+// A standInTool is a function to call, as any of the three interfaces describes it.
 type standInTool struct {
-	Function struct {
-		Name       string `json:"name"`
-		Parameters any    `json:"parameters"` // a JSON schema
-	} `json:"function"`
+	name   string
+	schema any // of the arguments, a JSON schema
 }
 
-// A standInToolChoice is "none", "auto" or "required", or an object that names a function.
+func (t *standInTool) UnmarshalJSON(b []byte) error {
+	type function struct {
+		Name       string `json:"name"`
+		Parameters any    `json:"parameters"`
+	}
+	var tool struct {
+		function
+		InputSchema any      `json:"input_schema"`
+		Function    function `json:"function"`
+	}
+	if err := json.Unmarshal(b, &tool); err != nil {
+		return err
+	}
+	*t = standInTool{cmp.Or(tool.Function.Name, tool.Name), cmp.Or(tool.Function.Parameters, tool.Parameters, tool.InputSchema)}
+	return nil
+}
+
+// A standInToolChoice is "none", "auto" or "required", or an object that says so in its type or names a function.
 type standInToolChoice struct {
 	mode string
 	name string
@@ -808,11 +945,14 @@ func (t *standInToolChoice) UnmarshalJSON(b []byte) error {
 	if json.Unmarshal(b, &t.mode) == nil {
 		return nil
 	}
+	var typed struct {
+		Type string `json:"type"`
+	}
 	var named standInTool
-	if json.Unmarshal(b, &named) != nil {
+	if json.Unmarshal(b, &typed) != nil || json.Unmarshal(b, &named) != nil {
 		return errors.New("tool_choice must be a string or an object that names a function")
 	}
-	t.name = named.Function.Name
+	t.mode, t.name = typed.Type, named.name
 	return nil
 }
 
@@ -823,7 +963,7 @@ func (c *standInChat) tool() (*standInTool, *apiError) {
 		return nil, nil
 	}
 	for i, tool := range c.Tools {
-		if name := tool.Function.Name; name != "" && (c.ToolChoice.name == "" || c.ToolChoice.name == name) {
+		if name := tool.name; name != "" && (c.ToolChoice.name == "" || c.ToolChoice.name == name) {
 			return &c.Tools[i], nil
 		}
 	}

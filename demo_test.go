@@ -451,12 +451,36 @@ func TestStandInUnauthorized(t *testing.T) {
 	c := serveStandIn(t, s)
 	for _, path := range []string{"/v1/chat/completions", "/v1/embeddings", "/v1/nothing"} {
 		resp, body := c.do("POST", path, "application/json", "{}")
-		want := `{"error":{"code":"invalid_api_key","message":"invalid access token or token expired","param":null,` +
-			`"type":"invalid_request_error"},"request_id":"` + resp.Header.Get("X-Request-Id") + `"}`
-		diffStandIn(t, path, []any{401, want}, []any{resp.StatusCode, body})
+		want := object{"request_id": resp.Header.Get("X-Request-Id"), "error": object{"code": "invalid_api_key",
+			"message": "invalid access token or token expired", "param": nil, "type": "invalid_request_error"}}
+		diffStandIn(t, path, []any{401, want}, []any{resp.StatusCode, parseObject(t, body)})
 	}
-	if got := s.counts().unauthorized; got != 3 {
-		t.Errorf("%d counted as unauthorized, want 3", got)
+	resp, body := c.do("POST", "/apps/anthropic/v1/messages", "application/json", "{}")
+	want := object{"type": "error", "request_id": resp.Header.Get("X-Request-Id"),
+		"error": object{"type": "authentication_error", "message": "invalid access token or token expired"}}
+	diffStandIn(t, "messages", []any{401, want}, []any{resp.StatusCode, parseObject(t, body)})
+	if got := s.counts().unauthorized; got != 4 {
+		t.Errorf("%d counted as unauthorized, want 4", got)
+	}
+}
+
+func TestStandInKey(t *testing.T) {
+	s := newStandIn()
+	c := serveStandIn(t, s)
+	for _, test := range []struct {
+		key, sent string
+		status    int
+	}{
+		{"sk-demo", "sk-demo", 200},
+		{"sk-demo", "sk-other", 401},
+		{"sk-demo", "", 401},
+		{"", "", 401},
+	} {
+		s.key, c.token = test.key, test.sent
+		resp, body := c.do("GET", "/compatible-mode/v1/models", "", "")
+		if resp.StatusCode != test.status {
+			t.Errorf("key %q, sent %q: %d %s", test.key, test.sent, resp.StatusCode, body)
+		}
 	}
 }
 
@@ -474,6 +498,7 @@ func TestStandInChat(t *testing.T) {
 		want       string // the content
 		finish     string
 		tool, args string // the tool call
+		thoughts   string
 	}{
 		{name: "text", body: hi, want: hiAnswer, finish: "stop"},
 		{name: "null members", body: hi + `,"n":null,"max_tokens":null,"stop":null,"tools":null,"tool_choice":null,"stream_options":null,"response_format":null`,
@@ -498,6 +523,9 @@ func TestStandInChat(t *testing.T) {
 		{name: "no tools", body: hi + `,"tools":[],"tool_choice":"auto"`, want: hiAnswer, finish: "stop"},
 		{name: "tool result", body: result + `,"tools":[` + weather + `]`,
 			want: `This is qwen-go-proxy's stand-in for Qwen, not a model. The tool answered: "20 °C"`, finish: "stop"},
+		{name: "thinking", body: hi + `,"enable_thinking":true`, want: hiAnswer, finish: "stop", thoughts: standInThought},
+		{name: "thinking before a call", body: hi + `,"enable_thinking":true,"tools":[` + now + `]`,
+			finish: "tool_calls", tool: "now", args: `{}`, thoughts: standInThought},
 		{name: "json_object", body: hi + `,"response_format":{"type":"json_object"}`,
 			want: `{"answer":"This is qwen-go-proxy's stand-in for Qwen, not a model. You said: \"Hi there\""}`, finish: "stop"},
 		{name: "json_schema", body: hi + `,"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"type":"object","required":["s","n","b","a","o","z","m"],
@@ -520,12 +548,13 @@ func TestStandInChat(t *testing.T) {
 			content, _ := dig(message, "content").(string)
 			tool, _ := dig(message, "tool_calls", 0, "function", "name").(string)
 			args, _ := dig(message, "tool_calls", 0, "function", "arguments").(string)
-			want := []any{test.want, test.finish, test.tool, test.args}
-			diffStandIn(t, "completion", want, []any{content, dig(answer, "choices", 0, "finish_reason"), tool, args})
+			thoughts, _ := dig(message, "reasoning_content").(string)
+			want := []any{test.want, test.finish, test.tool, test.args, test.thoughts}
+			diffStandIn(t, "completion", want, []any{content, dig(answer, "choices", 0, "finish_reason"), tool, args, thoughts})
 
 			resp, stream := c.do("POST", "/v1/chat/completions", "application/json", `{"model":"m","stream":true,`+test.body+`}`)
 			diffStandIn(t, "Content-Type", "text/event-stream;charset=UTF-8", resp.Header.Get("Content-Type"))
-			content, tool, args = "", "", ""
+			content, tool, args, thoughts = "", "", "", ""
 			var finish any
 			for _, chunk := range standInEvents(t, stream) {
 				delta := dig(chunk, "choices", 0, "delta")
@@ -535,9 +564,11 @@ func TestStandInChat(t *testing.T) {
 				tool += more
 				more, _ = dig(delta, "tool_calls", 0, "function", "arguments").(string)
 				args += more
+				more, _ = dig(delta, "reasoning_content").(string)
+				thoughts += more
 				finish = dig(chunk, "choices", 0, "finish_reason")
 			}
-			diffStandIn(t, "stream", want, []any{content, finish, tool, args})
+			diffStandIn(t, "stream", want, []any{content, finish, tool, args, thoughts})
 			if got := s.counts().chats; got != 2 {
 				t.Errorf("%d chats counted, want 2", got)
 			}
@@ -721,7 +752,7 @@ func TestStandInRefusesBadAPIRequests(t *testing.T) {
 		{"too many inputs", embeddings, `{"model":"m","input":["x"` + strings.Repeat(`,"x"`, 2048) + `]}`, 400, "invalid_value", "input"},
 		{"dimensions", embeddings, `{"model":"m","input":"x","dimensions":0}`, 400, "invalid_value", "dimensions"},
 		{"encoding_format", embeddings, `{"model":"m","input":"x","encoding_format":"hex"}`, 400, "invalid_value", "encoding_format"},
-		{"another route", "POST /v1/responses", `{}`, 404, "not_found", nil},
+		{"another route", "POST /v1/nothing", `{}`, 404, "not_found", nil},
 		{"another method", "GET /v1/chat/completions", ``, 404, "not_found", nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -743,6 +774,57 @@ func TestStandInRefusesBadAPIRequests(t *testing.T) {
 	}
 	if resp, _ := c.do("GET", "/elsewhere", "", ""); resp.StatusCode != http.StatusNotFound {
 		t.Errorf("outside of /v1: %d", resp.StatusCode)
+	}
+}
+
+func TestStandInFails(t *testing.T) {
+	s := newStandIn()
+	s.wordDelay = 0
+	c := serveStandIn(t, s)
+	c.signIn()
+	const chat, responses, embeddings, messages = "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/apps/anthropic/v1/messages"
+	ask := func(path, model string, stream bool) (*http.Response, string, error) {
+		body := marshalText(object{"model": model, "stream": stream, "max_tokens": 100, "input": "Hi",
+			"messages": []object{{"role": "user", "content": "Hi"}}})
+		r, err := http.NewRequestWithContext(t.Context(), "POST", c.base+path, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Header.Set("Authorization", "Bearer "+c.token)
+		resp, err := c.client.Do(r)
+		if err != nil {
+			return nil, "", err
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		return resp, string(b), err
+	}
+	for _, path := range []string{chat, responses, embeddings, messages} {
+		for _, test := range []struct {
+			model      string
+			status     int
+			retryAfter string
+		}{
+			{"error-400", 400, ""}, {"error-429", 429, "1"}, {"error-599", 599, ""},
+			{"error-399", 200, ""}, {"error-600", 200, ""}, {"error-", 200, ""}, {"500", 200, ""},
+		} {
+			resp, body, err := ask(path, test.model, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			diffStandIn(t, path+" "+test.model, []any{test.status, test.retryAfter}, []any{resp.StatusCode, resp.Header.Get("Retry-After")})
+			if _, ok := dig(parseObject(t, body), "error", "message").(string); ok != (test.status != 200) {
+				t.Errorf("%s %s: %s", path, test.model, body)
+			}
+		}
+	}
+	for _, path := range []string{chat, responses, messages} {
+		if _, body, err := ask(path, standInBreaks, false); err == nil {
+			t.Errorf("%s: answered with %s", path, body)
+		}
+		if _, body, err := ask(path, standInBreaks, true); err == nil || !strings.Contains(body, `" is"`) || strings.Contains(body, "stand-in") {
+			t.Errorf("%s: the stream is %q, %v; want it to break after two words", path, body, err)
+		}
 	}
 }
 
@@ -813,6 +895,16 @@ func TestUserCodes(t *testing.T) {
 	}
 }
 
+// fuzzedStandIn returns a client, signed in for long, of a standIn that makes no pauses.
+func fuzzedStandIn(f *testing.F) *standInClient {
+	s := newStandIn()
+	s.wordDelay = 0
+	s.tokenLife = 1000 * time.Hour
+	c := callStandIn(f, s)
+	c.signIn()
+	return c
+}
+
 // Whatever is sent, the answer is a completion, a stream that is whole, or an error of OpenAI's shape;
 // and a tool call's arguments are a JSON object.
 func FuzzStandInChat(f *testing.F) {
@@ -826,11 +918,7 @@ func FuzzStandInChat(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	s := newStandIn()
-	s.wordDelay = 0
-	s.tokenLife = 1000 * time.Hour
-	c := callStandIn(f, s)
-	c.signIn()
+	c := fuzzedStandIn(f)
 	f.Fuzz(func(t *testing.T, body []byte) {
 		c := *c
 		c.t = t

@@ -1,0 +1,181 @@
+package main
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+)
+
+func TestStandInMessages(t *testing.T) {
+	const tool = `"tools":[{"name":"now","input_schema":{"type":"object","required":["zone"],"properties":{"zone":{"type":"string"}}}}]`
+	const hi = `"messages":[{"role":"user","content":"Hi"}],"max_tokens":100`
+	const hiAnswer = `This is qwen-go-proxy's stand-in for Qwen, not a model. You said: "Hi"`
+	text := func(s string) object { return object{"type": "text", "text": s} }
+	thinking := object{"type": "thinking", "thinking": standInThought, "signature": standInSignature}
+	call := object{"type": "tool_use", "name": "now", "input": object{"zone": "Hi"}}
+	for _, test := range []struct {
+		name, body   string
+		content      []any
+		reason, stop any
+	}{
+		{"text", hi, []any{text(hiAnswer)}, "end_turn", nil},
+		{"system", hi + `,"system":[{"type":"text","text":"Be brief."}]`, []any{text(hiAnswer)}, "end_turn", nil},
+		{"parts", `"messages":[{"role":"user","content":[{"type":"image","source":{"type":"base64"}},{"type":"text","text":"Hi"}]}],"max_tokens":100`,
+			[]any{text(hiAnswer + " Images sent along: 1.")}, "end_turn", nil},
+		{"max_tokens", `"messages":[{"role":"user","content":"Hi"}],"max_tokens":2`, []any{text("This is")}, "max_tokens", nil},
+		{"stop sequence", hi + `,"stop_sequences":["no"," for"]`, []any{text("This is qwen-go-proxy's stand-in")}, "stop_sequence", " for"},
+		{"thinking", hi + `,"thinking":{"type":"enabled","budget_tokens":1024}`, []any{thinking, text(hiAnswer)}, "end_turn", nil},
+		{"no thinking", hi + `,"thinking":{"type":"disabled"}`, []any{text(hiAnswer)}, "end_turn", nil},
+		{"call", hi + "," + tool, []any{call}, "tool_use", nil},
+		{"any call", hi + "," + tool + `,"tool_choice":{"type":"any"}`, []any{call}, "tool_use", nil},
+		{"named call", hi + "," + tool + `,"tool_choice":{"type":"tool","name":"now"}`, []any{call}, "tool_use", nil},
+		{"no call wanted", hi + "," + tool + `,"tool_choice":{"type":"none"}`, []any{text(hiAnswer)}, "end_turn", nil},
+		{"result of a call", `"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":[{"type":"tool_use","id":"c","name":"now","input":{}}]},
+			{"role":"user","content":[{"type":"tool_result","tool_use_id":"c","content":[{"type":"text","text":"noon"}]}]}],"max_tokens":100,` + tool,
+			[]any{text(`This is qwen-go-proxy's stand-in for Qwen, not a model. The tool answered: "noon"`)}, "end_turn", nil},
+		{"json_schema", hi + `,"output_config":{"format":{"type":"json_schema","schema":{"type":"object","required":["s"],"properties":{"s":{"type":"string"}}}}}`,
+			[]any{text(`{"s":"Hi"}`)}, "end_turn", nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newStandIn()
+			s.wordDelay = 0
+			c := serveStandIn(t, s)
+			c.signIn()
+			status, whole := c.post("/apps/anthropic/v1/messages", `{"model":"m",`+test.body+`}`)
+			if status != http.StatusOK {
+				t.Fatalf("%d %v", status, whole)
+			}
+			withoutIDs(whole)
+			diffStandIn(t, "message", []any{"message", "assistant", "m", test.content, test.reason, test.stop},
+				[]any{whole["type"], whole["role"], whole["model"], whole["content"], whole["stop_reason"], whole["stop_sequence"]})
+
+			resp, stream := c.do("POST", "/apps/anthropic/v1/messages", "application/json", `{"model":"m","stream":true,`+test.body+`}`)
+			diffStandIn(t, "Content-Type", "text/event-stream;charset=UTF-8", resp.Header.Get("Content-Type"))
+			diffStandIn(t, "the stream's message", any(whole), withoutIDs(streamedMessage(t, stream)))
+		})
+	}
+}
+
+// streamedMessage returns the message that a stream's events make.
+func streamedMessage(t testing.TB, stream string) object {
+	t.Helper()
+	events := standInNamedEvents(t, stream)
+	if first, last := events[0]["type"], events[len(events)-1]["type"]; first != "message_start" || last != "message_stop" {
+		t.Fatalf("the stream begins with %v and ends with %v", first, last)
+	}
+	message := events[0]["message"].(object)
+	var content []any
+	var block object // the open one; nil where none is
+	var input string
+	for _, event := range events {
+		if name, _ := event["type"].(string); strings.HasPrefix(name, "content_block_") {
+			index := float64(len(content))
+			if name != "content_block_start" {
+				index--
+			}
+			diffStandIn(t, name+" index", any(index), event["index"])
+			if (block == nil) != (name == "content_block_start") {
+				t.Fatalf("%s in the wrong place:\n%s", name, stream)
+			}
+		}
+		switch event["type"] {
+		case "content_block_start":
+			block, input = event["content_block"].(object), ""
+			content = append(content, block)
+		case "content_block_delta":
+			delta := event["delta"].(object)
+			for _, member := range []string{"text", "thinking", "signature"} {
+				if piece, ok := delta[member].(string); ok {
+					block[member] = block[member].(string) + piece
+				}
+			}
+			piece, _ := delta["partial_json"].(string)
+			input += piece
+		case "content_block_stop":
+			if block["type"] == "tool_use" {
+				block["input"] = parseObject(t, input)
+			}
+			block = nil
+		case "message_delta":
+			message["stop_reason"], message["stop_sequence"] = dig(event, "delta", "stop_reason"), dig(event, "delta", "stop_sequence")
+			message["usage"].(object)["output_tokens"] = dig(event, "usage", "output_tokens")
+		}
+	}
+	message["content"] = content
+	return message
+}
+
+func TestStandInCountsTokens(t *testing.T) {
+	c := serveStandIn(t, newStandIn())
+	c.signIn()
+	status, answer := c.post("/apps/anthropic/v1/messages/count_tokens", `{"model":"m","system":"Be brief.","messages":[{"role":"user","content":"Hi"}]}`)
+	diffStandIn(t, "count", []any{200, object{"input_tokens": 3.0}}, []any{status, answer})
+}
+
+func TestStandInRefusesBadMessages(t *testing.T) {
+	c := serveStandIn(t, newStandIn())
+	c.signIn()
+	for _, test := range []struct {
+		name, path, body string
+		status           int
+		want             string
+	}{
+		{"no JSON", "messages", `{`, 400, "invalid_request_error"},
+		{"no model", "messages", `{"messages":[{}],"max_tokens":1}`, 400, "invalid_request_error"},
+		{"no messages", "messages", `{"model":"m","max_tokens":1}`, 400, "invalid_request_error"},
+		{"no max_tokens", "messages", `{"model":"m","messages":[{}]}`, 400, "invalid_request_error"},
+		{"no messages to count", "messages/count_tokens", `{"model":"m"}`, 400, "invalid_request_error"},
+		{"another route", "nothing", `{}`, 404, "not_found_error"},
+		{"provoked 403", "messages", `{"model":"error-403","messages":[{}],"max_tokens":1}`, 403, "permission_error"},
+		{"provoked 429", "messages", `{"model":"error-429","messages":[{}],"max_tokens":1}`, 429, "rate_limit_error"},
+		{"provoked 500", "messages", `{"model":"error-500","messages":[{}],"max_tokens":1}`, 500, "api_error"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := *c
+			c.t = t
+			resp, body := c.do("POST", "/apps/anthropic/v1/"+test.path, "application/json", test.body)
+			answer := parseObject(t, body)
+			diffStandIn(t, "refusal", []any{test.status, "error", test.want, resp.Header.Get("X-Request-Id")},
+				[]any{resp.StatusCode, answer["type"], dig(answer, "error", "type"), answer["request_id"]})
+			if message, _ := dig(answer, "error", "message").(string); message == "" {
+				t.Error("no message")
+			}
+		})
+	}
+}
+
+// Whatever is sent, the answer is a message, a stream that makes one, or an error.
+func FuzzStandInMessages(f *testing.F) {
+	for _, seed := range []string{
+		`{"model":"m","messages":[{"role":"user","content":"Hi"}],"max_tokens":10}`,
+		`{"model":"m","messages":[{"content":[{"type":"tool_result","content":"x"}]}],"max_tokens":10,"stream":true,"thinking":{"type":"enabled"}}`,
+		`{"model":"m","messages":[{}],"max_tokens":1,"system":"x","stop_sequences":["is"],"stream":true}`,
+		`{"model":"m","messages":[{}],"max_tokens":9,"tools":[{"name":"f","input_schema":{"required":["a"]}}],"tool_choice":{"type":"any"},"stream":true}`,
+		`{"model":"m"`,
+	} {
+		f.Add([]byte(seed))
+	}
+	c := fuzzedStandIn(f)
+	f.Fuzz(func(t *testing.T, body []byte) {
+		c := *c
+		c.t = t
+		resp, answer := c.do("POST", "/apps/anthropic/v1/messages", "application/json", string(body))
+		var message object
+		switch {
+		case resp.StatusCode == http.StatusBadRequest:
+			if _, ok := dig(parseObject(t, answer), "error", "message").(string); !ok {
+				t.Errorf("no error: %s", answer)
+			}
+			return
+		case resp.StatusCode != http.StatusOK:
+			t.Fatalf("status %d", resp.StatusCode)
+		case strings.HasPrefix(resp.Header.Get("Content-Type"), "text/event-stream"):
+			message = streamedMessage(t, answer)
+		default:
+			message = parseObject(t, answer)
+		}
+		if content, _ := message["content"].([]any); len(content) == 0 || message["stop_reason"] == nil {
+			t.Errorf("not a message: %s", answer)
+		}
+	})
+}

@@ -1,0 +1,192 @@
+package main
+
+import (
+	"net/http"
+	"strings"
+	"testing"
+)
+
+// standInNamedEvents returns the data of each event of a stream whose events have names, which the data says too.
+func standInNamedEvents(t testing.TB, stream string) []object {
+	t.Helper()
+	var events []object
+	for event := range strings.SplitSeq(strings.TrimSuffix(stream, "\n\n"), "\n\n") {
+		name, data, ok := strings.Cut(event, "\ndata: ")
+		if !ok {
+			t.Fatalf("not an event: %q", event)
+		}
+		o := parseObject(t, data)
+		diffStandIn(t, "name", name, "event: "+o["type"].(string))
+		events = append(events, o)
+	}
+	return events
+}
+
+// withoutIDs returns v without what differs from answer to answer.
+func withoutIDs(v any) any {
+	switch v := v.(type) {
+	case object:
+		for name := range v {
+			if name == "id" || name == "call_id" || name == "item_id" || name == "created_at" {
+				delete(v, name)
+			} else {
+				withoutIDs(v[name])
+			}
+		}
+	case []any:
+		for _, item := range v {
+			withoutIDs(item)
+		}
+	}
+	return v
+}
+
+func TestStandInResponses(t *testing.T) {
+	const now = `"tools":[{"type":"function","name":"now","parameters":{"type":"object","required":["zone"],"properties":{"zone":{"type":"string"}}}}]`
+	const hi = `This is qwen-go-proxy's stand-in for Qwen, not a model. You said: "Hi"`
+	message := func(text, status string) object {
+		return object{"type": "message", "role": "assistant", "status": status,
+			"content": []any{object{"type": "output_text", "text": text, "annotations": []any{}, "logprobs": []any{}}}}
+	}
+	thinking := object{"type": "reasoning", "summary": []any{object{"type": "summary_text", "text": standInThought}}}
+	call := object{"type": "function_call", "status": "completed", "name": "now", "arguments": `{"zone":"Hi"}`}
+	for _, test := range []struct {
+		name   string
+		body   string
+		status string
+		output []any
+		events string // without response., delta once
+	}{
+		{"text", `"input":"Hi"`, "completed", []any{message(hi, "completed")},
+			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
+		{"null members", `"input":"Hi","instructions":null,"max_output_tokens":null,"tools":null,"tool_choice":null,"text":null,"stream":null`,
+			"completed", []any{message(hi, "completed")},
+			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
+		{"messages and parts", `"instructions":"Be brief.","input":[{"role":"user","content":[{"type":"input_text","text":"Hi"},{"type":"input_image","image_url":"x"}]}]`,
+			"completed", []any{message(hi+" Images sent along: 1.", "completed")},
+			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
+		{"too long", `"input":"Hi","max_output_tokens":2`, "incomplete", []any{message("This is", "incomplete")},
+			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
+		{"thinking", `"input":"Hi","enable_thinking":true`, "completed", []any{thinking, message(hi, "completed")},
+			"output_item.added reasoning_summary_part.added reasoning_summary_text.delta reasoning_summary_text.done reasoning_summary_part.done output_item.done " +
+				"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
+		{"call", `"input":"Hi",` + now, "completed", []any{call},
+			"output_item.added function_call_arguments.delta function_call_arguments.done output_item.done"},
+		{"named call", `"input":"Hi",` + now + `,"tool_choice":{"type":"function","name":"now"}`, "completed", []any{call},
+			"output_item.added function_call_arguments.delta function_call_arguments.done output_item.done"},
+		{"no call wanted", `"input":"Hi",` + now + `,"tool_choice":"none"`, "completed", []any{message(hi, "completed")},
+			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
+		{"output of a call", `"input":[{"role":"user","content":"Hi"},{"type":"function_call","call_id":"c","name":"now","arguments":"{}"},` +
+			`{"type":"function_call_output","call_id":"c","output":"noon"}],` + now, "completed",
+			[]any{message(`This is qwen-go-proxy's stand-in for Qwen, not a model. The tool answered: "noon"`, "completed")},
+			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
+		{"json_schema", `"input":"Hi","text":{"format":{"type":"json_schema","name":"x","schema":{"type":"object","required":["s"],"properties":{"s":{"type":"string"}}}}}`,
+			"completed", []any{message(`{"s":"Hi"}`, "completed")},
+			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			s := newStandIn()
+			s.wordDelay = 0
+			c := serveStandIn(t, s)
+			c.signIn()
+			status, whole := c.post("/v1/responses", `{"model":"m",`+test.body+`}`)
+			if status != http.StatusOK {
+				t.Fatalf("%d %v", status, whole)
+			}
+			if id, _ := whole["id"].(string); !strings.HasPrefix(id, "resp_") {
+				t.Errorf("id %q", id)
+			}
+			withoutIDs(whole)
+			diffStandIn(t, "response", []any{"response", "m", test.status, test.output},
+				[]any{whole["object"], whole["model"], whole["status"], whole["output"]})
+
+			resp, stream := c.do("POST", "/v1/responses", "application/json", `{"model":"m",`+strings.Replace(test.body, `,"stream":null`, "", 1)+`,"stream":true}`)
+			diffStandIn(t, "Content-Type", "text/event-stream;charset=UTF-8", resp.Header.Get("Content-Type"))
+			var names []string
+			deltas, last := "", object(nil)
+			for i, event := range standInNamedEvents(t, stream) {
+				diffStandIn(t, "sequence_number", any(float64(i)), event["sequence_number"])
+				name := strings.TrimPrefix(event["type"].(string), "response.")
+				if len(names) == 0 || names[len(names)-1] != name {
+					names = append(names, name)
+				}
+				switch kind := name[strings.LastIndex(name, ".")+1:]; {
+				case kind == "delta":
+					deltas += event["delta"].(string)
+				case event["text"] != nil:
+					diffStandIn(t, name, any(deltas), event["text"])
+					deltas = ""
+				case event["arguments"] != nil:
+					diffStandIn(t, name, any(deltas), event["arguments"])
+					deltas = ""
+				}
+				last = event
+			}
+			diffStandIn(t, "events", "created in_progress "+test.events+" "+test.status, strings.Join(names, " "))
+			diffStandIn(t, "the last event's response", any(whole), withoutIDs(last["response"]))
+		})
+	}
+}
+
+func TestStandInRefusesBadResponses(t *testing.T) {
+	c := serveStandIn(t, newStandIn())
+	c.signIn()
+	for _, test := range []struct {
+		name, body  string
+		code, param any
+	}{
+		{"no JSON", `{`, "invalid_json", nil},
+		{"no model", `{"input":"Hi"}`, "missing_required_parameter", "model"},
+		{"no input", `{"model":"m"}`, "missing_required_parameter", "input"},
+		{"null input", `{"model":"m","input":null}`, "missing_required_parameter", "input"},
+		{"empty input", `{"model":"m","input":[]}`, "missing_required_parameter", "input"},
+		{"another type", `{"model":"m","input":1}`, "invalid_json", nil},
+		{"max_output_tokens", `{"model":"m","input":"Hi","max_output_tokens":0}`, "invalid_value", "max_output_tokens"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := *c
+			c.t = t
+			status, answer := c.post("/v1/responses", test.body)
+			diffStandIn(t, "refusal", []any{400, test.code, test.param}, []any{status, dig(answer, "error", "code"), dig(answer, "error", "param")})
+		})
+	}
+}
+
+// Whatever is sent, the answer is a response, a stream that ends with one, or an error.
+func FuzzStandInResponses(f *testing.F) {
+	for _, seed := range []string{
+		`{"model":"m","input":"Hi","instructions":"x"}`,
+		`{"model":"m","input":[{"role":"user","content":[{"type":"input_text","text":"Hi"}]}],"stream":true,"enable_thinking":true}`,
+		`{"model":"m","input":[{"type":"function_call_output","output":[{"type":"input_text","text":"x"}]}],"max_output_tokens":1}`,
+		`{"model":"m","input":"Hi","tools":[{"name":"f","parameters":{"required":["a"]}}],"tool_choice":{"name":"f"},"stream":true}`,
+		`{"model":"m","input":"","text":{"format":{"type":"json_schema","schema":{"type":"object"}}}}`,
+		`{"model":"m"`,
+	} {
+		f.Add([]byte(seed))
+	}
+	c := fuzzedStandIn(f)
+	f.Fuzz(func(t *testing.T, body []byte) {
+		c := *c
+		c.t = t
+		resp, answer := c.do("POST", "/v1/responses", "application/json", string(body))
+		switch {
+		case resp.StatusCode == http.StatusBadRequest:
+			if _, ok := dig(parseObject(t, answer), "error", "message").(string); !ok {
+				t.Errorf("no error: %s", answer)
+			}
+			return
+		case resp.StatusCode != http.StatusOK:
+			t.Fatalf("status %d", resp.StatusCode)
+		}
+		response := any(nil)
+		if strings.HasPrefix(resp.Header.Get("Content-Type"), "text/event-stream") {
+			events := standInNamedEvents(t, answer)
+			response = events[len(events)-1]["response"]
+		} else {
+			response = parseObject(t, answer)
+		}
+		if output, _ := dig(response, "output").([]any); len(output) == 0 || dig(response, "status") == "in_progress" {
+			t.Errorf("not a response: %s", answer)
+		}
+	})
+}
