@@ -484,6 +484,21 @@ func TestStandInKey(t *testing.T) {
 	}
 }
 
+// The demo serves at once, and leaves the key and the API that are configured alone.
+func TestDemoKey(t *testing.T) {
+	t.Parallel()
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-must-not-be-used", "API_BASE_URL": "http://192.0.2.1/v1"}, "demo", "-key")
+	if res, body := p.get("/health/ready"); res.StatusCode != http.StatusOK {
+		t.Errorf("not ready at once: %s %s", res.Status, body)
+	}
+	p.stderr.await(t, `Base URL for Anthropic clients`)
+	for _, path := range []string{"/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens"} {
+		if res, body := p.post(path, `{"messages":[{"role":"user","content":"Hello"}],"input":"Hello","max_tokens":9}`); res.StatusCode != http.StatusOK {
+			t.Errorf("%s: %s %s", path, res.Status, body)
+		}
+	}
+}
+
 func TestStandInChat(t *testing.T) {
 	const weather = `{"type":"function","function":{"name":"weather","parameters":{"type":"object","required":["city","unit","days"],
 		"properties":{"city":{"type":"string"},"unit":{"type":"string","enum":["C","F"]},"days":{"type":"integer"},"more":{"type":"string"}}}}}`
