@@ -241,6 +241,9 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Ha
 		x := &exchange{w: w, rc: http.NewResponseController(w), ids: [1]string{requestID(r)}, client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2}
 		h := w.Header()
 		h["X-Request-Id"] = x.ids[:]
+		if _, ok := r.Header["Anthropic-Version"]; ok {
+			h["Request-Id"] = x.ids[:] // where Anthropic's clients, which all send that, look for it
+		}
 		h["X-Content-Type-Options"] = valueNosniff
 		h["X-Frame-Options"] = valueDeny
 		h["Referrer-Policy"] = valueNoReferrer

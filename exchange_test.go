@@ -1,6 +1,9 @@
 package main
 
-import "testing"
+import (
+	"net/http"
+	"testing"
+)
 
 func TestBetweenEvents(t *testing.T) {
 	for s, want := range map[string]bool{
@@ -32,6 +35,36 @@ func TestBetweenEvents(t *testing.T) {
 		}
 		if got := betweenEvents(lastBytes([4]byte{}, []byte(s)), int64(len(s))); got != want {
 			t.Errorf("%q: %v, want %v", s, got, want)
+		}
+	}
+}
+
+// Anthropic's SDKs take the id of a request from request-id, whatever became of it.
+func TestAnthropicsClientsFindTheRequestID(t *testing.T) {
+	t.Parallel()
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": "http://127.0.0.1:1/v1", "PROXY_API_KEYS": "sk-mine"})
+	for _, tt := range []struct {
+		method, path, version, key string
+		status                     int
+	}{
+		{"GET", "/v1/models", "2023-06-01", "sk-mine", 200},
+		{"GET", "/v1/models", "", "sk-mine", 200},
+		{"POST", "/v1/messages", "2023-06-01", "sk-wrong", 401},
+		{"POST", "/v1/messages", "2023-06-01", "sk-mine", 502},
+		{"POST", "/v2/messages", "2023-06-01", "sk-mine", 404},
+	} {
+		res, body := p.send(tt.method, tt.path, func(r *http.Request) {
+			r.Header.Set("X-Api-Key", tt.key)
+			if tt.version != "" {
+				r.Header.Set("Anthropic-Version", tt.version)
+			}
+		})
+		want := ""
+		if tt.version != "" {
+			want = res.Header.Get("X-Request-Id")
+		}
+		if got := res.Header.Get("Request-Id"); res.StatusCode != tt.status || got != want {
+			t.Errorf("%s %s, version %q: %s, Request-Id %q, want %q: %s", tt.method, tt.path, tt.version, res.Status, got, want, body)
 		}
 	}
 }
