@@ -1,0 +1,100 @@
+// What the tests of all SDKs share: qwen-go-proxy, run as `demo`, and the errors that it answers.
+import assert from 'node:assert/strict'
+import { spawn } from 'node:child_process'
+import { join } from 'node:path'
+import { createInterface } from 'node:readline'
+import test, { after } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
+
+const program = join(import.meta.dirname, 'node_modules/.bin/qwen-go-proxy')
+
+// start runs the demo, by default as with an API key and without a rate limit, until the tests of the file have ended.
+export async function start(env = {}, args = ['-key']) {
+  const demo = spawn(program, ['demo', ...args], {
+    env: { SERVER_HOST: '127.0.0.1', SERVER_PORT: '0', RATE_LIMIT_RPS: '0', ...env }, stdio: ['ignore', 'ignore', 'pipe'],
+  })
+  const ended = new Promise(resolve => demo.on('exit', resolve))
+  after(async () => {
+    demo.kill()
+    assert.equal(await ended, 0)
+  })
+  const origin = await new Promise((resolve, reject) => {
+    createInterface({ input: demo.stderr }).on('line', line => {
+      const url = line.match(/"msg":"listening".*"url":"([^"]+)"/)
+      if (url) resolve(url[1])
+    })
+    ended.then(status => reject(new Error(`the demo ended with status ${status}`)))
+  })
+  while (!(await fetch(origin + '/health/ready')).ok) await sleep(100) // the sign-in approves itself
+  return { origin, url: origin + '/v1' }
+}
+
+// requests returns the proxy's counts.
+const requests = async ({ origin }) => (await (await fetch(origin + '/health/detailed')).json()).requests
+
+// noOpenStreams waits until the proxy has none, which must be soon: a stream of `long` takes far longer.
+export async function noOpenStreams({ origin }) {
+  for (const end = Date.now() + 2000; ; await sleep(10)) {
+    const open = (await requests({ origin })).open_streams
+    if (open === 0) return
+    assert.ok(Date.now() < end, `${open} streams are still open`)
+  }
+}
+
+// The stand-in repeats what it is told, a word every 40 ms: with this it has not ended before the client leaves.
+export const long = 'word '.repeat(500)
+
+export const weather = {
+  name: 'weather', description: 'The weather in a city.',
+  schema: { type: 'object', properties: { city: { type: 'string' } }, required: ['city'], additionalProperties: false },
+}
+
+export const pixel = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+
+export const said = text => `This is qwen-go-proxy's stand-in for Qwen, not a model. You said: "${text}"`
+export const thought = 'I repeat what the user said.'
+
+const errors = [
+  { name: 'a wrong key', env: { PROXY_API_KEYS: 'sk-proxy' }, key: 'sk-wrong', status: 401, message: /PROXY_API_KEYS/ },
+  { name: 'an endpoint that is not there', path: '/nowhere', status: 404, message: /There is no/ },
+  { name: 'a body too large', env: { MAX_BODY_BYTES: '2000' }, text: long, status: 413, message: /2000/ },
+  {
+    name: 'the rate limit', env: { RATE_LIMIT_RPS: '0.01', RATE_LIMIT_BURST: '1' }, spent: true, maxRetries: 0, // each waits 100 s
+    status: 429, message: /RATE_LIMIT_RPS/,
+  },
+  { name: 'Qwen breaking off before an answer', model: 'error-midstream', status: 502, message: /Qwen could not be reached/ },
+  ...[400, 403, 404, 429, 500, 503].map(status => (
+    { name: `${status} from Qwen`, model: `error-${status}`, status, message: new RegExp(`fails with status ${status}`) })),
+]
+
+// testErrors tests how the errors surface: ask({ url, key, model, text, maxRetries }) asks for an answer that is no stream,
+// maxRetries undefined where the SDK's default is meant. read(error, status) returns { status, message, requestID } of the
+// SDK's exception, having checked its class. tries is how often the SDK asks where a failure may pass.
+export function testErrors(ask, read, tries = 3) {
+  for (const { name, env, key = 'any', path = '', model = 'qwen3-coder-plus', text = 'Hello', spent, maxRetries, status, message } of errors) {
+    test(`error: ${name}`, async () => {
+      const proxy = await start(env)
+      if (spent) await fetch(proxy.url + '/models')
+      const error = await ask({ url: proxy.url + path, key, model, text, maxRetries }).then(() => assert.fail('no error'), e => e)
+      const got = read(error, status)
+      assert.equal(got.status, status, error)
+      assert.match(got.message, message)
+      assert.match(got.requestID, /^[\w.-]{10,}$/)
+      if (model === `error-${status}`) {
+        assert.equal((await requests(proxy)).upstream_errors, status === 429 || status >= 500 ? tries : 1)
+      }
+    })
+  }
+}
+
+// testRateLimit tests that ask({ origin, url }), at the SDK's default settings, gets its answer when the time that the proxy's
+// limiter names in Retry-After has passed. Until then it is refused at most `most` times: 1 where the SDK heeds Retry-After.
+export function testRateLimit(ask, most = 1) {
+  test('the rate limit passes', async () => {
+    const proxy = await start({ RATE_LIMIT_RPS: '0.2', RATE_LIMIT_BURST: '1' })
+    await fetch(proxy.url + '/models')
+    await ask(proxy)
+    const { rate_limited: limited } = await requests(proxy)
+    assert.ok(1 <= limited && limited <= most, `${limited} requests were limited`)
+  })
+}
