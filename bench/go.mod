@@ -1,0 +1,3 @@
+module qwen-go-proxy/bench
+
+go 1.26.6
