@@ -8,7 +8,10 @@ LDFLAGS := -s -w -X main.buildVersion=$(VERSION) -X main.buildCommit=$(COMMIT) -
 SOAK         ?= 10m
 SOAK_TIMEOUT ?= 30m
 
-.PHONY: help build test soak fmt lint clean
+# Flags for the comparison, such as -quick.
+BENCH ?=
+
+.PHONY: help build test soak bench fmt lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +24,9 @@ test: ## run the tests
 
 soak: ## run the program amid faults for SOAK (10m), and check every outcome
 	QWEN_SOAK=$(SOAK) go test -count=1 -timeout $(SOAK_TIMEOUT) -run '^TestSoak$$' -v .
+
+bench: ## compare with other proxies, on Linux; BENCH=-quick takes a minute, BENCH=-h tells more
+	cd bench && go run . $(BENCH)
 
 fmt: ## format the code
 	gofmt -w .
