@@ -292,16 +292,20 @@ func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
 	c.wait()
 	c.timer = time.AfterFunc(p.nextLook(c), func() { p.look(c) })
 	defer c.timer.Stop()
-	// Only what may go on is copied again and again from here.
-	header := make(http.Header, len(allowedRequestHeaders))
+	r = r.WithContext(c.ctx)
+	r.Header = onward(r.Header) // from here on it is copied again and again
+	p.reverse.ServeHTTP(w, r)
+}
+
+// onward returns those headers of a request that may go to Qwen.
+func onward(h http.Header) http.Header {
+	out := make(http.Header, len(allowedRequestHeaders))
 	for _, name := range allowedRequestHeaders {
-		if v, ok := r.Header[name]; ok {
-			header[name] = v
+		if v, ok := h[name]; ok {
+			out[name] = v
 		}
 	}
-	r = r.WithContext(c.ctx)
-	r.Header = header
-	p.reverse.ServeHTTP(w, r)
+	return out
 }
 
 // releaseBody ends the call's use of the request's body: nothing is sent again once an answer has begun, which may last

@@ -157,15 +157,18 @@ func (l *rateLimiter) limit(key func(http.ResponseWriter, *http.Request) rateKey
 		h["X-Ratelimit-Remaining"] = []string{strconv.Itoa(d.remaining)}
 		h["X-Ratelimit-Reset"] = []string{strconv.FormatInt(d.reset.Add(time.Second-1).Unix(), 10)}
 		if !d.ok {
-			writeError(w, r, &apiError{
-				status: http.StatusTooManyRequests, typ: typeRateLimit, code: codeRateLimit,
-				message: fmt.Sprintf("Too many requests: this proxy allows each client %s a second. "+
-					"Try again in %s s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST.",
-					l.rate[0], retryAfterSeconds(d.retryAfter)),
-				retryAfter: d.retryAfter,
-			})
+			writeError(w, r, l.refusal(d.retryAfter))
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
+}
+
+// refusal is what a client is told that may send its next request in d.
+func (l *rateLimiter) refusal(d time.Duration) *apiError {
+	return &apiError{
+		status: http.StatusTooManyRequests, typ: typeRateLimit, code: codeRateLimit, retryAfter: d,
+		message: fmt.Sprintf("Too many requests: this proxy allows each client %s a second. "+
+			"Try again in %s s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST.", l.rate[0], retryAfterSeconds(d)),
+	}
 }
