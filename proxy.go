@@ -283,12 +283,10 @@ func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
 	c.x.called = true
 	c.ctx, c.cancel = context.WithCancelCause(context.WithValue(r.Context(), callKey{}, c))
 	defer c.cancel(nil)
-	if len(c.body.data) > maxCopied { // for send
-		c.ctx = httptrace.WithClientTrace(c.ctx, &httptrace.ClientTrace{
-			GotConn:              func(info httptrace.GotConnInfo) { c.reused.Store(info.Reused) },
-			GotFirstResponseByte: func() { c.reused.Store(false) },
-		})
-	}
+	c.ctx = httptrace.WithClientTrace(c.ctx, &httptrace.ClientTrace{
+		GotConn:              func(info httptrace.GotConnInfo) { c.reused.Store(info.Reused) },
+		GotFirstResponseByte: func() { c.reused.Store(false) },
+	})
 	c.wait()
 	c.timer = time.AfterFunc(p.nextLook(c), func() { p.look(c) })
 	defer c.timer.Stop()
@@ -440,7 +438,7 @@ func (p *proxy) roundTrip(req *http.Request) (*http.Response, error) {
 
 // send makes one round trip. Where a kept-alive connection turns out dead before a byte of an answer came, the
 // request goes out once more: net/http sees to that by itself where the death shows in reading, and leaves the
-// rest, a large body that finds the connection dead while it is written, to us.
+// rest, a request of more than one write that finds the connection dead in the middle, to us.
 func (p *proxy) send(c *call, req *http.Request) (*http.Response, error) {
 	res, err := p.transport.RoundTrip(req)
 	if _, network := errors.AsType[*net.OpError](err); network && c.reused.Load() && c.ctx.Err() == nil {

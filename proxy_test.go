@@ -704,13 +704,15 @@ func TestADeadKeptAliveConnectionCostsNoRequest(t *testing.T) {
 		c.SetLinger(0)
 	})
 	p := start(t, map[string]string{"API_BASE_URL": api, "QWEN_DIR": credentials(t)})
-	for range 200 {
-		if res, body := p.post("/v1/chat/completions", `{"messages":[]}`); res.StatusCode != 200 {
-			t.Fatalf("got %s %s", res.Status, body)
+	// What fits into one write, what takes two, and what takes many.
+	sizes := []int{0, 4 << 10, 16 << 10, 100 << 10}
+	for i := range 800 {
+		if res, body := p.post("/v1/chat/completions", `{"messages":["`+strings.Repeat("x", sizes[i%len(sizes)])+`"]}`); res.StatusCode != 200 {
+			t.Fatalf("request %d: %s %s", i, res.Status, body)
 		}
 	}
-	if n := served.Load(); n != 200 {
-		t.Errorf("the API served %d requests, want 200", n)
+	if n := served.Load(); n != 800 {
+		t.Errorf("the API served %d requests, want 800", n)
 	}
 }
 
