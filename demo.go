@@ -84,6 +84,10 @@ const (
 	standInRefreshLife = 90 * 24 * time.Hour    // of a refresh token that is never used
 	standInPollSlack   = 100 * time.Millisecond // a poll may come this much too early
 	standInMaxInputs   = 2048                   // texts in one embeddings request
+
+	// standInPaced is how many words of a stream come one by one. The others come at once: coding agents send prompts of
+	// thousands of words, and the stand-in repeats them.
+	standInPaced = 100
 )
 
 // newStandIn returns a standIn with the settings of the demo command.
@@ -680,7 +684,7 @@ func (e *standInStream) pace(pieces []string) iter.Seq[string] {
 			if e.sent == 2 && e.breaks {
 				panic(http.ErrAbortHandler)
 			}
-			if e.sent > 0 {
+			if e.sent > 0 && e.sent < standInPaced {
 				select {
 				case <-e.ctx.Done():
 					return

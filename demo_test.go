@@ -697,6 +697,10 @@ func TestStandInStreamsWordByWord(t *testing.T) {
 		start := time.Now()
 		c.do("POST", "/v1/chat/completions", "application/json", `{"model":"m","messages":[{"role":"user","content":"Hi"}],"stream":true,"max_tokens":5}`)
 		diffStandIn(t, "time for 5 words", 4*s.wordDelay, time.Since(start))
+
+		start = time.Now()
+		c.do("POST", "/v1/chat/completions", "application/json", `{"model":"m","messages":[{"role":"user","content":"`+strings.Repeat("word ", 5000)+`"}],"stream":true}`)
+		diffStandIn(t, "time for an agent's prompt", (standInPaced-1)*s.wordDelay, time.Since(start))
 	})
 }
 
