@@ -23,9 +23,10 @@ type access struct {
 	log      *slog.Logger
 	keys     atomic.Pointer[[]digest] // empty: no key is needed
 	keysFile string
-	trusted  []netip.Prefix // reverse proxies whose X-Forwarded-For is believed
-	origins  []string       // nil is the loopback origins; "*" alone is all
-	hostname string         // the machine's own name, in lower case
+	looks    chan chan struct{} // to look at keysFile now
+	trusted  []netip.Prefix     // reverse proxies whose X-Forwarded-For is believed
+	origins  []string           // nil is the loopback origins; "*" alone is all
+	hostname string             // the machine's own name, in lower case
 	csrf     *http.CrossOriginProtection
 }
 
@@ -33,6 +34,9 @@ func newAccess(cfg *config, log *slog.Logger) *access {
 	name, _ := os.Hostname() // "" matches no Host
 	a := &access{log: log, keysFile: cfg.proxyKeysFile, trusted: cfg.trustedProxies, origins: cfg.corsOrigins,
 		hostname: strings.ToLower(name), csrf: http.NewCrossOriginProtection()}
+	if a.keysFile != "" {
+		a.looks = make(chan chan struct{})
+	}
 	a.setKeys(cfg.proxyKeys)
 	return a
 }
@@ -54,7 +58,7 @@ func (a *access) follow(ctx context.Context, current []string) {
 		return
 	}
 	failed := ""
-	for sleep(ctx, maxNap) {
+	for range looks(ctx, a.looks) {
 		next, err := readProxyKeys(a.keysFile)
 		switch {
 		case err != nil && err.Error() != failed:

@@ -30,6 +30,8 @@ type config struct {
 	logFormat string // "json" or "text"
 	debug     bool   // per-request detail in the log
 
+	notifySocket string // of the service manager; "" for none
+
 	rateLimit float64 // requests a second and client; 0 is no limit
 	rateBurst int
 

@@ -106,6 +106,7 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		fmt.Fprintf(stderr, "qwen-go-proxy: the configuration is wrong:\n%v\n", err)
 		return 2
 	}
+	cfg.notifySocket, _ = lookup("NOTIFY_SOCKET") // of the service manager's making, not a setting
 	return c.run(ctx, cfg, stdout, stderr)
 }
 
@@ -288,6 +289,13 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 	if cfg.tls {
 		srv.TLSConfig = tlsConfig(cfg, log)
 	}
+	reload := func() {
+		lookNow(ctx, keys.looks)
+		lookNow(ctx, tokens.looks)
+		if cfg.tls {
+			srv.TLSConfig.GetCertificate(nil)
+		}
+	}
 
 	base := baseURL(cfg, ln.Addr())
 	log.Info("listening", "address", ln.Addr().String(), "url", base, "version", version().Version)
@@ -313,6 +321,12 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 		stopTokens()
 		<-tokensDone // a refresh under way is stored first
 	}()
+	manager := &notifier{socket: cfg.notifySocket, log: log}
+	managerTold := make(chan struct{})
+	go func() {
+		defer close(managerTold)
+		manager.run(ctx, tokens, base, ln.Addr().Network() == "tcp" && !keys.required(), reload)
+	}()
 
 	select {
 	case err := <-served:
@@ -321,6 +335,8 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 	case <-ctx.Done():
 	}
 	h.stopping.Store(true)
+	<-managerTold
+	manager.stopping(m.inFlight.Load(), cfg.shutdownTimeout)
 	log.Info("shutting down", "cause", context.Cause(ctx), "in_flight", m.inFlight.Load(), "timeout", cfg.shutdownTimeout.String())
 	deadline, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
 	defer cancel()
@@ -539,7 +555,7 @@ func warn(cfg *config, log *slog.Logger, a net.Addr) {
 }
 
 // tlsConfig serves the certificate in the files as they are now: a renewed one is picked up without a restart,
-// and a broken renewal leaves the old one in use.
+// and a broken renewal leaves the old one in use. They are looked at every ten seconds at most, and at once for no hello.
 func tlsConfig(cfg *config, log *slog.Logger) *tls.Config {
 	var mu sync.Mutex
 	var current *tls.Certificate
@@ -553,10 +569,10 @@ func tlsConfig(cfg *config, log *slog.Logger) *tls.Config {
 			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
 			tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 		},
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+		GetCertificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 			mu.Lock()
 			defer mu.Unlock()
-			if current != nil && time.Since(looked) < 10*time.Second {
+			if hello != nil && current != nil && time.Since(looked) < 10*time.Second {
 				return current, nil
 			}
 			looked = time.Now()

@@ -42,9 +42,10 @@ type tokenSource struct {
 	prompt  io.Writer // where people read the sign-in link
 
 	state   atomic.Pointer[authState]
-	mu      sync.Mutex    // held while state is replaced
-	wake    chan struct{} // 1 slot: there may be something to do for run
-	signIns chan struct{} // 1 slot: a sign-in to start, for run
+	mu      sync.Mutex         // held while state is replaced
+	wake    chan struct{}      // 1 slot: there may be something to do for run
+	signIns chan struct{}      // 1 slot: a sign-in to start, for run
+	looks   chan chan struct{} // to look at the file now, for run; nil where there is none
 
 	unserved   atomic.Pointer[unserved] // nil while the API takes the token
 	refreshes  [len(refreshResults)]atomic.Int64
@@ -102,7 +103,7 @@ var refreshResults = [...]string{"success", "refused", "failed"}
 func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
 	s := &tokenSource{
 		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log, prompt: prompt,
-		wake: make(chan struct{}, 1), signIns: make(chan struct{}, 1),
+		wake: make(chan struct{}, 1), signIns: make(chan struct{}, 1), looks: make(chan chan struct{}),
 	}
 	t, err := store.load()
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errSignedOut) {
@@ -123,6 +124,9 @@ const unusableFile = "the credential file can't be used; it is left as it is unt
 // newKeySource returns a source of cfg's API key, which goes to base. It needs run to follow the key's file.
 func newKeySource(cfg *config, base *url.URL, log *slog.Logger) *tokenSource {
 	s := &tokenSource{base: base, log: log, keyFile: cfg.apiKeyFile}
+	if s.keyFile != "" {
+		s.looks = make(chan chan struct{})
+	}
 	s.state.Store(&authState{token: s.prepare(&token{access: cfg.apiKey}), changed: make(chan struct{})})
 	return s
 }
@@ -286,6 +290,11 @@ func (s *tokenSource) run(ctx context.Context) {
 			if s.follow() {
 				endSignIn() // somebody else has signed in
 			}
+		case done := <-s.looks:
+			if s.follow() {
+				endSignIn()
+			}
+			close(done)
 		}
 		for s.due(time.Now()) <= 0 {
 			s.refresh(ctx)
@@ -340,7 +349,7 @@ func (s *tokenSource) followKey(ctx context.Context) {
 	}
 	key := s.state.Load().token.access
 	failed := ""
-	for sleep(ctx, maxNap) {
+	for range looks(ctx, s.looks) {
 		next, err := readKeyFile(s.keyFile)
 		switch {
 		case err != nil && err.Error() != failed:
