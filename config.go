@@ -29,6 +29,7 @@ type config struct {
 	logLevel  slog.Level
 	logFormat string // "json" or "text"
 	debug     bool   // per-request detail in the log
+	greet     bool   // whoever started the program sits at a terminal and reads
 
 	notifySocket string // of the service manager; "" for none
 

@@ -65,6 +65,7 @@ func commands() []command {
 
 // run executes one command and returns its exit status: 0 done, 1 failed, 2 wrong usage or configuration.
 func run(ctx context.Context, args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+	terminal := isTerminal(stderr)
 	stderr = &syncWriter{w: stderr} // log lines and prompts come from several goroutines
 	name := "serve"
 	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
@@ -107,6 +108,9 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		return 2
 	}
 	cfg.notifySocket, _ = lookup("NOTIFY_SOCKET") // of the service manager's making, not a setting
+	if format, _ := lookup("LOG_FORMAT"); terminal && strings.TrimSpace(format) == "" {
+		cfg.greet, cfg.logFormat = true, "text"
+	}
 	return c.run(ctx, cfg, stdout, stderr)
 }
 
@@ -185,6 +189,9 @@ func versionCommand(_ context.Context, _ *config, stdout, _ io.Writer) int {
 
 func newLogger(cfg *config, w io.Writer) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: cfg.logLevel}
+	if cfg.greet {
+		opts.ReplaceAttr = clockTime
+	}
 	if cfg.logFormat == "text" {
 		return slog.New(slog.NewTextHandler(w, opts))
 	}
@@ -192,8 +199,10 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 }
 
 func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
-	return serve(ctx, cfg, stderr, func(base string) {
-		if cfg.port == 0 {
+	return serve(ctx, cfg, stderr, func(base string, tokens *tokenSource) {
+		if cfg.greet {
+			greet(stderr, cfg, base, tokens)
+		} else if cfg.port == 0 {
 			fmt.Fprintf(stderr, "Listening on %s\n", base)
 		}
 	})
@@ -240,12 +249,14 @@ func demoCommand(o *demoOptions) func(ctx context.Context, cfg *config, stdout, 
 		}
 		go qwen.Serve(ln)
 		defer qwen.Close()
-		return serve(ctx, cfg, stderr, func(base string) {
+		return serve(ctx, cfg, stderr, func(base string, _ *tokenSource) {
 			if o.key {
 				last = "Base URL for Anthropic clients: " + base + " (any API key)\n"
 			}
 			fmt.Fprintf(stderr, `
-This is a demo: a stand-in inside the program answers in Qwen's place. No account, no network, no model.
+This is a demo: a stand-in inside the program answers in Qwen's place.
+No account, no network, no model.
+
 %[2]s
 
   curl %[1]s/v1/chat/completions -d '{"messages":[{"role":"user","content":"Hello"}]}'
@@ -254,12 +265,15 @@ This is a demo: a stand-in inside the program answers in Qwen's place. No accoun
 Base URL for OpenAI clients: %[1]s/v1 (any API key)
 %[3]s
 `, base, first, last)
+			if cfg.greet {
+				fmt.Fprint(stderr, "Ctrl-C stops it.\n\n")
+			}
 		})
 	}
 }
 
 // serve runs the server until ctx ends and returns the exit status. It calls listening with a URL to reach it by.
-func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(base string)) int {
+func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(base string, tokens *tokenSource)) int {
 	log := newLogger(cfg, stderr)
 	ln, err := listen(cfg)
 	if err != nil {
@@ -298,9 +312,9 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 	}
 
 	base := baseURL(cfg, ln.Addr())
+	listening(base, tokens)
 	log.Info("listening", "address", ln.Addr().String(), "url", base, "version", version().Version)
 	warn(cfg, log, ln.Addr())
-	listening(base)
 
 	served := make(chan error, 1)
 	go func() {

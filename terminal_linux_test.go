@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+	"unicode/utf8"
+	"unsafe"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// newTerminal returns both ends of a new pseudo-terminal: what programs have, and what the user reads, until the test ends.
+func newTerminal(t *testing.T) (program *os.File, user *logBuffer, hangUp func()) {
+	t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Skipf("there are no pseudo-terminals here: %v", err)
+	}
+	t.Cleanup(func() { master.Close() })
+	raw, err := master.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var n, locked int32
+	raw.Control(func(fd uintptr) {
+		for request, arg := range map[uintptr]*int32{syscall.TIOCSPTLCK: &locked, syscall.TIOCGPTN: &n} {
+			if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, fd, request, uintptr(unsafe.Pointer(arg))); errno != 0 {
+				err = errno
+			}
+		}
+	})
+	if err != nil {
+		t.Skipf("there are no pseudo-terminals here: %v", err)
+	}
+	program, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Skipf("there are no pseudo-terminals here: %v", err)
+	}
+	t.Cleanup(func() { program.Close() })
+	user = &logBuffer{}
+	go io.Copy(user, master) // until one end is closed
+	return program, user, func() { master.Close() }
+}
+
+// startAtTerminal runs the program in process, with its stderr on a terminal, and returns what the user reads there.
+func startAtTerminal(t *testing.T, env map[string]string, args ...string) *logBuffer {
+	t.Helper()
+	full := map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0", "QWEN_DIR": t.TempDir()}
+	for k, v := range env {
+		full[k] = v
+	}
+	terminal, user, _ := newTerminal(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	exit := make(chan int, 1)
+	go func() { exit <- run(ctx, args, lookup(full), io.Discard, terminal) }()
+	t.Cleanup(func() {
+		cancel()
+		select {
+		case <-exit:
+		case <-time.After(20 * time.Second):
+			t.Error("the program did not stop")
+		}
+	})
+	return user
+}
+
+func TestGreetingAtATerminal(t *testing.T) {
+	cert, key := certificate(t)
+	socket := filepath.Join(shortDir(t), "s")
+	for _, tt := range []struct {
+		name string
+		env  map[string]string
+		want string
+	}{
+		{"not signed in", map[string]string{"QWEN_OAUTH_BASE_URL": "http://127.0.0.1:1"}, `
+qwen-go-proxy listens on http://127.0.0.1:PORT.
+
+  Base URL  http://127.0.0.1:PORT/v1
+  API key   any text
+  Account   not signed in: a link follows, also at http://127.0.0.1:PORT/auth
+  Stop      Ctrl-C; twice to cut off what is under way
+
+`},
+		{"signed in, on all addresses", map[string]string{"QWEN_DIR": credentials(t), "SERVER_HOST": "0.0.0.0"}, `
+qwen-go-proxy listens on http://localhost:PORT and all other addresses.
+
+  Base URL  http://localhost:PORT/v1
+  API key   any text
+  Account   signed in to Qwen
+  Stop      Ctrl-C; twice to cut off what is under way
+
+`},
+		{"API key, TLS, keys", map[string]string{"QWEN_API_KEY": "sk-test", "PROXY_API_KEYS": "k", "ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}, `
+qwen-go-proxy listens on https://127.0.0.1:PORT.
+
+  Base URL  https://127.0.0.1:PORT/v1, by a name in the certificate
+  API key   one of the proxy's keys (PROXY_API_KEYS)
+  Account   an API key, at dashscope-intl.aliyuncs.com
+  Stop      Ctrl-C; twice to cut off what is under way
+
+`},
+		{"Unix socket", map[string]string{"QWEN_API_KEY": "sk-test", "SERVER_HOST": "unix:" + socket}, `
+qwen-go-proxy listens on unix:` + socket + `.
+
+  Try       curl --unix-socket ` + socket + ` http://localhost/v1/models
+  API key   any text
+  Account   an API key, at dashscope-intl.aliyuncs.com
+  Stop      Ctrl-C; twice to cut off what is under way
+
+`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			user := startAtTerminal(t, tt.env)
+			user.await(t, `time=\d\d:\d\d:\d\d level=INFO msg=listening`)
+			got, _, _ := strings.Cut(strings.ReplaceAll(user.String(), "\r\n", "\n"), "time=")
+			for line := range strings.Lines(got) {
+				if n := utf8.RuneCountInString(strings.TrimSpace(line)); n > 78 {
+					t.Errorf("%d columns: %s", n, line)
+				}
+			}
+			got = regexp.MustCompile(`:\d{2,5}\b`).ReplaceAllString(got, ":PORT")
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("greeting (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestDemoAtATerminalSaysHowToStop(t *testing.T) {
+	user := startAtTerminal(t, nil, "demo")
+	user.await(t, `(?s)Base URL for OpenAI clients.*Ctrl-C stops it\..*level=INFO msg=listening.*To sign in to Qwen`)
+}
+
+func TestLogFormatCountsAtATerminal(t *testing.T) {
+	user := startAtTerminal(t, map[string]string{"LOG_FORMAT": "json", "QWEN_API_KEY": "sk-test"})
+	user.await(t, `"msg":"listening"`)
+	if got := user.String(); !strings.HasPrefix(got, "Listening on ") && !strings.HasPrefix(got, "{") {
+		t.Errorf("the user reads:\n%s", got)
+	}
+}
+
+func TestIsTerminal(t *testing.T) {
+	terminal, _, _ := newTerminal(t)
+	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	file, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	r, pipe, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer pipe.Close()
+	for _, tt := range []struct {
+		name string
+		w    io.Writer
+		want bool
+	}{{"terminal", terminal, true}, {"/dev/null", null, false}, {"file", file, false}, {"pipe", pipe, false}, {"no file", io.Discard, false}} {
+		if got := isTerminal(tt.w); got != tt.want {
+			t.Errorf("isTerminal of %s is %t", tt.name, got)
+		}
+	}
+}
+
+// TestEndsWithItsTerminal closes the window that the program runs in.
+func TestEndsWithItsTerminal(t *testing.T) {
+	t.Parallel()
+	terminal, _, hangUp := newTerminal(t)
+	p := startProcess(t, map[string]string{"QWEN_API_KEY": "sk-test"}, func(cmd *exec.Cmd) {
+		cmd.Stdin = terminal
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	})
+	terminal.Close()
+	hangUp()
+	select {
+	case <-p.ended:
+	case <-time.After(20 * time.Second):
+		t.Error("the program outlives its terminal")
+	}
+}
