@@ -445,7 +445,7 @@ func TestREADMEListsEverySetting(t *testing.T) {
 			}
 		})
 	}
-	settings, _ := readmeSettings(readme)
+	settings, _, _ := readmeSettings(readme)
 	for _, name := range settingNames() {
 		row := regexp.MustCompile("(?m)^\\|[^|]*`" + name + "`.*$").FindString(readme)
 		replace := func(old, new string) string {
@@ -480,7 +480,7 @@ func otherValue(t *testing.T, name string) string {
 
 // readmeProblems returns what the README's table of settings has wrong.
 func readmeProblems(readme string) []string {
-	settings, problems := readmeSettings(readme)
+	settings, _, problems := readmeSettings(readme)
 	names := settingNames()
 	for _, name := range names {
 		if _, ok := settings[name]; !ok {
@@ -510,8 +510,8 @@ var (
 )
 
 // readmeSettings returns the variables in the table of the README's section Configuration, with their defaults,
-// "" for none. A row may hold several of both; one – stands for any number.
-func readmeSettings(readme string) (settings map[string]string, problems []string) {
+// "" for none, and their names in the table's order. A row may hold several of both; one – stands for any number.
+func readmeSettings(readme string) (settings map[string]string, order, problems []string) {
 	settings = map[string]string{}
 	_, section, _ := strings.Cut(readme, "\n## Configuration\n")
 	section, _, _ = strings.Cut(section, "\n## ")
@@ -529,14 +529,62 @@ func readmeSettings(readme string) (settings map[string]string, problems []strin
 			if _, twice := settings[name[1]]; twice {
 				problems = append(problems, name[1]+" is in the table twice")
 			}
+			order = append(order, name[1])
 			settings[name[1]] = ""
 			if i < len(defaults) {
 				settings[name[1]] = defaults[i][1]
 			}
 		}
 	}
-	return settings, problems
+	return settings, order, problems
 }
+
+func TestEnvExampleIsTheREADMEsTable(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	example, err := os.ReadFile(".env.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings, order, _ := readmeSettings(string(readme))
+	var want, got []string
+	for _, name := range order {
+		want = append(want, "#"+name+"="+settings[name])
+	}
+	env := map[string]string{} // of one who uncomments every default
+	before := ""
+	for line := range strings.Lines(string(example)) {
+		line = strings.TrimSuffix(line, "\n")
+		switch assignment := envAssignment.FindStringSubmatch(line); {
+		case assignment != nil:
+			got = append(got, line)
+			if !strings.HasPrefix(before, "# ") {
+				t.Errorf("%s: want a line above it that starts with # and says what it is for", line)
+			}
+			if assignment[2] != "" {
+				env[assignment[1]] = assignment[2]
+			}
+		case line != "" && line != "#" && !strings.HasPrefix(line, "# "):
+			t.Errorf("%q: want an empty line, a comment that starts with # and a blank, or #NAME=default", line)
+		}
+		before = line
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf(".env.example against the README's table (-want +got):\n%s", diff)
+	}
+	c, err := loadConfig(lookup(env))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(defaultConfig(), c, compareConfigs); diff != "" {
+		t.Errorf("config with all of .env.example (-want +got):\n%s", diff)
+	}
+}
+
+// envAssignment is a variable in .env.example, commented out.
+var envAssignment = regexp.MustCompile(`^#([A-Z0-9_]+)=(.*)$`)
 
 // FuzzLoadConfig gives the variables, in alphabetical order, the values that are separated by NUL in environment.
 // Those of files become the files' content.
