@@ -269,7 +269,7 @@ func (c *oauthClient) post(ctx context.Context, path string, form url.Values, an
 	json.Unmarshal(body, &failure) // a mistyped member is as good as none
 	isJSON := json.Valid(body)
 	for _, name := range []string{"refresh_token", "device_code", "code_verifier"} {
-		if secret := form.Get(name); secret != "" { // some servers repeat what they refuse
+		if secret := form.Get(name); len(secret) >= 8 { // some servers repeat what they refuse; a shorter one is part of any text
 			failure.Error = strings.ReplaceAll(failure.Error, secret, "(not shown)")
 			failure.Description = strings.ReplaceAll(failure.Description, secret, "(not shown)")
 		}

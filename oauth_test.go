@@ -476,3 +476,12 @@ func TestErrorsHideWhatTheServerRepeats(t *testing.T) {
 		t.Errorf("the error shows the refresh token: %v", err)
 	}
 }
+
+// A secret that is part of any text hides nothing, least of all the code that says how to go on.
+func TestAShortSecretHidesNoCode(t *testing.T) {
+	c := newTestOAuth(t, func(*http.Request) (int, string) { return 400, `{"error":"invalid_grant"}` })
+	_, err := c.refresh(t.Context(), "i")
+	if e, ok := errors.AsType[*oauthError](err); !ok || e.Code != "invalid_grant" {
+		t.Errorf("got %v, want invalid_grant", err)
+	}
+}
