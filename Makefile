@@ -66,7 +66,7 @@ docker-build: ## build the image IMAGE (qwen-go-proxy)
 	docker build --build-arg VERSION=$(VERSION) --build-arg COMMIT=$(COMMIT) --build-arg DATE=$(DATE) -t $(IMAGE) .
 
 docker-run: ## run the image on 127.0.0.1:8080, with .env where there is one
-	docker run --rm -it -p 127.0.0.1:8080:8080 -v qwen-go-proxy:/home/nonroot $(if $(wildcard .env),--env-file .env) $(IMAGE)
+	docker run --rm -it -p 127.0.0.1:8080:8080 -v qwen-go-proxy:/data $(if $(wildcard .env),--env-file .env) $(IMAGE)
 
 release-dry-run: ## make a release's archives and checksums in dist/; publish nothing
 	go run $(GORELEASER) release --snapshot --clean --skip=docker,sbom
