@@ -538,7 +538,7 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 			before := ""
 			served := func() string {
 				t.Helper()
-				c, err := serving.GetCertificate(nil)
+				c, err := serving.GetCertificate(&tls.ClientHelloInfo{})
 				if err != nil {
 					t.Fatalf("%s: %v", tt.name, err)
 				}
