@@ -62,7 +62,7 @@ proxy() {
 # workflow FILE ID PORT [SED-EXPRESSION…] imports a workflow under an id of its own, with the proxy's port in it.
 workflow() {
   local expressions=() expression
-  for expression in "s/\"id\": \"qwen[A-Za-z]*\",/\"id\": \"$2\",/" "s/localhost:8080/localhost:$3/" "${@:4}"; do
+  for expression in "s/^  \"id\": \"qwen[A-Za-z]*\",/  \"id\": \"$2\",/" "s/localhost:8080/localhost:$3/" "${@:4}"; do
     expressions+=(-e "$expression")
   done
   sed "${expressions[@]}" "$1" >"$work/workflows/$2.json"
@@ -77,7 +77,7 @@ run() {
 result() {
   node -e '
     const text = require("fs").readFileSync(process.argv[1], "utf8");
-    const { resultData } = JSON.parse(text.slice(text.search(/^\{/m))).data;
+    const { resultData } = JSON.parse(text.slice(text.search(/^\{/m), text.lastIndexOf("\n}") + 2)).data;
     const out = (node) => (resultData.runData[node]?.at(-1).data?.main.flat() ?? []).map((item) => item.json);
     const got = eval(process.argv[2]);
     console.log(typeof got === "string" ? got : JSON.stringify(got));
