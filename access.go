@@ -72,39 +72,37 @@ func (a *access) follow(ctx context.Context, current []string) {
 	}
 }
 
-// guard lets requests through to next that come under a name which can't be a foreign page's, and not from a
-// foreign page; it answers the preflights of allowed ones. It sets the client's address.
-func (a *access) guard(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x := exchangeOf(w)
-		peerTrusted := a.isTrusted(x.client)
-		if peerTrusted {
-			x.client = a.forwardedFor(x.client, r.Header["X-Forwarded-For"])
-			x.forwarded = true
-		}
-		h := w.Header()
-		h["Vary"] = valueOrigin
-		if !a.required() && !peerTrusted && !a.isLocalName(r.Host) {
-			writeError(w, r, &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "host_not_allowed",
-				message: "Without PROXY_API_KEYS the proxy serves only IP addresses and local names, so that no web page can reach it by a name of its own. Set PROXY_API_KEYS, use the address, or name the reverse proxy in TRUSTED_PROXIES."})
-			return
-		}
-		origin := r.Header.Get("Origin")
-		allowed := origin != "" && a.allowsOrigin(origin)
-		if allowed {
-			h["Access-Control-Allow-Origin"] = []string{origin}
-			h["Access-Control-Expose-Headers"] = valueExposed
-		}
-		if r.Method == http.MethodOptions && origin != "" && r.Header.Get("Access-Control-Request-Method") != "" {
-			a.preflight(w, r, allowed)
-			return
-		}
-		if !allowed && a.csrf.Check(r) != nil {
-			writeError(w, r, originRefused())
-			return
-		}
-		next.ServeHTTP(w, r)
-	})
+// guard reports whether r comes under a name that can't be a foreign page's, and not from a foreign page. It answers the
+// others, and preflights. It sets the client's address.
+func (a *access) guard(w http.ResponseWriter, r *http.Request) bool {
+	x := exchangeOf(w)
+	peerTrusted := a.isTrusted(x.client)
+	if peerTrusted {
+		x.client = a.forwardedFor(x.client, r.Header["X-Forwarded-For"])
+		x.forwarded = true
+	}
+	h := w.Header()
+	h["Vary"] = valueOrigin
+	if !a.required() && !peerTrusted && !a.isLocalName(r.Host) {
+		writeError(w, r, &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "host_not_allowed",
+			message: "Without PROXY_API_KEYS the proxy serves only IP addresses and local names, so that no web page can reach it by a name of its own. Set PROXY_API_KEYS, use the address, or name the reverse proxy in TRUSTED_PROXIES."})
+		return false
+	}
+	origin := r.Header.Get("Origin")
+	allowed := origin != "" && a.allowsOrigin(origin)
+	if allowed {
+		h["Access-Control-Allow-Origin"] = []string{origin}
+		h["Access-Control-Expose-Headers"] = valueExposed
+	}
+	if r.Method == http.MethodOptions && origin != "" && r.Header.Get("Access-Control-Request-Method") != "" {
+		a.preflight(w, r, allowed)
+		return false
+	}
+	if !allowed && a.csrf.Check(r) != nil {
+		writeError(w, r, originRefused())
+		return false
+	}
+	return true
 }
 
 var (
@@ -198,33 +196,38 @@ func (a *access) forwardedFor(peer netip.Addr, lines []string) netip.Addr {
 	return client
 }
 
-// admit lets requests through to next that the limiter admits and, where keys are needed, carry one. A client
+// admit lets requests through to next that limiter admits, nil for none, and that carry a key where one is needed. A client
 // counts by its key, else by its address, so that whoever guesses keys is limited too.
-func (a *access) admit(limiter *rateLimiter, next http.Handler) http.Handler {
-	byClient := func(w http.ResponseWriter, r *http.Request) rateKey {
-		x := exchangeOf(w)
-		if d, ok := a.key(r); ok {
-			x.keyed = true
-			return digestKey(d[:])
+func (a *access) admit(limiter *rateLimiter, next http.HandlerFunc) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if (limiter == nil || limiter.admits(a.rateKey(w, r), w, r)) && a.permits(w, r) {
+			next(w, r)
 		}
-		return addressKey(x.client)
-	}
-	return limiter.limit(byClient, a.require(next))
+	})
 }
 
-// require lets requests with a valid key through to next, and all where none is needed.
-func (a *access) require(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if a.required() && !exchangeOf(w).keyed { // admit has looked only where there is a limiter
-			if _, ok := a.key(r); !ok {
-				w.Header().Set("WWW-Authenticate", `Basic realm="qwen-go-proxy", charset="UTF-8"`) // for browsers; RFC 7617
-				writeError(w, r, &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
-					message: "The proxy needs one of its keys (PROXY_API_KEYS): send it as Authorization: Bearer, as x-api-key, or as the password of HTTP Basic."})
-				return
-			}
-		}
-		next.ServeHTTP(w, r)
-	})
+// rateKey returns what r's client counts by.
+func (a *access) rateKey(w http.ResponseWriter, r *http.Request) rateKey {
+	x := exchangeOf(w)
+	if d, ok := a.key(r); ok {
+		x.keyed = true
+		return digestKey(d[:])
+	}
+	return addressKey(x.client)
+}
+
+// permits reports whether r carries a valid key, or none is needed, and answers r where it must not go on.
+func (a *access) permits(w http.ResponseWriter, r *http.Request) bool {
+	if !a.required() || exchangeOf(w).keyed { // rateKey has looked only where there is a limiter
+		return true
+	}
+	if _, ok := a.key(r); ok {
+		return true
+	}
+	w.Header().Set("WWW-Authenticate", `Basic realm="qwen-go-proxy", charset="UTF-8"`) // for browsers; RFC 7617
+	writeError(w, r, &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
+		message: "The proxy needs one of its keys (PROXY_API_KEYS): send it as Authorization: Bearer, as x-api-key, or as the password of HTTP Basic."})
+	return false
 }
 
 // key returns the digest of the key that r carries, and whether it is one of the proxy's. How long it takes says

@@ -239,8 +239,8 @@ func acceptWeight(accept, typ, subtype string) (weight float64) {
 
 // private lets only clients on this machine or in a private network through: whoever completes a sign-in decides
 // whose account reads the prompts. What a proxy has forwarded that is none of TRUSTED_PROXIES comes from anywhere.
-func private(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+func private(next http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		x := exchangeOf(w)
 		_, forwardedFor := r.Header["X-Forwarded-For"]
 		_, forwarded := r.Header["Forwarded"]
@@ -250,6 +250,6 @@ func private(next http.Handler) http.Handler {
 				message: "Without PROXY_API_KEYS the proxy shows its sign-in to loopback and private addresses alone. Set PROXY_API_KEYS, or open /auth from the proxy's own network."})
 			return
 		}
-		next.ServeHTTP(w, r)
-	})
+		next(w, r)
+	}
 }

@@ -28,7 +28,6 @@ type exchange struct {
 	err          *apiError // what failed, first; nil where nothing did
 	upstreamID   string    // Qwen's own request id
 	called       bool      // the request has gone to Qwen
-	route        *route    // nil where none has matched
 
 	mu        sync.Mutex // guards w and what follows: a keep-alive is written from another goroutine
 	status    int        // 0 until the header is written
@@ -64,6 +63,11 @@ func (x *exchange) writeHeader(status int) {
 		x.lastWrite = time.Now()
 	}
 	x.w.WriteHeader(status)
+	if x.sse {
+		// The client shall know at once that it is served. Besides, net/http needs much stack to write a header, and further in
+		// there is more on it.
+		x.flush()
+	}
 }
 
 func (x *exchange) Write(p []byte) (int, error) {
@@ -236,30 +240,9 @@ var (
 
 // track is the outermost handler: it gives each request its exchange, id and security headers, answers
 // for a panic, and writes the access log.
-func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Handler {
+func track(cfg *config, log *slog.Logger, m *metrics, next http.HandlerFunc) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x := &exchange{w: w, rc: http.NewResponseController(w), ids: [1]string{requestID(r)}, client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2}
-		h := w.Header()
-		h["X-Request-Id"] = x.ids[:]
-		if _, ok := r.Header["Anthropic-Version"]; ok {
-			h["Request-Id"] = x.ids[:] // where Anthropic's clients, which all send that, look for it
-		}
-		h["X-Content-Type-Options"] = valueNosniff
-		h["X-Frame-Options"] = valueDeny
-		h["Referrer-Policy"] = valueNoReferrer
-		if r.TLS != nil {
-			h["Strict-Transport-Security"] = valueHSTS
-		}
-		if len(r.TransferEncoding) > 0 {
-			// net/http takes a request with both Transfer-Encoding and Content-Length, and then hides the
-			// latter. "the server MUST close the connection after responding to such a request" (RFC 9112 §6.1).
-			h["Connection"] = valueClose
-		}
-		if !x.http2 && r.Body != http.NoBody {
-			// What a handler leaves of the body net/http reads, and would wait for without end.
-			x.rc.SetReadDeadline(x.start.Add(cfg.readTimeout))
-		}
-
+		x := begin(cfg, w, r)
 		m.requests.Add(1)
 		m.inFlight.Add(1)
 		defer func() {
@@ -280,15 +263,41 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.Handler) http.Ha
 			x.finish(v == nil)
 			took := time.Since(x.start)
 			m.inFlight.Add(-1)
-			m.ended(x, took)
+			m.ended(x, r.Pattern, took)
 			x.log(r, log, took, cfg.debug)
 			if v != nil {
 				resetHTTP10(r)
 				panic(http.ErrAbortHandler) // an answer that was begun must not look whole
 			}
 		}()
-		next.ServeHTTP(x, r)
+		next(x, r)
 	})
+}
+
+// begin returns the exchange of r, with what every answer's header has.
+func begin(cfg *config, w http.ResponseWriter, r *http.Request) *exchange {
+	x := &exchange{w: w, rc: http.NewResponseController(w), ids: [1]string{requestID(r)}, client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2}
+	h := w.Header()
+	h["X-Request-Id"] = x.ids[:]
+	if _, ok := r.Header["Anthropic-Version"]; ok {
+		h["Request-Id"] = x.ids[:] // where Anthropic's clients, which all send that, look for it
+	}
+	h["X-Content-Type-Options"] = valueNosniff
+	h["X-Frame-Options"] = valueDeny
+	h["Referrer-Policy"] = valueNoReferrer
+	if r.TLS != nil {
+		h["Strict-Transport-Security"] = valueHSTS
+	}
+	if len(r.TransferEncoding) > 0 {
+		// net/http takes a request with both Transfer-Encoding and Content-Length, and then hides the
+		// latter. "the server MUST close the connection after responding to such a request" (RFC 9112 §6.1).
+		h["Connection"] = valueClose
+	}
+	if !x.http2 && r.Body != http.NoBody {
+		// What a handler leaves of the body net/http reads, and would wait for without end.
+		x.rc.SetReadDeadline(x.start.Add(cfg.readTimeout))
+	}
+	return x
 }
 
 // connKey is where a request's context has its connection.

@@ -416,8 +416,9 @@ func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access
 	p := newProxy(cfg, tokens, m, transport)
 	models := newModels(cfg, tokens, transport, log)
 	limiter := newRateLimiter(cfg.rateLimit, cfg.rateBurst)
-	limited := func(next http.Handler) http.Handler { return keys.admit(limiter, next) }
-	auth := http.Handler(http.HandlerFunc(tokens.auth))
+	limited := func(next http.HandlerFunc) http.Handler { return keys.admit(limiter, next) }
+	keyed := func(next http.HandlerFunc) http.Handler { return keys.admit(nil, next) }
+	auth := http.HandlerFunc(tokens.auth)
 	if !keys.required() {
 		auth = private(auth)
 	}
@@ -426,12 +427,12 @@ func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access
 	rt.handle("GET /{$}", http.HandlerFunc(h.root))
 	rt.handle("GET /health", http.HandlerFunc(h.live))
 	rt.handle("GET /health/ready", http.HandlerFunc(h.ready))
-	rt.handle("GET /health/detailed", keys.require(http.HandlerFunc(h.detailed)))
-	rt.handle("GET /metrics", keys.require(http.HandlerFunc(h.prometheus)))
+	rt.handle("GET /health/detailed", keyed(h.detailed))
+	rt.handle("GET /metrics", keyed(h.prometheus))
 	rt.handle("GET /auth", limited(auth))
 	for _, prefix := range []string{"/v1", ""} {
-		rt.handle("GET "+prefix+"/models", limited(http.HandlerFunc(models.all)))
-		rt.handle("GET "+prefix+"/models/{id...}", limited(http.HandlerFunc(models.one)))
+		rt.handle("GET "+prefix+"/models", limited(models.all))
+		rt.handle("GET "+prefix+"/models/{id...}", limited(models.one))
 		rt.handle("POST "+prefix+"/chat/completions", limited(p.forward(pathChat)))
 		rt.handle("POST "+prefix+"/completions", limited(p.completions()))
 		rt.handle("POST "+prefix+"/embeddings", limited(p.forward(pathEmbeddings)))
@@ -439,8 +440,14 @@ func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access
 		rt.handle("POST "+prefix+"/messages", limited(p.messages(pathMessages)))
 		rt.handle("POST "+prefix+"/messages/count_tokens", limited(p.messages(pathCountTokens)))
 	}
-	rt.full.Handle("/", limited(http.HandlerFunc(rt.unmatched)))
-	return track(cfg, log, m, keys.guard(rt))
+	rt.full.Handle("/", limited(rt.unmatched))
+	// guard and what admit asks are no handlers around the next one: those would be on the stack for as long as a stream
+	// lasts, and double it to 16 kB.
+	return track(cfg, log, m, func(w http.ResponseWriter, r *http.Request) {
+		if keys.guard(w, r) {
+			rt.ServeHTTP(w, r)
+		}
+	})
 }
 
 // A router is a ServeMux whose own answers have the shape of the API's errors.
@@ -451,7 +458,8 @@ type router struct {
 }
 
 func (rt *router) handle(pattern string, h http.Handler) {
-	rt.full.Handle(pattern, rt.metrics.counted(pattern, h))
+	rt.metrics.register(pattern)
+	rt.full.Handle(pattern, h)
 	rt.bare.Handle(pattern, h)
 }
 

@@ -496,7 +496,7 @@ func TestPanicsStayInside(t *testing.T) {
 		http.NewResponseController(w).Flush()
 		panic("in the middle")
 	})
-	srv := httptest.NewServer(track(cfg, slog.New(slog.NewJSONHandler(&log, nil)), &metrics{}, mux))
+	srv := httptest.NewServer(track(cfg, slog.New(slog.NewJSONHandler(&log, nil)), &metrics{}, mux.ServeHTTP))
 	defer srv.Close()
 	res, err := http.Get(srv.URL + "/before")
 	if err != nil {

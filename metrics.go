@@ -16,7 +16,7 @@ import (
 
 // metrics are what the server has counted since its start, for /metrics and /health/detailed. The zero value counts from
 // zero. It is safe for concurrent use once every route is there, and to count costs a request a handful of atomic
-// additions: no lock, no look-up by text, no allocation.
+// additions and one look-up: no lock, no allocation.
 type metrics struct {
 	started     time.Time
 	requests    atomic.Int64 // begun
@@ -27,8 +27,9 @@ type metrics struct {
 	upstreamRequests atomic.Int64 // sent to Qwen, and ended
 	upstreamErrors   [len(categories)]atomic.Int64
 
-	routes []*route // those that are registered
-	other  route    // of requests that match none, or were turned away before one was looked for
+	routes   []*route          // those that are registered
+	patterns map[string]*route // the same by their patterns, two each
+	other    route             // of requests that match none, or were turned away before one was looked for
 }
 
 // categories are the values of the category label: the types of errors that Qwen, or the way to it, can be the cause of.
@@ -90,33 +91,25 @@ func (h *histogram) observe(d time.Duration) {
 	h.sum.Add(int64(d))
 }
 
-// route returns the route of a pattern, the same for a path with and without /v1, of which the one with it comes
-// first. It must not be called any more once requests are served.
-func (m *metrics) route(pattern string) *route {
+// register makes a route for the requests that match pattern, the same for a path with and without /v1, of which the one
+// with it comes first. It must not be called any more once requests are served.
+func (m *metrics) register(pattern string) {
 	_, path, _ := strings.Cut(pattern, " ")
 	path = strings.NewReplacer("{$}", "", "...}", "}").Replace(path)
-	for _, r := range m.routes {
-		if r.path == path || r.path == "/v1"+path {
-			return r
-		}
+	i := slices.IndexFunc(m.routes, func(r *route) bool { return r.path == path || r.path == "/v1"+path })
+	if i < 0 {
+		i = len(m.routes)
+		m.routes = append(m.routes, &route{path: path})
 	}
-	r := &route{path: path}
-	m.routes = append(m.routes, r)
-	return r
+	if m.patterns == nil {
+		m.patterns = map[string]*route{}
+	}
+	m.patterns[pattern] = m.routes[i]
 }
 
-// counted returns a handler that has next's requests counted for pattern's route.
-func (m *metrics) counted(pattern string, next http.Handler) http.Handler {
-	route := m.route(pattern)
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		exchangeOf(w).route = route
-		next.ServeHTTP(w, r)
-	})
-}
-
-// ended counts x, which took this long.
-func (m *metrics) ended(x *exchange, took time.Duration) {
-	route := x.route
+// ended counts x, which took this long, for the route of pattern; "" where none has matched.
+func (m *metrics) ended(x *exchange, pattern string, took time.Duration) {
+	route := m.patterns[pattern]
 	if route == nil {
 		route = &m.other
 	}

@@ -142,31 +142,31 @@ type callKey struct{}
 func callOf(ctx context.Context) *call { return ctx.Value(callKey{}).(*call) }
 
 // forward returns the handler that proxies requests to path.
-func (p *proxy) forward(path string) http.Handler { return p.handler(path, false) }
+func (p *proxy) forward(path string) http.HandlerFunc { return p.handler(path, false) }
 
 // messages returns the handler of requests to path, one of the Anthropic-compatible interface, which is for API keys alone.
-func (p *proxy) messages(path string) http.Handler {
+func (p *proxy) messages(path string) http.HandlerFunc {
 	if p.tokens.keyed() {
 		return p.forward(path)
 	}
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, r, &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "endpoint_not_found",
 			message: "Qwen has an Anthropic-compatible interface for API keys alone. Use /v1/chat/completions, or set QWEN_API_KEY on the proxy."})
-	})
+	}
 }
 
 // completions returns the handler of text completions, which go to the chat endpoint, translated.
-func (p *proxy) completions() http.Handler { return p.handler(pathChat, true) }
+func (p *proxy) completions() http.HandlerFunc { return p.handler(pathChat, true) }
 
-func (p *proxy) handler(path string, translate bool) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+func (p *proxy) handler(path string, translate bool) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		c := &call{x: exchangeOf(w), path: path}
 		if err := p.begin(c, translate, w, r); err != nil {
 			writeError(w, r, err)
 			return
 		}
 		p.serve(c, w, r)
-	})
+	}
 }
 
 // begin reads and checks the request and gets a token for it: all that can fail before anything goes to Qwen.
@@ -280,19 +280,25 @@ func badBody(err error) error {
 // serve sends the call to Qwen and its answer to the client.
 func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
 	defer c.releaseBody()
+	r = p.watch(c, r)
+	defer c.cancel(nil)
+	defer c.timer.Stop()
+	p.reverse.ServeHTTP(w, r)
+}
+
+// watch returns the request that goes out for r, under the call's own context, and has look see to the call.
+func (p *proxy) watch(c *call, r *http.Request) *http.Request {
 	c.x.called = true
 	c.ctx, c.cancel = context.WithCancelCause(context.WithValue(r.Context(), callKey{}, c))
-	defer c.cancel(nil)
 	c.ctx = httptrace.WithClientTrace(c.ctx, &httptrace.ClientTrace{
 		GotConn:              func(info httptrace.GotConnInfo) { c.reused.Store(info.Reused) },
 		GotFirstResponseByte: func() { c.reused.Store(false) },
 	})
 	c.wait()
 	c.timer = time.AfterFunc(p.nextLook(c), func() { p.look(c) })
-	defer c.timer.Stop()
 	r = r.WithContext(c.ctx)
 	r.Header = onward(r.Header) // from here on it is copied again and again
-	p.reverse.ServeHTTP(w, r)
+	return r
 }
 
 // onward returns those headers of a request that may go to Qwen.

@@ -142,26 +142,19 @@ func (s *bucketSet) bucket(key rateKey, t time.Duration) *bucket {
 	return fullest
 }
 
-// limit passes the requests that l admits on to next and answers the others with 429 and Retry-After. A
-// request counts for the client that key names. Every response tells the client how its bucket stands, in
-// X-RateLimit-Limit (the rate), X-RateLimit-Remaining and X-RateLimit-Reset (Unix seconds, rounded up).
-// A nil l admits everything and sets no headers.
-func (l *rateLimiter) limit(key func(http.ResponseWriter, *http.Request) rateKey, next http.Handler) http.Handler {
-	if l == nil {
-		return next
+// admits reports whether the client that key names may send r now, and answers r with 429 and Retry-After where it may not.
+// The answer tells the client how its bucket stands, in X-RateLimit-Limit (the rate), X-RateLimit-Remaining and
+// X-RateLimit-Reset (Unix seconds, rounded up).
+func (l *rateLimiter) admits(key rateKey, w http.ResponseWriter, r *http.Request) bool {
+	d := l.allowAt(key, time.Now())
+	h := w.Header() // X-Ratelimit is X-RateLimit's canonical form
+	h["X-Ratelimit-Limit"] = l.rate
+	h["X-Ratelimit-Remaining"] = []string{strconv.Itoa(d.remaining)}
+	h["X-Ratelimit-Reset"] = []string{strconv.FormatInt(d.reset.Add(time.Second-1).Unix(), 10)}
+	if !d.ok {
+		writeError(w, r, l.refusal(d.retryAfter))
 	}
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		d := l.allowAt(key(w, r), time.Now())
-		h := w.Header() // X-Ratelimit is X-RateLimit's canonical form
-		h["X-Ratelimit-Limit"] = l.rate
-		h["X-Ratelimit-Remaining"] = []string{strconv.Itoa(d.remaining)}
-		h["X-Ratelimit-Reset"] = []string{strconv.FormatInt(d.reset.Add(time.Second-1).Unix(), 10)}
-		if !d.ok {
-			writeError(w, r, l.refusal(d.retryAfter))
-			return
-		}
-		next.ServeHTTP(w, r)
-	})
+	return d.ok
 }
 
 // refusal is what a client is told that may send its next request in d.

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"math/big"
 	"math/rand/v2"
 	"net/http"
@@ -365,14 +366,18 @@ func TestLimit(t *testing.T) {
 		}
 		return got
 	}
-	byAddress := func(_ http.ResponseWriter, r *http.Request) rateKey {
-		return addressKey(netip.MustParseAddrPort(r.RemoteAddr).Addr())
+	byAddress := func(l *rateLimiter) http.Handler {
+		next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("passed")) })
+		admit := newAccess(&config{}, slog.New(slog.DiscardHandler)).admit(l, next)
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			exchangeOf(w).client = netip.MustParseAddrPort(r.RemoteAddr).Addr()
+			admit.ServeHTTP(w, r)
+		})
 	}
-	next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("passed")) })
 
 	t.Run("limited", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
-			h := newRateLimiter(0.4, 2).limit(byAddress, next)
+			h := byAddress(newRateLimiter(0.4, 2))
 			start := time.Now().Unix()
 			at := func(seconds int64) string { return strconv.FormatInt(start+seconds, 10) }
 			got := []response{
@@ -398,7 +403,7 @@ func TestLimit(t *testing.T) {
 	})
 
 	t.Run("a rate of 0 is no limit", func(t *testing.T) {
-		h := newRateLimiter(0, 20).limit(byAddress, next)
+		h := byAddress(newRateLimiter(0, 20))
 		for range 100 {
 			if diff := cmp.Diff(response{Status: 200, Body: "passed"}, serve(h, "192.0.2.1:1000")); diff != "" {
 				t.Fatalf("response (-want +got):\n%s", diff)
@@ -464,12 +469,11 @@ func BenchmarkAddressKey(b *testing.B) {
 }
 
 func BenchmarkLimit(b *testing.B) {
-	next := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
-	h := newRateLimiter(1e9, 20).limit(func(http.ResponseWriter, *http.Request) rateKey { return 1 }, next)
+	l := newRateLimiter(1e9, 20)
 	w := httptest.NewRecorder()
 	r := httptest.NewRequest("GET", "/v1/models", nil)
 	b.ReportAllocs()
 	for b.Loop() {
-		h.ServeHTTP(w, r)
+		l.admits(1, w, r)
 	}
 }
