@@ -144,8 +144,9 @@ func (body *requestBody) release() {
 	}
 }
 
-// maxCopied is the size up to which a body is copied for its readers, in bytes.
-const maxCopied = 32 << 10
+// maxCopied is the size up to which a body is copied for its readers, in bytes: what fits into one write of net/http's. Its
+// transport keeps the copy until the answer ends, which may be hours.
+const maxCopied = 4 << 10
 
 // open returns a new reader of body.
 func (body *requestBody) open() io.ReadCloser {
