@@ -98,6 +98,7 @@ func newTransport() *http.Transport {
 		ForceAttemptHTTP2:   true,
 		DisableCompression:  true, // bodies pass as they are
 		MaxIdleConnsPerHost: 256,
+		ReadBufferSize:      2 << 10, // what events need, and header and beginning of an answer; each stream holds one
 		IdleConnTimeout:     90 * time.Second,
 		// A connection that died without a word is found out before a request waits for it.
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 30 * time.Second, PingTimeout: 15 * time.Second},
@@ -112,13 +113,13 @@ func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { retur
 type copyBuffers struct{ pool sync.Pool }
 
 func (c *copyBuffers) Get() []byte {
-	if b, ok := c.pool.Get().(*[32 << 10]byte); ok {
+	if b, ok := c.pool.Get().(*[16 << 10]byte); ok {
 		return b[:]
 	}
-	return make([]byte, 32<<10)
+	return make([]byte, 16<<10)
 }
 
-func (c *copyBuffers) Put(b []byte) { c.pool.Put((*[32 << 10]byte)(b)) }
+func (c *copyBuffers) Put(b []byte) { c.pool.Put((*[16 << 10]byte)(b)) }
 
 // A call is one request on its way to Qwen.
 type call struct {

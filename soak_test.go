@@ -348,7 +348,7 @@ func (s *soak) postAt(k *soakKind, r *soakRequest, pause time.Duration) {
 // check judges an answer, whose body has ended with err.
 func (s *soak) check(k *soakKind, r *soakRequest, res *http.Response, body string, err error) {
 	status := cmp.Or(k.status, 200)
-	if r.name == "json-large-short" && (r.text || len(r.answer.sent()) < 32<<10) {
+	if r.name == "json-large-short" && (r.text || len(r.answer.sent()) < 16<<10) {
 		status = 502 // it is translated as a whole, or breaks while the client can still be told
 	}
 	if id := res.Header.Get("X-Request-ID"); id != r.id {
