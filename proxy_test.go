@@ -967,17 +967,17 @@ func (d *discard) FlushError() error                { return nil }
 func (d *discard) SetReadDeadline(time.Time) error  { return nil }
 func (d *discard) SetWriteDeadline(time.Time) error { return nil }
 
-// BenchmarkHandler compares the whole handler, as it ships, with a bare ReverseProxy, without the network.
-func BenchmarkHandler(b *testing.B) {
+// benchHandlers runs bench with the whole handler, as it ships, and with a bare ReverseProxy; serve has it serve a request.
+func benchHandlers(b *testing.B, upstream http.RoundTripper, bench func(b *testing.B, serve func())) {
 	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "RATE_LIMIT_RPS": "1000000", "RATE_LIMIT_BURST": "1000000"}))
 	if err != nil {
 		b.Fatal(err)
 	}
-	upstream := benchTransport{http.Header{"Content-Type": {"application/json"}}}
 	log := slog.New(slog.NewJSONHandler(io.Discard, nil))
 	tokens := newSource(cfg, log, io.Discard)
 	m := &metrics{started: time.Now()}
 	target := &url.URL{Scheme: "http", Host: "127.0.0.1"}
+	body := []byte(`{"model":"m","messages":[{"role":"user","content":"` + strings.Repeat("x", 2000) + `"}]}`)
 	for _, bm := range []struct {
 		name string
 		h    http.Handler
@@ -986,10 +986,9 @@ func BenchmarkHandler(b *testing.B) {
 		{"bare", &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(target) }, Transport: upstream, BufferPool: &copyBuffers{}}},
 	} {
 		b.Run(bm.name, func(b *testing.B) {
-			body := []byte(`{"model":"m","messages":[{"role":"user","content":"` + strings.Repeat("x", 2000) + `"}]}`)
 			var payload bytes.Reader
 			b.ReportAllocs()
-			for b.Loop() {
+			bench(b, func() {
 				payload.Reset(body)
 				r := &http.Request{Method: "POST", URL: &url.URL{Path: "/v1/chat/completions"}, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 					Header: http.Header{"Content-Type": {"application/json"}, "User-Agent": {"bench"}, "Accept": {"*/*"}, "Authorization": {"Bearer x"}},
@@ -997,11 +996,49 @@ func BenchmarkHandler(b *testing.B) {
 				ctx, cancel := context.WithCancel(context.Background())
 				bm.h.ServeHTTP(&discard{http.Header{}}, r.WithContext(ctx))
 				cancel()
-			}
+			})
 		})
 	}
 }
 
+// BenchmarkHandler compares what a request costs in the whole handler with a bare ReverseProxy, without the network.
+func BenchmarkHandler(b *testing.B) {
+	upstream := benchTransport{http.Header{"Content-Type": {"application/json"}}}
+	benchHandlers(b, upstream, func(b *testing.B, serve func()) {
+		for b.Loop() {
+			serve()
+		}
+	})
+}
+
 func withInformational(ctx context.Context, n *int) context.Context {
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{Got1xxResponse: func(int, textproto.MIMEHeader) error { *n++; return nil }})
+}
+
+// A benchEvents is an event stream of n events, one a Read.
+type benchEvents struct{ n int }
+
+func (e *benchEvents) Read(p []byte) (int, error) {
+	if e.n == 0 {
+		return 0, io.EOF
+	}
+	e.n--
+	return copy(p, "data: {\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"choices\":[{\"index\":0,\"delta\":{\"content\":\"Hello\"}}]}\n\n"), nil
+}
+
+func (*benchEvents) Close() error { return nil }
+
+// BenchmarkEvent compares what one event costs on its way through the whole handler with a bare ReverseProxy, without the network.
+func BenchmarkEvent(b *testing.B) {
+	events := &benchEvents{}
+	upstream := roundTripper(func(r *http.Request) (*http.Response, error) {
+		io.Copy(io.Discard, r.Body)
+		r.Body.Close()
+		return &http.Response{StatusCode: 200, Status: "200 OK", Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+			Header: http.Header{"Content-Type": {"text/event-stream"}}, Body: events, ContentLength: -1, Request: r}, nil
+	})
+	benchHandlers(b, upstream, func(b *testing.B, serve func()) {
+		events.n = b.N
+		serve()
+	})
 }
