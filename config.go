@@ -38,6 +38,7 @@ type config struct {
 
 	readTimeout     time.Duration
 	writeTimeout    time.Duration
+	shutdownDelay   time.Duration // SHUTDOWN_DELAY; 0 is none
 	shutdownTimeout time.Duration
 	upstreamTimeout time.Duration
 	idleTimeout     time.Duration // STREAM_IDLE_TIMEOUT
@@ -86,6 +87,7 @@ func loadConfig(lookup func(string) (string, bool)) (*config, error) {
 
 		readTimeout:     e.duration("READ_TIMEOUT", 30*time.Second),
 		writeTimeout:    e.duration("WRITE_TIMEOUT", 30*time.Second),
+		shutdownDelay:   e.durationOrOff("SHUTDOWN_DELAY", 0),
 		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", 30*time.Second),
 		upstreamTimeout: e.duration("UPSTREAM_TIMEOUT", 10*time.Minute),
 		idleTimeout:     e.duration("STREAM_IDLE_TIMEOUT", 5*time.Minute),

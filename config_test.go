@@ -100,6 +100,7 @@ func TestConfigGoodValues(t *testing.T) {
 				c.readTimeout, c.writeTimeout, c.shutdownTimeout = 1, 90*time.Minute, 500*time.Millisecond
 				c.upstreamTimeout, c.idleTimeout, c.refreshBuffer = 24*time.Hour, time.Millisecond, time.Hour
 			}},
+		{"a delay before the shutdown", map[string]string{"SHUTDOWN_DELAY": "5s"}, func(c *config) { c.shutdownDelay = 5 * time.Second }},
 		{"no keep-alives", map[string]string{"SSE_KEEPALIVE": "0"}, func(c *config) { c.keepAlive = 0 }},
 
 		{"the smallest bodies", map[string]string{"MAX_BODY_BYTES": "1", "MAX_BUFFERED_BYTES": "1"},
@@ -211,6 +212,7 @@ func TestConfigBadValues(t *testing.T) {
 		{"STREAM_IDLE_TIMEOUT", []string{"0"}, positive},
 		{"TOKEN_REFRESH_BUFFER", []string{"300", "five"}, unit},
 		{"TOKEN_REFRESH_BUFFER", []string{"0"}, positive},
+		{"SHUTDOWN_DELAY", []string{"5", "-1s"}, unit},
 		{"SSE_KEEPALIVE", []string{"15", "-1s", "off"}, unit},
 		{"MAX_BODY_BYTES", []string{"0", "-1", "32M", "1e6", "9223372036854775808"}, whole + " of at least 1"},
 		{"MAX_BUFFERED_BYTES", []string{"0", "256MiB", "all"}, whole + " of at least 1"},

@@ -350,7 +350,18 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 	}
 	h.stopping.Store(true)
 	<-managerTold
-	manager.stopping(m.inFlight.Load(), cfg.shutdownTimeout)
+	manager.stopping(m.inFlight.Load(), cfg.shutdownDelay+cfg.shutdownTimeout)
+	if cfg.shutdownDelay > 0 {
+		// Closing the listener resets connections that the kernel has taken and nobody has accepted. A load balancer must not
+		// send their requests again, since it can't know that nobody has read them, so it has to stop sending them before.
+		log.Info("not ready any more, and serving on until load balancers have noticed", "delay", cfg.shutdownDelay.String())
+		select {
+		case err := <-served:
+			log.Error("the server failed", "error", err)
+			return 1
+		case <-time.After(cfg.shutdownDelay):
+		}
+	}
 	log.Info("shutting down", "cause", context.Cause(ctx), "in_flight", m.inFlight.Load(), "timeout", cfg.shutdownTimeout.String())
 	deadline, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
 	defer cancel()

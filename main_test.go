@@ -373,6 +373,38 @@ func TestShutdownLetsAStreamFinish(t *testing.T) {
 	}
 }
 
+func TestShutdownDelay(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "{}") }, map[string]string{"SHUTDOWN_DELAY": "1s"})
+	stopped := time.Now()
+	p.stop()
+	p.stderr.await(t, `"msg":"not ready any more`)
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	var got []int
+	for _, path := range []string{"/health/ready", "/health", "/v1/chat/completions"} {
+		send := client.Get
+		if path == "/v1/chat/completions" {
+			send = func(url string) (*http.Response, error) {
+				return client.Post(url, "application/json", strings.NewReader(`{"messages":[]}`))
+			}
+		}
+		res, err := send(p.url + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res.Body.Close()
+		got = append(got, res.StatusCode)
+	}
+	if diff := cmp.Diff([]int{503, 200, 200}, got); diff != "" {
+		t.Errorf("readiness, health and a request during the delay (-want +got):\n%s", diff)
+	}
+	if status := p.wait(); status != 0 {
+		t.Errorf("exit status %d, want 0", status)
+	}
+	if took := time.Since(stopped); took < time.Second {
+		t.Errorf("it took %v to stop, less than the delay", took)
+	}
+}
+
 func TestShutdownCutsAStreamAtItsTimeout(t *testing.T) {
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/event-stream")
