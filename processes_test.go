@@ -46,7 +46,7 @@ type process struct {
 }
 
 // startProcess runs serve with env on a free loopback port, and kills it when the test ends. Before that, adapt may
-// change how it is started.
+// change how it is started. Where env names a port, it must set LOG_LEVEL=info too: the log then says that it listens.
 func startProcess(t *testing.T, env map[string]string, adapt ...func(*exec.Cmd)) *process {
 	t.Helper()
 	exe, err := os.Executable()
@@ -80,7 +80,7 @@ func startProcess(t *testing.T, env map[string]string, adapt ...func(*exec.Cmd))
 			t.Logf("stderr of process %d:\n%s", p.cmd.Process.Pid, p.stderr)
 		}
 	})
-	p.url = p.stderr.await(t, `(?m)^Listening on (\S+)$`)
+	p.url = p.stderr.await(t, `(?m)(?:"msg":"listening".*"url":"|^Listening on )([^"\s]+)`)
 	return p
 }
 
