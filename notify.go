@@ -57,8 +57,8 @@ func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, ope
 	if tty, err := os.Open("/dev/tty"); err == nil {
 		tty.Close() // here SIGHUP says that the terminal is gone, which ends the program, or under nohup does not
 	} else {
+		// For good: once nobody asks for it, SIGHUP ends the program, and with it the streams that a shutdown waits for.
 		signal.Notify(hangups, syscall.SIGHUP)
-		defer signal.Stop(hangups)
 	}
 	n.send("READY=1")
 	for ctx.Err() == nil {

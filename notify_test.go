@@ -109,6 +109,12 @@ func TestServiceManagerHearsOfALife(t *testing.T) {
 			<-streaming
 			p.cmd.Process.Signal(syscall.SIGTERM)
 			m.want(`STOPPING=1\nSTATUS=Shutting down, requests in flight: 1\nEXTEND_TIMEOUT_USEC=50000000`)
+			p.cmd.Process.Signal(syscall.SIGHUP) // does not end the stream
+			select {
+			case <-p.ended:
+				t.Fatalf("SIGHUP while the stream runs on ended the program: %v", p.status)
+			case <-time.After(200 * time.Millisecond):
+			}
 			finish()
 			<-p.ended
 			if p.status != nil {
