@@ -487,7 +487,7 @@ func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		rt.unmatched(w, r)
 		return
 	}
-	if clean := path.Clean(r.URL.Path); clean != r.URL.Path {
+	if clean := path.Clean("/" + r.URL.Path); clean != r.URL.Path {
 		// A base URL that ends in a slash makes /v1//chat/completions. ServeMux would redirect, and a
 		// redirected POST arrives as a GET.
 		r.URL.Path, r.URL.RawPath = clean, ""

@@ -202,6 +202,7 @@ func TestOddRequestTargetsGetAnErrorOfOurs(t *testing.T) {
 		"GET /v1/./models HTTP/1.1\r\nHost: localhost\r\n\r\n":               200,
 		"GET /v1/x/../models/ HTTP/1.1\r\nHost: localhost\r\n\r\n":           200,
 		"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n": 200,
+		"GET http://localhost HTTP/1.1\r\nHost: localhost\r\n\r\n":           200,
 	} {
 		c := dialRaw(t, p)
 		io.WriteString(c, request)
