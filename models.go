@@ -89,6 +89,13 @@ func ownModel(id string) json.RawMessage {
 	return b
 }
 
+// modelID returns the id of a model object, "" where it has none.
+func modelID(object json.RawMessage) string {
+	var named struct{ ID string }
+	json.Unmarshal(object, &named) // what is no object, or has another id than a string, has none
+	return named.ID
+}
+
 // newList returns the list of the model objects and the aliases. What has no id, or one that came before, is left out.
 func (m *models) newList(objects []json.RawMessage) *modelList {
 	l := &modelList{byID: map[string]json.RawMessage{}}
@@ -103,10 +110,7 @@ func (m *models) newList(objects []json.RawMessage) *modelList {
 		}
 	}
 	for _, object := range objects {
-		var named struct{ ID string }
-		if json.Unmarshal(object, &named) == nil {
-			add(named.ID, object)
-		}
+		add(modelID(object), object)
 	}
 	for _, alias := range m.aliases {
 		add(alias, ownModel(alias))
@@ -154,7 +158,7 @@ func (m *models) list(ctx context.Context) *modelList {
 	return &next
 }
 
-// ask returns the upstream's model objects, at least one.
+// ask returns the upstream's model objects, at least one of which has an id.
 func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 	ctx, cancel := context.WithTimeout(ctx, modelsTimeout)
 	defer cancel()
@@ -181,7 +185,7 @@ func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 		return nil, err
 	}
 	var list struct{ Data []json.RawMessage }
-	if err := json.Unmarshal(b, &list); err != nil || len(list.Data) == 0 {
+	if err := json.Unmarshal(b, &list); err != nil || !slices.ContainsFunc(list.Data, func(o json.RawMessage) bool { return modelID(o) != "" }) {
 		return nil, errors.Join(fmt.Errorf("%s/models answered something other than a list of models", t.base), err)
 	}
 	return list.Data, nil

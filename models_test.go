@@ -1,7 +1,9 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"maps"
 	"net/http"
@@ -100,6 +102,7 @@ func TestTheUpstreamsModelsAreListed(t *testing.T) {
 		check("a new one", `{"id":"live-2"},`+alias, 3)
 		for n, h := range []http.HandlerFunc{
 			list(""),
+			list(`{"name":"no-id"},{"id":1},7`),
 			func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "<html>") },
 			func(w http.ResponseWriter, r *http.Request) {
 				http.Redirect(w, r, "http://127.0.0.1/v1/models?x", http.StatusFound)
@@ -115,9 +118,26 @@ func TestTheUpstreamsModelsAreListed(t *testing.T) {
 		time.Sleep(modelsRetry)
 		var many sync.WaitGroup
 		for range 20 {
-			many.Go(func() { check("many at once", `{"id":"live-3"},`+alias, 9) })
+			many.Go(func() { check("many at once", `{"id":"live-3"},`+alias, 10) })
 		}
 		many.Wait()
+
+		// Who asked leaves, and others wait for the answer.
+		set(func(w http.ResponseWriter, r *http.Request) {
+			time.Sleep(2 * time.Second)
+			list(`{"id":"live-4"}`)(w, r)
+		})
+		time.Sleep(modelsFresh)
+		ctx, leave := context.WithTimeout(t.Context(), time.Second)
+		defer leave()
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://proxy/v1/models", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := b.client.Do(req); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("who leaves got %v", err)
+		}
+		check("for another", `{"id":"live-4"},`+alias, 11)
 	})
 }
 
