@@ -707,3 +707,18 @@ func BenchmarkMetrics(b *testing.B) {
 		}
 	})
 }
+
+// TestMetricsBlameQwenForNothingOfOurs: neither a client that left, nor a shutdown, nor a defect of the proxy is Qwen's failure.
+func TestMetricsBlameQwenForNothingOfOurs(t *testing.T) {
+	var m metrics
+	for _, err := range []*apiError{errNotTaken, toAPIError(context.Canceled), errShuttingDown, {status: 500, typ: typeServer, code: codeInternal}} {
+		m.ended(&exchange{called: true, err: err}, "", time.Second)
+		if n := m.upstreamFailures(); n != 0 {
+			t.Fatalf("%s counts as Qwen's failure", err.code)
+		}
+	}
+	m.ended(&exchange{called: true, err: errBroken}, "", time.Second)
+	if n := m.upstreamFailures(); n != 1 {
+		t.Errorf("%d failures, want that of the broken answer alone", n)
+	}
+}
