@@ -533,13 +533,16 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 	if res.StatusCode != http.StatusOK {
 		return p.failure(c, res, body)
 	}
+	stream := isEventStream(h.Get("Content-Type"))
+	if stream {
+		res.ContentLength = -1 // else ReverseProxy, which won't see the Content-Type, does not pass each event on at once
+	}
 	// Into a stream that is packed nothing can be put.
-	if body.sse = isEventStream(h.Get("Content-Type")) && h.Get("Content-Encoding") == ""; body.sse {
+	if body.sse = stream && h.Get("Content-Encoding") == ""; body.sse {
 		h["Cache-Control"] = []string{"no-cache"}
 		h["X-Accel-Buffering"] = []string{"no"} // nginx passes each event on at once then
 		// A comment or an error event may come on top of what is announced.
 		h.Del("Content-Length")
-		res.ContentLength = -1
 		c.x.mu.Lock()
 		c.x.sse = true
 		c.x.mu.Unlock()

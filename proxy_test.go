@@ -405,6 +405,34 @@ func TestEventsPassAsTheyCome(t *testing.T) {
 	}
 }
 
+// TestAPackedStreamPassesAsItComes: the proxy puts nothing into it, and holds nothing of it back either.
+func TestAPackedStreamPassesAsItComes(t *testing.T) {
+	release := make(chan struct{})
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Encoding", "gzip")
+		w.Header().Set("Content-Length", "8")
+		sse(w, "1234")
+		<-release
+		sse(w, "5678")
+	}, nil)
+	defer close(release)
+	req, err := http.NewRequest(http.MethodPost, p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Accept-Encoding", "gzip") // else the client unpacks
+	client := &http.Client{Timeout: 5 * time.Second}
+	res, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	first := make([]byte, 4)
+	if _, err := io.ReadFull(res.Body, first); err != nil || string(first) != "1234" {
+		t.Errorf("got %q, %v, while the upstream has more to come", first, err)
+	}
+}
+
 func TestAClientThatLeavesEndsTheUpstreamRequest(t *testing.T) {
 	for _, headers := range []bool{false, true} {
 		t.Run(fmt.Sprintf("after headers %v", headers), func(t *testing.T) {
