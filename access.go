@@ -65,9 +65,12 @@ func (a *access) follow(ctx context.Context, current []string) {
 			failed = err.Error()
 			a.log.Error("PROXY_API_KEYS_FILE can't be read any more; the last keys stay in use", "error", err)
 		case err == nil && !slices.Equal(next, current):
-			current, failed = next, ""
+			current = next
 			a.setKeys(next)
 			a.log.Info("the proxy's keys have changed", "keys", len(next))
+		}
+		if err == nil {
+			failed = ""
 		}
 	}
 }

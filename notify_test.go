@@ -309,3 +309,35 @@ func TestStatusOfASource(t *testing.T) {
 		})
 	}
 }
+
+// TestAFileThatIsLostAgainIsReportedAgain: it has been there in between, as it was.
+func TestAFileThatIsLostAgainIsReportedAgain(t *testing.T) {
+	t.Parallel()
+	for name, env := range map[string]map[string]string{
+		"PROXY_API_KEYS_FILE": {"QWEN_API_KEY": "sk-test"},
+		"QWEN_API_KEY_FILE":   {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file, socket := filepath.Join(t.TempDir(), "keys"), filepath.Join(shortDir(t), "notify")
+			if err := os.WriteFile(file, []byte("sk-key"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			m := newManager(t, socket)
+			env["NOTIFY_SOCKET"], env[name] = socket, file
+			p := startProcess(t, env, detached)
+			m.want(`READY=1`, `STATUS=Serving .*`)
+			for n := range 4 {
+				from, to := file, file+".away"
+				if n%2 == 1 {
+					from, to = to, from
+				}
+				if err := os.Rename(from, to); err != nil {
+					t.Fatal(err)
+				}
+				p.cmd.Process.Signal(syscall.SIGHUP)
+				m.want(`RELOADING=1\n.*`, `READY=1`)
+			}
+			p.stderr.await(t, `(?s)(can't be read any more.*can't be read any more)`)
+		})
+	}
+}

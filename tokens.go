@@ -356,9 +356,12 @@ func (s *tokenSource) followKey(ctx context.Context) {
 			failed = err.Error()
 			s.log.Error("QWEN_API_KEY_FILE can't be read any more; the last key stays in use", "error", err)
 		case err == nil && next != key:
-			key, failed = next, ""
+			key = next
 			s.setToken(&token{access: key})
 			s.log.Info("the API key has changed")
+		}
+		if err == nil {
+			failed = ""
 		}
 	}
 }
