@@ -110,7 +110,7 @@ func (a *access) guard(w http.ResponseWriter, r *http.Request) bool {
 
 var (
 	valueOrigin  = []string{"Origin"}
-	valueExposed = []string{"X-Request-ID, X-Upstream-Request-ID, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, Retry-After"}
+	valueExposed = []string{"X-Request-ID, Request-ID, X-Upstream-Request-ID, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, Retry-After"}
 )
 
 func originRefused() *apiError {
