@@ -315,8 +315,8 @@ func (s *tokenSource) follow() bool {
 	case err == nil && st.token == nil,
 		err == nil && t.access != st.token.access && (t.good(now) || !st.token.good(now)),
 		err == nil && t.refresh != st.token.refresh && st.refused != nil:
-		s.log.Info("another process has changed the credentials; using them", "token", t)
 		s.setToken(t)
+		s.log.Info("another process has changed the credentials; using them", "token", t)
 		if u := s.unserved.Load(); u != nil {
 			// It may be another account's, or the same one's whose refresh shall not lead to ours, and that to another.
 			s.unserved.Store(&unserved{since: now, last: u.last})
@@ -338,8 +338,8 @@ func (s *tokenSource) follow() bool {
 
 // signedOut drops the token, since the credential file says so.
 func (s *tokenSource) signedOut() {
-	s.log.Warn("signed out by another process")
 	s.update(func(st *authState) { *st = authState{signIn: signIn{ended: time.Now()}} })
+	s.log.Warn("signed out by another process")
 }
 
 // followKey puts a new API key into use when its file changes.
@@ -389,8 +389,8 @@ func (s *tokenSource) refresh(ctx context.Context) {
 	switch {
 	case err == nil:
 		s.refreshes[refreshed].Add(1)
-		s.log.Info("token refreshed", "expires", fresh.expiry)
 		s.setToken(fresh)
+		s.log.Info("token refreshed", "expires", fresh.expiry)
 	case errors.Is(err, errSignedOut):
 		s.signedOut()
 	case refused(err):
