@@ -320,6 +320,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 	}
 
 	base := baseURL(cfg, ln.Addr())
+	hangups := hangups() // before anybody can know that the program runs, and close its terminal
 	listening(base, tokens)
 	log.Info("listening", "address", ln.Addr().String(), "url", base, "version", version().Version)
 	warn(cfg, log, ln.Addr())
@@ -347,7 +348,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 	managerTold := make(chan struct{})
 	go func() {
 		defer close(managerTold)
-		manager.run(ctx, tokens, base, ln.Addr().Network() == "tcp" && !keys.required(), reload)
+		manager.run(ctx, tokens, base, ln.Addr().Network() == "tcp" && !keys.required(), hangups, reload)
 	}()
 
 	select {

@@ -50,16 +50,22 @@ func (n *notifier) sendStatus(status string) {
 	}
 }
 
-// run says that the server at url is ready, and from then on how it is, until ctx ends. On SIGHUP it calls reload. The
-// sign-in's link is shown only where open says that /auth shows it to everybody on this machine too.
-func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, open bool, reload func()) {
-	hangups := make(chan os.Signal, 1)
+// hangups returns where each SIGHUP arrives from now on, for good: once nobody asks for it, it ends the program, and with it
+// the streams that a shutdown waits for. At a terminal none arrives: there it says that the terminal is gone, and ends the
+// program, or under nohup does not.
+func hangups() <-chan os.Signal {
+	c := make(chan os.Signal, 1)
 	if tty, err := os.Open("/dev/tty"); err == nil {
-		tty.Close() // here SIGHUP says that the terminal is gone, which ends the program, or under nohup does not
+		tty.Close()
 	} else {
-		// For good: once nobody asks for it, SIGHUP ends the program, and with it the streams that a shutdown waits for.
-		signal.Notify(hangups, syscall.SIGHUP)
+		signal.Notify(c, syscall.SIGHUP)
 	}
+	return c
+}
+
+// run says that the server at url is ready, and from then on how it is, until ctx ends. It calls reload at each of hangups. The
+// sign-in's link is shown only where open says that /auth shows it to everybody on this machine too.
+func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, open bool, hangups <-chan os.Signal, reload func()) {
 	n.send("READY=1")
 	for ctx.Err() == nil {
 		st := tokens.state.Load()
