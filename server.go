@@ -1,0 +1,250 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"runtime"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// ballast is how much more garbage than by itself the collector lets gather, in bytes. It goes by the size of the heap, which
+// is so small here that it would run after every 4 MB, all the time under load. An array of this size, never touched and so
+// without memory of its own, counts as part of the heap: 6 % less CPU a request. GOGC=400 does the same, and would let
+// thousands of streams grow to five times their memory.
+const ballast = 8 << 20
+
+// serve runs the server until ctx ends and returns the exit status. It calls listening with a URL to reach it by.
+func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(base string, tokens *tokenSource)) int {
+	heap := make([]byte, ballast)
+	defer runtime.KeepAlive(heap)
+	log := newLogger(cfg, stderr)
+	ln, err := listen(cfg)
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy: %v\n", err)
+		return 1
+	}
+	m := &metrics{started: time.Now()}
+	tokens := newSource(cfg, log, stderr)
+	keys := newAccess(cfg, log)
+	h := &health{tokens: tokens, metrics: m}
+	requests, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cutOff(nil)
+	srv := &http.Server{
+		Handler:           newHandler(cfg, log, tokens, keys, m, h, newTransport()),
+		ReadHeaderTimeout: cfg.readTimeout,
+		// No ReadTimeout and no WriteTimeout: they bound the whole request and would cut long streams. The
+		// deadlines of bodies and writes move with each piece.
+		IdleTimeout:    2 * time.Minute,
+		MaxHeaderBytes: 64 << 10,
+		// net/http reserves a frame's announced length before any of it comes, by default up to 1 MiB a connection.
+		HTTP2:                        &http.HTTP2Config{MaxReadFrameSize: 16 << 10},
+		BaseContext:                  func(net.Listener) context.Context { return requests },
+		ConnContext:                  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		DisableGeneralOptionsHandler: true,
+	}
+	if cfg.tls {
+		srv.TLSConfig = tlsConfig(cfg, log)
+	}
+	reload := func() {
+		lookNow(ctx, keys.looks)
+		lookNow(ctx, tokens.looks)
+		if cfg.tls {
+			srv.TLSConfig.GetCertificate(nil)
+		}
+	}
+
+	base := baseURL(cfg, ln.Addr())
+	hangups := hangups() // before anybody can know that the program runs, and close its terminal
+	listening(base, tokens)
+	log.Info("listening", "address", ln.Addr().String(), "url", base, "version", version().Version)
+	warn(cfg, log, ln.Addr())
+
+	served := make(chan error, 1)
+	go func() {
+		if cfg.tls {
+			served <- srv.ServeTLS(ln, "", "")
+		} else {
+			served <- srv.Serve(ln)
+		}
+	}()
+	running, stopTokens := context.WithCancel(context.WithoutCancel(ctx))
+	go keys.follow(running, cfg.proxyKeys)
+	tokensDone := make(chan struct{})
+	go func() {
+		defer close(tokensDone)
+		tokens.run(running)
+	}()
+	defer func() {
+		stopTokens()
+		<-tokensDone // a refresh under way is stored first
+	}()
+	manager := &notifier{socket: cfg.notifySocket, log: log}
+	managerTold := make(chan struct{})
+	go func() {
+		defer close(managerTold)
+		manager.run(ctx, tokens, base, ln.Addr().Network() == "tcp" && !keys.required(), hangups, reload)
+	}()
+
+	select {
+	case err := <-served:
+		log.Error("the server failed", "error", err)
+		return 1
+	case <-ctx.Done():
+	}
+	h.stopping.Store(true)
+	<-managerTold
+	manager.stopping(m.inFlight.Load(), cfg.shutdownDelay+cfg.shutdownTimeout)
+	if cfg.shutdownDelay > 0 {
+		// Closing the listener resets connections that the kernel has taken and nobody has accepted. A load balancer must not
+		// send their requests again, since it can't know that nobody has read them, so it has to stop sending them before.
+		log.Info("not ready any more, and serving on until load balancers have noticed", "delay", cfg.shutdownDelay.String())
+		select {
+		case err := <-served:
+			log.Error("the server failed", "error", err)
+			return 1
+		case <-time.After(cfg.shutdownDelay):
+		}
+	}
+	log.Info("shutting down", "cause", context.Cause(ctx), "in_flight", m.inFlight.Load(), "timeout", cfg.shutdownTimeout.String())
+	deadline, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
+	defer cancel()
+	if err := srv.Shutdown(deadline); err != nil {
+		log.Warn("requests were still in flight and are cut off", "in_flight", m.inFlight.Load())
+		cutOff(errShuttingDown) // streams end with an error event
+		last, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if srv.Shutdown(last) != nil {
+			srv.Close()
+		}
+	}
+	log.Info("stopped")
+	return 0
+}
+
+// listen binds the address, and takes over a Unix socket that nobody listens on any more.
+func listen(cfg *config) (net.Listener, error) {
+	network, address := cfg.addr()
+	if network == "unix" {
+		if conn, err := net.Dial(network, address); err == nil {
+			conn.Close()
+		} else if info, err := os.Lstat(address); err == nil && info.Mode().Type() == fs.ModeSocket {
+			os.Remove(address) // left behind by a process that was killed
+		}
+	}
+	config := net.ListenConfig{Control: func(network, _ string, c syscall.RawConn) error {
+		if network == "unix" {
+			return nil
+		}
+		// Without the option the server serves all the same.
+		return c.Control(func(fd uintptr) { boundUnsent(fd, cfg.writeTimeout) })
+	}}
+	config.SetMultipathTCP(false) // its sockets don't know the option
+	ln, err := config.Listen(context.Background(), network, address)
+	if network == "tcp" && errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("%w: stop the other program, or set SERVER_PORT to another port", err)
+	}
+	return ln, err
+}
+
+// baseURL returns the URL by which this machine reaches the server that listens on a.
+func baseURL(cfg *config, a net.Addr) string {
+	tcp, ok := a.(*net.TCPAddr)
+	if !ok {
+		return "unix:" + a.String()
+	}
+	scheme := "http"
+	if cfg.tls {
+		scheme = "https"
+	}
+	host := tcp.IP.String()
+	if tcp.IP.IsUnspecified() {
+		host = "localhost"
+	}
+	return scheme + "://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
+}
+
+// reachable returns the host to connect to for a server that is bound to host.
+func reachable(host string) string {
+	addr, err := netip.ParseAddr(host)
+	switch {
+	case err != nil || !addr.IsUnspecified():
+		return host
+	case addr.Is4():
+		return "127.0.0.1"
+	}
+	return "::1"
+}
+
+// warn logs what is allowed but may not be meant.
+func warn(cfg *config, log *slog.Logger, a net.Addr) {
+	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() {
+		log.Warn("anyone who can reach this address can spend this account: set PROXY_API_KEYS, or SERVER_HOST=127.0.0.1", "address", a.String())
+	}
+	if cfg.apiKey != "" {
+		if problem := planMismatch(cfg.apiKey, keyBase(cfg)); problem != "" {
+			log.Warn(problem, "base_url", keyBase(cfg).String())
+		}
+	}
+	for _, u := range []*url.URL{cfg.apiBase, cfg.oauthBase} {
+		if u != nil && u.Scheme == "http" && !isLoopback(u.Hostname()) {
+			log.Warn("credentials go over the network unencrypted: use https", "url", u.String())
+		}
+	}
+}
+
+// tlsConfig serves the certificate in the files as they are now: a renewed one is picked up without a restart,
+// and a broken renewal leaves the old one in use. They are looked at every ten seconds at most, and at once for no hello.
+func tlsConfig(cfg *config, log *slog.Logger) *tls.Config {
+	var mu sync.Mutex
+	var current *tls.Certificate
+	var modified, looked time.Time
+	var problem string // as it was logged last
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		// For TLS 1.2; all those of 1.3 are AEAD.
+		CipherSuites: []uint16{
+			tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+			tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+		},
+		GetCertificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			if hello != nil && current != nil && time.Since(looked) < 10*time.Second {
+				return current, nil
+			}
+			looked = time.Now()
+			info, err := os.Stat(cfg.certFile)
+			if err == nil && current != nil && info.ModTime().Equal(modified) {
+				return current, nil
+			}
+			pair, pairErr := tls.LoadX509KeyPair(cfg.certFile, cfg.keyFile)
+			if err = errors.Join(err, pairErr); err != nil {
+				if current == nil {
+					return nil, err
+				}
+				if err.Error() != problem {
+					problem = err.Error()
+					log.Error("the renewed certificate can't be used; the old one stays in use", "error", err)
+				}
+				return current, nil
+			}
+			current, modified, problem = &pair, info.ModTime(), ""
+			return current, nil
+		},
+	}
+}
