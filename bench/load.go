@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"net"
 	"net/http/httputil"
 	"slices"
+	"strconv"
 	"sync/atomic"
 	"time"
 )
@@ -153,6 +155,52 @@ func openStreams(in *instance, streams int, every, d time.Duration) (*loadResult
 		})
 		return times, err
 	})
+}
+
+// burstSize is how many events arrive together in a burst.
+const burstSize = 100
+
+// bursts reads a stream whose events come in bursts, and returns in how many chunks an event arrived: the writes of the program.
+func bursts(in *instance) (float64, error) {
+	s := spec{chunks: 10 * burstSize, every: 20 * time.Millisecond, burst: burstSize}
+	conn, br, err := dial(in.addr, patience)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	if _, err := conn.Write(request(in.addr, smallBody, s)); err != nil {
+		return 0, err
+	}
+	if h, err := readHead(br); err != nil || h.status != 200 || !h.chunked {
+		return 0, fmt.Errorf("no chunked stream but status %d: %w", h.status, err)
+	}
+	for chunks := 0; ; chunks++ {
+		line, err := br.ReadSlice('\n')
+		if err != nil {
+			return 0, err
+		}
+		size, err := strconv.ParseInt(string(bytes.TrimSpace(line)), 16, 32)
+		if err != nil {
+			return 0, fmt.Errorf("a chunk of size %q", line)
+		}
+		if size == 0 {
+			return float64(chunks) / float64(s.chunks), nil
+		}
+		if _, err := br.Discard(int(size) + len("\r\n")); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// stall opens a stream through in and reads nothing of it until the returned function is called.
+func stall(in *instance) (end func(), err error) {
+	conn, _, err := dial(in.addr, patience)
+	if err != nil {
+		return nil, err
+	}
+	conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+	_, err = conn.Write(request(in.addr, smallBody, spec{chunks: 1 << 20, every: time.Millisecond, burst: burstSize}))
+	return func() { conn.Close() }, err
 }
 
 // readStream sends req and reads the stream that answers it, of which every byte has to be as the upstream sent it. It calls arrived

@@ -2,11 +2,11 @@
 
 // Bench compares what qwen-go-proxy costs with what other reverse proxies cost, on Linux:
 //
-//	go run . [-quick] [-rounds n] [-duration d] [-only names] [-what names] [-upstream plain|tls1|tls2] [-proxy [name=]file]…
+//	go run . [-quick] [-rounds n] [-duration d] [-only names] [-what names] [-upstream plain|tls1|tls2] [-svg file] [-proxy [name=]file]…
 //
 // It builds the qwen-go-proxy in the directory above, or takes the builds that -proxy names, and runs each as it is by default:
 // the access log at info level to a file, the limiter on. Beside it run a bare httputil.ReverseProxy that is tuned and does nothing but
-// forward ("bare"), and nginx, HAProxy and Caddy where they are installed, configured to keep connections open and to pass streams on
+// forward ("bare"), a second copy of it ("bare-2"), and nginx, HAProxy and Caddy where they are installed, configured to keep connections open and to pass streams on
 // at once; "direct" is the load without a program between. nginx writes an access log too, the others write none. All stand
 // before the same upstream, a process of its own, and under the same load, which comes from this process over raw connections. Every byte of
 // every answer is checked.
@@ -18,6 +18,8 @@
 //	          takes all the machine has, upstream and clients too, so the requests a second say less than the CPU time.
 //	sse       CPU time an event of 200 bytes, of 64 streams with an event every 10 ms each, and how old events are when they arrive:
 //	          they carry the time at which the upstream sent them, by the clock that all processes share.
+//	burst     how many writes the program makes of an event where 100 events arrive together.
+//	stalled   how old events are when they arrive over 5,000 streams, without and with one client that does not read.
 //	streams   memory a stream while 10,000 (-streams) are open and have brought events: growth over the idle process, RSS of one process,
 //	          the sum of PSS of several. Each stream goes on to its end afterwards, and has to be complete.
 //	          nginx takes most of that memory at its start already.
@@ -31,7 +33,12 @@
 // round, since what disturbs both cancels out there; it says more than the figures it is made of. The programs start anew in each round, and
 // for the memory start by themselves, in three rounds at most.
 //
-// Two builds are compared best by many short slices:
+// The two copies of the bare proxy are the same program, so what their ratio is off from 1 is the machine's doing. A run where it is off by
+// more than 3 %, or whose load average at the start is above 0.5, says that its figures can't be believed.
+//
+// -svg writes a bar chart of the CPU time of a 2 KB request and of the memory of a stream.
+//
+// To compare two builds, use many short slices:
 //
 //	go run . -proxy old=/tmp/old -proxy new=/tmp/new -only bare -what 2k,sse -rounds 20 -duration 1s
 package main
@@ -96,14 +103,19 @@ type measurement struct {
 	name    string
 	title   string
 	columns []column
+	steady  bool // two copies of one program get the same figures on a quiet machine
 	// slice measures a running program once, a value a column. It is nil where it takes more than that.
 	slice func(in *instance, d time.Duration) ([]float64, error)
 }
+
+// manyStreams is how many streams a client that does not read could hinder.
+func manyStreams(streams int) int { return min(streams, 5000) }
 
 func measurements(streams int) []*measurement {
 	loop := func(name string, size int) *measurement {
 		return &measurement{
 			name:    name,
+			steady:  true,
 			title:   fmt.Sprintf("Requests with a body of %d KB, %d clients", size>>10, clients),
 			columns: []column{{"CPU µs a request", 1}, {"requests/s", 0}, {"p50 ms", 2}, {"p99 ms", 2}},
 			slice: func(in *instance, d time.Duration) ([]float64, error) {
@@ -120,6 +132,7 @@ func measurements(streams int) []*measurement {
 		loop("100k", largeBody),
 		{
 			name:    "sse",
+			steady:  true,
 			title:   fmt.Sprintf("Server-sent events of %d bytes, %d streams with one every %v", eventSize, sseOpen, sseEvery),
 			columns: []column{{"CPU µs an event", 1}, {"events/s", 0}, {"age p50 µs", 0}, {"age p99 µs", 0}},
 			slice: func(in *instance, d time.Duration) ([]float64, error) {
@@ -131,7 +144,38 @@ func measurements(streams int) []*measurement {
 			},
 		},
 		{
+			name:    "burst",
+			title:   fmt.Sprintf("Bursts of %d events that arrive together", burstSize),
+			columns: []column{{"writes an event", 3}},
+			slice: func(in *instance, _ time.Duration) ([]float64, error) {
+				writes, err := bursts(in)
+				return []float64{writes}, err
+			},
+		},
+		{
+			name:    "stalled",
+			title:   fmt.Sprintf("%d streams with an event a second, without and with one client that does not read", manyStreams(streams)),
+			columns: []column{{"age p99 ms", 2}, {"with it", 2}},
+			slice: func(in *instance, d time.Duration) ([]float64, error) {
+				without, err := openStreams(in, manyStreams(streams), time.Second, d)
+				if err != nil {
+					return nil, err
+				}
+				end, err := stall(in)
+				if err != nil {
+					return nil, err
+				}
+				defer end()
+				with, err := openStreams(in, manyStreams(streams), time.Second, d)
+				if err != nil {
+					return nil, err
+				}
+				return []float64{quantile(without.times, 0.99) / 1e6, quantile(with.times, 0.99) / 1e6}, nil
+			},
+		},
+		{
 			name:    "streams",
+			steady:  true,
 			title:   fmt.Sprintf("Memory with %d streams open", streams),
 			columns: []column{{"kB a stream", 1}, {"idle MB", 1}, {"MB in all", 0}},
 		},
@@ -151,6 +195,7 @@ type comparison struct {
 	duration     time.Duration
 	streams      int
 	mode         string
+	load         float64 // the load average at the start
 
 	dir      string
 	upstream *upstreamProcess
@@ -169,8 +214,9 @@ func compare(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	flags.DurationVar(&c.duration, "duration", 2*time.Second, "length of one slice")
 	flags.IntVar(&c.streams, "streams", 10_000, "streams that are open while memory is measured")
 	flags.StringVar(&c.mode, "upstream", "plain", "what the upstream speaks: plain (HTTP/1.1), tls1 (HTTP/1.1 over TLS) or tls2 (HTTP/2 over TLS)")
-	only := flags.String("only", "", "programs to run: qwen-go-proxy, bare, nginx, haproxy, caddy, direct, comma-separated; those of -proxy run always")
-	what := flags.String("what", "", "what to measure: 2k, 100k, sse, streams, start, comma-separated")
+	only := flags.String("only", "", "programs to run: qwen-go-proxy, bare (its copy goes with it), nginx, haproxy, caddy, direct, comma-separated; those of -proxy run always")
+	svg := flags.String("svg", "", "`file` to write a bar chart to")
+	what := flags.String("what", "", "what to measure: 2k, 100k, sse, burst, stalled, streams, start, comma-separated")
 	source := flags.String("source", "..", "directory of the qwen-go-proxy to build where there is no -proxy")
 	flags.Func("proxy", "`[name=]file`, a build of qwen-go-proxy; may be repeated, and the first is what the others are compared with", func(s string) error {
 		name, file, ok := strings.Cut(s, "=")
@@ -230,11 +276,15 @@ func compare(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	defer c.upstream.stop()
 
 	began := time.Now()
+	c.load = loadAverage()
 	err = c.measure(ctx)
-	fmt.Fprintf(stdout, "qwen-go-proxy and others before an upstream that speaks %s: %d rounds in %v, slices of %v\n%s, %d CPUs, load average %s\n",
+	fmt.Fprintf(stdout, "qwen-go-proxy and others before an upstream that speaks %s: %d rounds in %v, slices of %v\n%s, %s, %d CPUs (%s), load average %.2f at the start\n",
 		map[string]string{"plain": "HTTP/1.1", "tls1": "HTTP/1.1 over TLS", "tls2": "HTTP/2 over TLS"}[c.mode],
-		c.rounds, time.Since(began).Round(time.Second), c.duration, runtime.Version(), runtime.NumCPU(), loadAverage())
+		c.rounds, time.Since(began).Round(time.Second), c.duration, began.Format(time.DateOnly), runtime.Version(), runtime.NumCPU(), processor(), c.load)
 	c.report(stdout)
+	if *svg != "" && err == nil {
+		err = os.WriteFile(*svg, c.chart(), 0o644)
+	}
 	if len(c.failures) > 0 {
 		err = errors.Join(err, fmt.Errorf("this failed:\n%s", strings.Join(c.failures, "\n")))
 	}
@@ -286,6 +336,9 @@ func (c *comparison) choosePrograms(only, source string) error {
 	given := len(c.programs) > 0
 	if !given {
 		all = slices.Insert(all, 0, &program{name: "qwen-go-proxy", ours: true, command: oursCommand})
+	}
+	if slices.Contains(strings.Split(only, ","), "bare") {
+		only += ",bare-2" // the copy goes with it
 	}
 	chosen, err := choose(all, only, func(p *program) string { return p.name })
 	if err != nil {
@@ -428,7 +481,7 @@ func (in *instance) startFigures() ([]float64, error) {
 		return nil, err
 	}
 	size := float64(info.Size()) / 1e6
-	if in.program.name == "bare" {
+	if strings.HasPrefix(in.program.name, "bare") {
 		size = math.NaN() // the bench is in the same file
 	}
 	idle, err := memory(in.pids)
@@ -473,15 +526,65 @@ func (c *comparison) report(w io.Writer) {
 	if len(builds) > 1 {
 		bases = append(bases, builds[0])
 	}
+	fmt.Fprintf(w, "%s\n", c.trust())
 	for _, m := range c.measurements {
 		c.results.table(w, m, names, bases)
 	}
 }
 
-func loadAverage() string {
+const (
+	maxLoad = 0.5  // load average at the start of a run that can be believed
+	maxOff  = 0.03 // how far the two copies of the bare proxy may be apart
+)
+
+// trust says whether the run's figures can be believed, and why not.
+func (c *comparison) trust() string {
+	var why, ratios []string
+	if c.load > maxLoad {
+		why = append(why, fmt.Sprintf("the load average at the start was %.2f, more than %.1f", c.load, maxLoad))
+	}
+	for _, m := range c.measurements {
+		bare, again := c.results[m.name]["bare"], c.results[m.name]["bare-2"]
+		if !m.steady || bare == nil || again == nil {
+			continue
+		}
+		ratio := again[0].over(bare[0]).spread().median
+		ratios = append(ratios, fmt.Sprintf("%s %.3f", m.name, ratio))
+		if !(math.Abs(ratio-1) <= maxOff) { // NaN is off too
+			why = append(why, fmt.Sprintf("the two copies of the bare proxy differ by more than %.0f %% in %s", 100*maxOff, m.name))
+		}
+	}
+	text := "The bare proxy against its copy: " + strings.Join(ratios, ", ")
+	if len(ratios) == 0 {
+		why = append(why, "the bare proxy did not run")
+		text = "The bare proxy was not compared with a copy"
+	}
+	if len(why) == 0 {
+		return text + ". The figures can be believed."
+	}
+	return text + ".\nUNRELIABLE: " + strings.Join(why, "; ") + ". Run it again on an idle machine."
+}
+
+// loadAverage returns the load average of the last minute.
+func loadAverage() float64 {
 	text, _ := os.ReadFile("/proc/loadavg")
 	first, _, _ := strings.Cut(string(text), " ")
-	return first
+	load, err := strconv.ParseFloat(first, 64)
+	if err != nil {
+		return math.Inf(1) // what is not known can't be believed
+	}
+	return load
+}
+
+// processor returns the name of the machine's processor, as far as it is known.
+func processor() string {
+	text, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(text)) {
+		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+			return strings.TrimSpace(value)
+		}
+	}
+	return runtime.GOARCH
 }
 
 // An upstreamProcess is the upstream in a process of its own.

@@ -38,9 +38,9 @@ func TestSmoke(t *testing.T) {
 				}
 			}
 			for _, name := range programs {
-				want := 5
+				want := 7
 				if name == direct {
-					want = 3 // it is no process that has memory, or starts
+					want = 5 // it is no process that has memory, or starts
 				}
 				// The first line of the report begins with a name too.
 				if name == "qwen-go-proxy" {
@@ -49,6 +49,30 @@ func TestSmoke(t *testing.T) {
 				if lines[name] != want {
 					t.Errorf("%d lines of %s, want %d, in\n%s", lines[name], name, want, stdout.String())
 				}
+			}
+		})
+	}
+}
+
+func TestTrust(t *testing.T) {
+	for _, tt := range []struct {
+		name       string
+		load, copy float64
+		want       string
+	}{
+		{"a quiet machine", 0.5, 1.02, "The bare proxy against its copy: 2k 1.020. The figures can be believed."},
+		{"a busy machine", 0.51, 1, "UNRELIABLE: the load average at the start was 0.51"},
+		{"copies that differ", 0, 0.96, "UNRELIABLE: the two copies of the bare proxy differ by more than 3 % in 2k"},
+		{"no copy", 0, 0, "UNRELIABLE: the bare proxy did not run"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := &comparison{measurements: measurements(100), results: results{}, load: tt.load}
+			if tt.copy > 0 {
+				c.results.add("2k", "bare", 0, 100)
+				c.results.add("2k", "bare-2", 0, 100*tt.copy)
+			}
+			if got := c.trust(); !strings.Contains(got, tt.want) {
+				t.Errorf("got %q, want %q in it", got, tt.want)
 			}
 		})
 	}

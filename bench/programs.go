@@ -278,6 +278,7 @@ func others(self string) []*program {
 	}
 	return []*program{
 		{name: "bare", file: self, command: bareCommand},
+		{name: "bare-2", file: self, command: bareCommand},
 		{name: "nginx", file: find("nginx"), command: configured(nginxConfig, nil, "-p", "{dir}", "-e", "{dir}/error.log", "-c", "{config}")},
 		{name: "haproxy", file: find("haproxy"), command: configured(haproxyConfig, map[string]string{
 			"tls1": "ssl verify none alpn http/1.1", "tls2": "ssl verify none alpn h2",

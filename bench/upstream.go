@@ -156,15 +156,17 @@ func (u *upstream) converse(conn net.Conn) {
 			_, err = conn.Write(wholeAnswer)
 		default:
 			b := append(make([]byte, 0, 1<<10), streamHead...)
-			err = u.stream(s, func(event []byte, last bool) error {
+			err = u.stream(s, func(event []byte) error {
 				b = fmt.Appendf(b, "%x\r\n%s\r\n", len(event), event)
-				if last {
-					b = append(b, "0\r\n\r\n"...)
-				}
+				return nil
+			}, func() error {
 				_, err := conn.Write(b)
 				b = b[:0]
 				return err
 			})
+			if err == nil {
+				_, err = io.WriteString(conn, "0\r\n\r\n")
+			}
 		}
 		if err != nil || h.close {
 			return
@@ -172,8 +174,8 @@ func (u *upstream) converse(conn net.Conn) {
 	}
 }
 
-// stream sends the events that s asks for, each by itself.
-func (u *upstream) stream(s spec, send func(event []byte, last bool) error) error {
+// stream adds the events that s asks for, and flushes behind each burst of them.
+func (u *upstream) stream(s spec, add func(event []byte) error, flush func() error) error {
 	u.mu.Lock()
 	gate := u.gate
 	u.mu.Unlock()
@@ -184,14 +186,21 @@ func (u *upstream) stream(s spec, send func(event []byte, last bool) error) erro
 			<-gate
 			due = time.Now()
 		}
-		time.Sleep(time.Until(due))
-		due = due.Add(s.every)
+		if k%max(1, s.burst) == 0 {
+			time.Sleep(time.Until(due))
+			due = due.Add(s.every)
+		}
 		b = appendEvent(b[:0], k, monotonic())
-		if err := send(b, false); err != nil {
+		if err := add(b); err != nil {
 			return err
 		}
+		if (k+1)%max(1, s.burst) == 0 {
+			if err := flush(); err != nil {
+				return err
+			}
+		}
 	}
-	return send([]byte(doneEvent), true)
+	return errors.Join(add([]byte(doneEvent)), flush())
 }
 
 // ServeHTTP answers over HTTP/2.
@@ -214,10 +223,8 @@ func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	h.Set("Content-Type", "text/event-stream;charset=UTF-8")
-	u.stream(s, func(event []byte, _ bool) error {
-		if _, err := w.Write(event); err != nil {
-			return err
-		}
-		return http.NewResponseController(w).Flush()
-	})
+	u.stream(s, func(event []byte) error {
+		_, err := w.Write(event)
+		return err
+	}, http.NewResponseController(w).Flush)
 }

@@ -118,13 +118,16 @@ func endOfChunks(br *bufio.Reader) error {
 // asks for the JSON answer.
 type spec struct {
 	chunks int           // events of a stream, [DONE] not counted
-	every  time.Duration // between two
+	every  time.Duration // between two writes
+	burst  int           // events in one write; 0 is 1
 	hold   bool          // after half of them the upstream waits until it is told to go on
 }
 
 const specMark = `"user":"bench `
 
-func (s spec) String() string { return fmt.Sprintf("bench %d %d %t", s.chunks, s.every, s.hold) }
+func (s spec) String() string {
+	return fmt.Sprintf("bench %d %d %d %t", s.chunks, s.every, s.burst, s.hold)
+}
 
 // parseSpec finds the spec in the beginning of a request's body.
 func parseSpec(body []byte) (s spec, err error) {
@@ -132,7 +135,7 @@ func parseSpec(body []byte) (s spec, err error) {
 	if !ok {
 		return s, errors.New("the request is not of the bench's: it has no spec")
 	}
-	_, err = fmt.Sscanf(string(rest), `%d %d %t`, &s.chunks, &s.every, &s.hold)
+	_, err = fmt.Sscanf(string(rest), `%d %d %d %t`, &s.chunks, &s.every, &s.burst, &s.hold)
 	return s, err
 }
 

@@ -93,7 +93,7 @@ func TestReadWhole(t *testing.T) {
 
 func TestRequestHasItsSizeAndSpec(t *testing.T) {
 	for _, size := range []int{smallBody, largeBody} {
-		want := spec{chunks: 12, every: 10 * time.Millisecond, hold: true}
+		want := spec{chunks: 12, every: 10 * time.Millisecond, burst: 3, hold: true}
 		req, err := http.ReadRequest(bufio.NewReader(bytes.NewReader(request("127.0.0.1:80", size, want))))
 		if err != nil {
 			t.Fatal(err)
