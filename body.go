@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,6 +44,13 @@ type requestBody struct {
 
 // read reads r's body to its end. The caller releases it. The error is an *apiError.
 func (b *bodyReader) read(w http.ResponseWriter, r *http.Request) (*requestBody, error) {
+	for _, coding := range r.Header["Content-Encoding"] {
+		if coding != "" && !strings.EqualFold(coding, "identity") {
+			closeAfter(w, r)
+			return nil, &apiError{status: http.StatusUnsupportedMediaType, typ: typeInvalidRequest, code: "compressed_body",
+				message: "The request body is compressed (Content-Encoding). Send it uncompressed."}
+		}
+	}
 	if r.ContentLength > b.max {
 		closeAfter(w, r)
 		return nil, b.tooLarge()

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
@@ -231,6 +232,43 @@ func TestBadRequestsStayHere(t *testing.T) {
 	wantError(t, res, body, 413, typeInvalidRequest, "request_too_large")
 	if n := calls.Load(); n != 0 {
 		t.Errorf("%d requests reached the API", n)
+	}
+}
+
+func TestACompressedRequestIsRefused(t *testing.T) {
+	var calls atomic.Int32
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		calls.Add(1)
+		answerJSON(w, 200, "{}")
+	}, nil)
+	var packed bytes.Buffer
+	gz := gzip.NewWriter(&packed)
+	io.WriteString(gz, `{"messages":[]}`)
+	gz.Close()
+	send := func(body io.Reader, codings ...string) (*http.Response, string) {
+		req, _ := http.NewRequest("POST", p.url+"/v1/chat/completions", body)
+		req.Header["Content-Encoding"] = codings
+		res, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		text, _ := io.ReadAll(res.Body)
+		return res, string(text)
+	}
+	for _, codings := range [][]string{{"gzip"}, {"identity, gzip"}, {"identity", "br"}, {"zstd"}} {
+		res, body := send(bytes.NewReader(packed.Bytes()), codings...)
+		if e := wantError(t, res, body, 415, typeInvalidRequest, "compressed_body"); !strings.Contains(e.Error.Message, "Send it uncompressed") {
+			t.Errorf("%q: message %q", codings, e.Error.Message)
+		}
+	}
+	if n := calls.Load(); n != 0 {
+		t.Errorf("%d compressed requests reached the API", n)
+	}
+	for _, coding := range []string{"identity", "Identity", ""} {
+		if res, body := send(strings.NewReader(`{"messages":[]}`), coding); res.StatusCode != 200 {
+			t.Errorf("%q: %s %s", coding, res.Status, body)
+		}
 	}
 }
 
