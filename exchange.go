@@ -34,10 +34,11 @@ type exchange struct {
 	bytes     int64      // of the body
 	firstByte time.Time  // zero until a byte of the body is written
 	lastWrite time.Time
-	deadline  time.Time // of the connection's writes
-	sse       bool      // the body is an event stream
-	tail      [4]byte   // the last bytes of an event stream
-	done      bool      // the handler has returned: w is no longer ours
+	deadline  time.Time   // of the connection's writes
+	sse       bool        // the body is an event stream
+	beat      *time.Timer // writes the stream's keep-alives; nil for none
+	tail      [4]byte     // the last bytes of an event stream
+	done      bool        // the handler has returned: w is no longer ours
 }
 
 // exchangeOf returns the exchange that w is, in every handler behind track.
@@ -127,25 +128,33 @@ func (x *exchange) dropDeadline() {
 	}
 }
 
-// keepAlive writes a comment (WHATWG EventSource, "authors can include a comment line every 15 seconds or so")
-// where the client of an event stream has heard nothing for every and the stream stands between two events. It
-// returns how long it is until it should be called again.
-func (x *exchange) keepAlive(every time.Duration) time.Duration {
+// stream notes that the body is an event stream. Where its client has heard nothing for every, it gets a comment
+// (WHATWG EventSource, "authors can include a comment line every 15 seconds or so"); 0 for none.
+func (x *exchange) stream(every time.Duration) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.done || !x.sse || x.status == 0 {
-		return every
+	x.sse = true
+	if every > 0 {
+		x.beat = time.AfterFunc(every, func() { x.keepAlive(every) })
 	}
+}
+
+// keepAlive writes a comment where one is due and the stream stands between two events.
+func (x *exchange) keepAlive(every time.Duration) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.done {
+		return
+	}
+	next := every
 	if silent := time.Since(x.lastWrite); silent < every {
-		return every - silent
+		next -= silent
+	} else if x.status != 0 && betweenEvents(x.tail, x.bytes) {
+		if _, err := x.write([]byte(": keep-alive\n\n")); err == nil {
+			x.flush()
+		}
 	}
-	if !betweenEvents(x.tail, x.bytes) {
-		return every
-	}
-	if _, err := x.write([]byte(": keep-alive\n\n")); err == nil {
-		x.flush()
-	}
-	return every
+	x.beat.Reset(next)
 }
 
 // lastBytes returns the last four bytes of tail and p together.
@@ -203,6 +212,9 @@ func (x *exchange) finish(whole bool) {
 		x.renewDeadline()
 	}
 	x.done = true
+	if x.beat != nil {
+		x.beat.Stop()
+	}
 }
 
 // writeError answers a request with err, of which it writes nothing but the apiError's message. It is for

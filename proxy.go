@@ -132,10 +132,8 @@ type call struct {
 	completion *completion // nil but for a text completion
 	reused     atomic.Bool // the upstream connection had been used before, and has brought nothing yet
 
-	// The watch over Qwen's silences.
-	timer    *time.Timer
-	waiting  atomic.Int64 // since when Qwen is waited for, in ns after x.start; 0 while it is not
-	answered atomic.Bool  // the answer's headers have come
+	silence  *time.Timer // cuts the call off; it runs while the call waits for Qwen
+	answered atomic.Bool // the answer's headers have come
 }
 
 type callKey struct{}
@@ -283,11 +281,11 @@ func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
 	defer c.releaseBody()
 	r = p.watch(c, r)
 	defer c.cancel(nil)
-	defer c.timer.Stop()
+	defer c.silence.Stop()
 	p.reverse.ServeHTTP(w, r)
 }
 
-// watch returns the request that goes out for r, under the call's own context, and has look see to the call.
+// watch returns the request that goes out for r, under the call's own context. From now on the call waits for Qwen.
 func (p *proxy) watch(c *call, r *http.Request) *http.Request {
 	c.x.called = true
 	c.ctx, c.cancel = context.WithCancelCause(context.WithValue(r.Context(), callKey{}, c))
@@ -295,8 +293,7 @@ func (p *proxy) watch(c *call, r *http.Request) *http.Request {
 		GotConn:              func(info httptrace.GotConnInfo) { c.reused.Store(info.Reused) },
 		GotFirstResponseByte: func() { c.reused.Store(false) },
 	})
-	c.wait()
-	c.timer = time.AfterFunc(p.nextLook(c), func() { p.look(c) })
+	c.silence = time.AfterFunc(p.cfg.upstreamTimeout, c.silent)
 	r = r.WithContext(c.ctx)
 	r.Header = onward(r.Header) // from here on it is copied again and again
 	return r
@@ -324,55 +321,21 @@ func (c *call) releaseBody() {
 
 // answerBegan notes that the headers of Qwen's answer have come.
 func (p *proxy) answerBegan(c *call) {
-	c.releaseBody()
-	c.wait() // first: look measures the silence since by the limit that holds once it is answered
+	c.silence.Stop()
 	c.answered.Store(true)
-	c.timer.Reset(p.nextLook(c))
+	c.releaseBody()
 }
 
 // anthropic reports whether the call is to the Anthropic-compatible interface.
 func (c *call) anthropic() bool { return strings.HasPrefix(c.path, anthropic) }
 
-// wait notes that from now on Qwen is waited for.
-func (c *call) wait() { c.waiting.Store(int64(time.Since(c.x.start)) | 1) }
-
-// arrived notes that Qwen is not waited for: it's the client's turn.
-func (c *call) arrived() { c.waiting.Store(0) }
-
-// look ends a call that Qwen has been silent in for too long, and comforts a client that waits. It
-// runs seldom, and finds out from the times noted whether it is time: a timer moved at every chunk costs more.
-func (p *proxy) look(c *call) {
-	if p.patience(c) <= 0 {
-		if c.answered.Load() {
-			c.cancel(errStreamIdle)
-		} else {
-			c.cancel(errUpstreamTimeout)
-		}
-		return
-	}
-	if next := p.nextLook(c); c.ctx.Err() == nil {
-		c.timer.Reset(max(next, time.Millisecond))
-	}
-}
-
-// nextLook returns how long it is until look has something to do, having written a keep-alive where one is due.
-func (p *proxy) nextLook(c *call) time.Duration {
-	if !c.answered.Load() || p.cfg.keepAlive == 0 {
-		return p.patience(c)
-	}
-	return min(p.patience(c), c.x.keepAlive(p.cfg.keepAlive))
-}
-
-// patience returns how long Qwen may still be silent.
-func (p *proxy) patience(c *call) time.Duration {
-	limit := p.cfg.upstreamTimeout
+// silent cuts the call off, because Qwen has been silent for too long.
+func (c *call) silent() {
 	if c.answered.Load() {
-		limit = p.cfg.idleTimeout
+		c.cancel(errStreamIdle)
+	} else {
+		c.cancel(errUpstreamTimeout)
 	}
-	if since := c.waiting.Load(); since != 0 {
-		limit -= time.Since(c.x.start) - time.Duration(since)
-	}
-	return limit
 }
 
 // allowedRequestHeaders are those of the client's that Qwen needs, and Connection, by which ReverseProxy takes out what it
@@ -476,7 +439,7 @@ func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Res
 	}
 	req = req.Clone(c.ctx)
 	c.aim(req)
-	c.wait()
+	c.silence.Reset(p.cfg.upstreamTimeout)
 	if res, err = p.send(c, req); err != nil {
 		return nil, err
 	}
@@ -529,6 +492,7 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 		h["X-Upstream-Request-Id"] = []string{c.x.upstreamID}
 	}
 	res.Trailer = nil // else ReverseProxy announces its names; Read drops the values
+	res.Body = &upstreamBody{ReadCloser: res.Body, silence: c.silence, limit: p.cfg.idleTimeout}
 	body := &responseBody{call: c, res: res, src: res.Body}
 	if res.StatusCode != http.StatusOK {
 		return p.failure(c, res, body)
@@ -543,9 +507,7 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 		h["X-Accel-Buffering"] = []string{"no"} // nginx passes each event on at once then
 		// A comment or an error event may come on top of what is announced.
 		h.Del("Content-Length")
-		c.x.mu.Lock()
-		c.x.sse = true
-		c.x.mu.Unlock()
+		c.x.stream(p.cfg.keepAlive)
 		if c.completion != nil {
 			body.translated = c.completion.stream(body.src)
 		}

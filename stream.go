@@ -7,14 +7,28 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"time"
 )
 
 // errBroken ends an answer that Qwen did not finish.
 var errBroken = &apiError{status: http.StatusBadGateway, typ: typeStreaming, code: "upstream_broken",
 	message: "The connection to Qwen broke in the middle of its answer. Try again."}
 
-// A responseBody is Qwen's answer on its way through ReverseProxy. It passes every byte as it came, notes how
-// long Qwen takes, and sees to it that an answer that breaks off does not look whole: an event stream
+// An upstreamBody is the body of Qwen's answer as it comes. It bounds Qwen's silences: every byte counts, whatever
+// becomes of it. A client that takes its time does not.
+type upstreamBody struct {
+	io.ReadCloser
+	silence *time.Timer
+	limit   time.Duration
+}
+
+func (b *upstreamBody) Read(p []byte) (int, error) {
+	b.silence.Reset(b.limit)
+	defer b.silence.Stop()
+	return b.ReadCloser.Read(p)
+}
+
+// A responseBody is Qwen's answer on its way through ReverseProxy. It passes every byte as it came, and sees to it that an answer that breaks off does not look whole: an event stream
 // gets an error event, and Read's error makes ReverseProxy cut the client's connection short.
 type responseBody struct {
 	call       *call
@@ -36,7 +50,6 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	if b.err != nil {
 		return 0, b.err
 	}
-	b.call.wait()
 	var n int
 	var err error
 	if b.translated != nil {
@@ -44,7 +57,6 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	} else {
 		n, err = b.src.Read(p)
 	}
-	b.call.arrived()
 	if err == nil {
 		return n, nil
 	}
