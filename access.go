@@ -75,37 +75,73 @@ func (a *access) follow(ctx context.Context, current []string) {
 	}
 }
 
-// guard reports whether r comes under a name that can't be a foreign page's, and not from a foreign page. It answers the
-// others, and preflights. It sets the client's address.
-func (a *access) guard(w http.ResponseWriter, r *http.Request) bool {
-	x := exchangeOf(w)
-	peerTrusted := a.isTrusted(x.client)
-	if peerTrusted {
-		x.client = a.forwardedFor(x.client, r.Header["X-Forwarded-For"])
-		x.forwarded = true
+// A client is what the proxy knows of the client of one request.
+type client struct {
+	addr     netip.Addr // not valid where it is unknown: a Unix socket has no addresses
+	trusted  bool       // the request came from one of our reverse proxies
+	local    bool       // on this machine or in a private network
+	admitted bool       // it has one of the proxy's keys, or needs none
+	rate     rateKey    // what it counts by: its key, else its address, so that whoever guesses keys is limited too
+}
+
+// client returns what is known of the client of r.
+func (a *access) client(r *http.Request) client {
+	c := client{addr: clientAddr(r)}
+	_, forwardedFor := r.Header["X-Forwarded-For"]
+	_, forwarded := r.Header["Forwarded"]
+	if c.trusted = a.isTrusted(c.addr); c.trusted {
+		c.addr = a.forwardedFor(c.addr, r.Header["X-Forwarded-For"])
 	}
-	h := w.Header()
-	h["Vary"] = valueOrigin
-	if !a.required() && !peerTrusted && !a.isLocalName(r.Host) {
-		writeError(w, r, &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "host_not_allowed",
-			message: "Without PROXY_API_KEYS the proxy serves only IP addresses and local names, so that no web page can reach it by a name of its own. Set PROXY_API_KEYS, use the address, or name the reverse proxy in TRUSTED_PROXIES."})
-		return false
+	// What a proxy has forwarded that is none of TRUSTED_PROXIES comes from anywhere.
+	c.local = (c.trusted || !forwardedFor && !forwarded) &&
+		(!c.addr.IsValid() || c.addr.IsLoopback() || c.addr.IsPrivate() || c.addr.IsLinkLocalUnicast())
+	c.rate = addressKey(c.addr)
+	if c.admitted = !a.required(); c.admitted {
+		return c
+	}
+	d, ok := a.key(r)
+	if c.admitted = ok; ok {
+		c.rate = digestKey(d[:])
+	}
+	return c
+}
+
+// check reports why a request from c may not go on, whatever it asks for: it came under a name that a foreign page can have
+// pointed here, or from a foreign page.
+func (a *access) check(r *http.Request, c client) error {
+	if !a.required() && !c.trusted && !a.isLocalName(r.Host) {
+		return errHostNotAllowed
 	}
 	origin := r.Header.Get("Origin")
-	allowed := origin != "" && a.allowsOrigin(origin)
-	if allowed {
+	if origin != "" && a.allowsOrigin(origin) {
+		return nil
+	}
+	if isPreflight(r) || a.csrf.Check(r) != nil {
+		return errOriginNotAllowed
+	}
+	return nil
+}
+
+// Why a request does not go on.
+var (
+	errHostNotAllowed = &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "host_not_allowed",
+		message: "Without PROXY_API_KEYS the proxy serves only IP addresses and local names, so that no web page can reach it by a name of its own. Set PROXY_API_KEYS, use the address, or name the reverse proxy in TRUSTED_PROXIES."}
+	errOriginNotAllowed = &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "origin_not_allowed",
+		message: "Web pages of this origin may not use the proxy. Add the origin to CORS_ALLOWED_ORIGINS on the proxy if they may."}
+	errNoKey = &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
+		message: "The proxy needs one of its keys (PROXY_API_KEYS): send it as Authorization: Bearer, as x-api-key, or as the password of HTTP Basic.",
+		header:  http.Header{"Www-Authenticate": {`Basic realm="qwen-go-proxy", charset="UTF-8"`}}} // for browsers; RFC 7617
+	errNotLocal = &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "forbidden",
+		message: "Without PROXY_API_KEYS the proxy shows its sign-in to loopback and private addresses alone. Set PROXY_API_KEYS, or open /auth from the proxy's own network."}
+)
+
+// allowOrigin sets the CORS headers in h, by which a browser lets the page that sent r read the answer.
+func (a *access) allowOrigin(h http.Header, r *http.Request) {
+	h["Vary"] = valueOrigin
+	if origin := r.Header.Get("Origin"); origin != "" && a.allowsOrigin(origin) {
 		h["Access-Control-Allow-Origin"] = []string{origin}
 		h["Access-Control-Expose-Headers"] = valueExposed
 	}
-	if r.Method == http.MethodOptions && origin != "" && r.Header.Get("Access-Control-Request-Method") != "" {
-		a.preflight(w, r, allowed)
-		return false
-	}
-	if !allowed && a.csrf.Check(r) != nil {
-		writeError(w, r, originRefused())
-		return false
-	}
-	return true
 }
 
 var (
@@ -113,22 +149,18 @@ var (
 	valueExposed = []string{"X-Request-ID, Request-ID, X-Upstream-Request-ID, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, Retry-After"}
 )
 
-func originRefused() *apiError {
-	return &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "origin_not_allowed",
-		message: "Web pages of this origin may not use the proxy. Add the origin to CORS_ALLOWED_ORIGINS on the proxy if they may."}
+// isPreflight reports whether r is a CORS preflight (WHATWG Fetch, "CORS-preflight request").
+func isPreflight(r *http.Request) bool {
+	return r.Method == http.MethodOptions && r.Header.Get("Origin") != "" && r.Header.Get("Access-Control-Request-Method") != ""
 }
 
-// preflight answers a CORS preflight (WHATWG Fetch, "CORS-preflight request").
-func (a *access) preflight(w http.ResponseWriter, r *http.Request, allowed bool) {
-	if !allowed {
-		writeError(w, r, originRefused())
-		return
-	}
+// preflight answers a CORS preflight of an allowed origin.
+func preflight(w http.ResponseWriter, r *http.Request) {
 	h := w.Header()
 	h["Vary"] = []string{"Origin, Access-Control-Request-Method, Access-Control-Request-Headers"}
 	h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST")
 	if want := r.Header.Get("Access-Control-Request-Headers"); want != "" {
-		h.Set("Access-Control-Allow-Headers", want) // what a client sends, the proxy's allow-list sorts out
+		h.Set("Access-Control-Allow-Headers", want) // of what a client sends, the proxy passes on what it knows
 	}
 	h.Set("Access-Control-Max-Age", "7200")
 	w.WriteHeader(http.StatusNoContent)
@@ -197,40 +229,6 @@ func (a *access) forwardedFor(peer netip.Addr, lines []string) netip.Addr {
 		}
 	}
 	return client
-}
-
-// admit lets requests through to next that limiter admits, nil for none, and that carry a key where one is needed. A client
-// counts by its key, else by its address, so that whoever guesses keys is limited too.
-func (a *access) admit(limiter *rateLimiter, next http.HandlerFunc) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if (limiter == nil || limiter.admits(a.rateKey(w, r), w, r)) && a.permits(w, r) {
-			next(w, r)
-		}
-	})
-}
-
-// rateKey returns what r's client counts by.
-func (a *access) rateKey(w http.ResponseWriter, r *http.Request) rateKey {
-	x := exchangeOf(w)
-	if d, ok := a.key(r); ok {
-		x.keyed = true
-		return digestKey(d[:])
-	}
-	return addressKey(x.client)
-}
-
-// permits reports whether r carries a valid key, or none is needed, and answers r where it must not go on.
-func (a *access) permits(w http.ResponseWriter, r *http.Request) bool {
-	if !a.required() || exchangeOf(w).keyed { // rateKey has looked only where there is a limiter
-		return true
-	}
-	if _, ok := a.key(r); ok {
-		return true
-	}
-	w.Header().Set("WWW-Authenticate", `Basic realm="qwen-go-proxy", charset="UTF-8"`) // for browsers; RFC 7617
-	writeError(w, r, &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
-		message: "The proxy needs one of its keys (PROXY_API_KEYS): send it as Authorization: Bearer, as x-api-key, or as the password of HTTP Basic."})
-	return false
 }
 
 // key returns the digest of the key that r carries, and whether it is one of the proxy's. How long it takes says

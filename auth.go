@@ -39,12 +39,11 @@ type authAnswer struct {
 
 // auth handles GET /auth: it tells the state of the sign-in, as a page or as JSON, having started one where that
 // is needed. With ?watch, and for a HEAD, it starts nothing.
-func (s *tokenSource) auth(w http.ResponseWriter, r *http.Request) {
-	w.Header().Add("Vary", "Accept")
+func (s *tokenSource) auth(x *exchange, r *http.Request) error {
+	x.Header().Add("Vary", "Accept")
 	if site := r.Header.Get("Sec-Fetch-Site"); site == "cross-site" || site == "same-site" {
-		writeError(w, r, &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "cross_origin",
-			message: "Another site's page led here, and such a page may not start a sign-in. Type the address of the proxy's /auth into the browser."})
-		return
+		return &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "cross_origin",
+			message: "Another site's page led here, and such a page may not start a sign-in. Type the address of the proxy's /auth into the browser."}
 	}
 	page := prefersHTML(r)
 	start := r.Method != http.MethodHead && !r.URL.Query().Has("watch")
@@ -58,13 +57,14 @@ func (s *tokenSource) auth(w http.ResponseWriter, r *http.Request) {
 	a := s.authAnswer(r)
 	switch {
 	case page:
-		a.writePage(w)
+		a.writePage(x)
 	case start && (a.Status == signInStarting || a.Status == signInFailed):
-		writeError(w, r, &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "sign_in_unavailable", retryAfter: 5 * time.Second,
-			message: a.Message, err: s.state.Load().signIn.err})
+		return &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "sign_in_unavailable", retryAfter: 5 * time.Second,
+			message: a.Message, err: s.state.Load().signIn.err}
 	default:
-		writeJSON(w, http.StatusOK, a)
+		writeJSON(x, http.StatusOK, a)
 	}
+	return nil
 }
 
 // trouble returns what ready says of st or, where its token is still good but can't be renewed any more, that, and
@@ -235,21 +235,4 @@ func acceptWeight(accept, typ, subtype string) (weight float64) {
 		}
 	}
 	return weight
-}
-
-// private lets only clients on this machine or in a private network through: whoever completes a sign-in decides
-// whose account reads the prompts. What a proxy has forwarded that is none of TRUSTED_PROXIES comes from anywhere.
-func private(next http.HandlerFunc) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		x := exchangeOf(w)
-		_, forwardedFor := r.Header["X-Forwarded-For"]
-		_, forwarded := r.Header["Forwarded"]
-		a := x.client
-		if (forwardedFor || forwarded) && !x.forwarded || a.IsValid() && !a.IsLoopback() && !a.IsPrivate() && !a.IsLinkLocalUnicast() {
-			writeError(w, r, &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "forbidden",
-				message: "Without PROXY_API_KEYS the proxy shows its sign-in to loopback and private addresses alone. Set PROXY_API_KEYS, or open /auth from the proxy's own network."})
-			return
-		}
-		next(w, r)
-	}
 }

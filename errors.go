@@ -44,6 +44,7 @@ type apiError struct {
 	param      string        // the member of the request that is wrong; "" is JSON null
 	message    string        // says what to do next; no secrets, no message text
 	retryAfter time.Duration // the Retry-After header, rounded up to seconds; 0 for none
+	header     http.Header   // other headers of the answer; may be nil
 	err        error         // what happened, for the log alone; may be nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -20,8 +21,6 @@ type exchange struct {
 	rc           *http.ResponseController
 	ids          [1]string  // X-Request-ID, as the value of a header
 	client       netip.Addr // the client's; the zero Addr for a Unix socket's
-	forwarded    bool       // a trusted proxy has named the client
-	keyed        bool       // the request carries one of the proxy's keys
 	start        time.Time
 	writeTimeout time.Duration
 	http2        bool
@@ -40,9 +39,6 @@ type exchange struct {
 	tail      [4]byte     // the last bytes of an event stream
 	done      bool        // the handler has returned: w is no longer ours
 }
-
-// exchangeOf returns the exchange that w is, in every handler behind track.
-func exchangeOf(w http.ResponseWriter) *exchange { return w.(*exchange) }
 
 // id returns the request's X-Request-ID.
 func (x *exchange) id() string { return x.ids[0] }
@@ -217,18 +213,18 @@ func (x *exchange) finish(whole bool) {
 	}
 }
 
-// writeError answers a request with err, of which it writes nothing but the apiError's message. It is for
-// requests that have had no other answer yet.
-func writeError(w http.ResponseWriter, r *http.Request, err error) {
+// answerError answers with err, of which it writes nothing but the apiError's message. It is for requests that have had no
+// other answer yet.
+func (x *exchange) answerError(err error) {
 	e := toAPIError(err)
-	x := exchangeOf(w)
 	x.fail(e)
 	if e.status == statusClientClosedRequest {
-		// Nobody is there to read an answer. Who is, having closed but its own half of the connection, must not
-		// get the empty 200 of a handler that just returns.
+		// Nobody reads an answer. A client that has closed only its own half of the connection must not get the empty 200 of
+		// a handler that just returns.
 		panic(http.ErrAbortHandler)
 	}
-	h := w.Header()
+	h := x.Header()
+	maps.Copy(h, e.header)
 	if x.upstreamID != "" {
 		h.Set("X-Upstream-Request-Id", x.upstreamID)
 	}
@@ -237,8 +233,8 @@ func writeError(w http.ResponseWriter, r *http.Request, err error) {
 	if e.retryAfter > 0 {
 		h.Set("Retry-After", retryAfterSeconds(e.retryAfter))
 	}
-	w.WriteHeader(e.status)
-	w.Write(e.body(x.id())) // a client that's gone needs no answer
+	x.WriteHeader(e.status)
+	x.Write(e.body(x.id())) // a client that's gone needs no answer
 }
 
 // Header values that never change. net/http reads them only.
@@ -250,9 +246,9 @@ var (
 	valueClose      = []string{"close"}
 )
 
-// track is the outermost handler: it gives each request its exchange, id and security headers, answers
-// for a panic, and writes the access log.
-func track(cfg *config, log *slog.Logger, m *metrics, next http.HandlerFunc) http.Handler {
+// track is the outermost handler: it gives each request its exchange, id and security headers, calls next, answers for its
+// error or panic, and counts and logs the request.
+func track(cfg *config, log *slog.Logger, m *metrics, next handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		x := begin(cfg, w, r)
 		m.requests.Add(1)
@@ -268,7 +264,7 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.HandlerFunc) htt
 					message: "The proxy failed to handle the request. Its log says why."}
 				x.fail(err)
 				if x.status == 0 {
-					writeError(x, r, err)
+					x.answerError(err)
 					v = nil
 				}
 			}
@@ -282,7 +278,9 @@ func track(cfg *config, log *slog.Logger, m *metrics, next http.HandlerFunc) htt
 				panic(http.ErrAbortHandler) // an answer that was begun must not look whole
 			}
 		}()
-		next(x, r)
+		if err := next(x, r); err != nil {
+			x.answerError(err)
+		}
 	})
 }
 

@@ -34,13 +34,15 @@ func writeBody(w http.ResponseWriter, status int, b []byte) {
 }
 
 // root handles GET /.
-func (h *health) root(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]string{"message": "Qwen API proxy is running", "version": version().Version})
+func (h *health) root(x *exchange, _ *http.Request) error {
+	writeJSON(x, http.StatusOK, map[string]string{"message": "Qwen API proxy is running", "version": version().Version})
+	return nil
 }
 
 // live handles GET /health: the process serves.
-func (h *health) live(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, map[string]string{"status": "healthy"})
+func (h *health) live(x *exchange, _ *http.Request) error {
+	writeJSON(x, http.StatusOK, map[string]string{"status": "healthy"})
+	return nil
 }
 
 // reason returns why the server is not ready, nil where it is.
@@ -52,16 +54,17 @@ func (h *health) reason() *apiError {
 }
 
 // ready handles GET /health/ready.
-func (h *health) ready(w http.ResponseWriter, _ *http.Request) {
+func (h *health) ready(x *exchange, _ *http.Request) error {
 	if err := h.reason(); err != nil {
-		writeJSON(w, http.StatusServiceUnavailable, map[string]string{"status": "not_ready", "code": err.code, "reason": err.message})
-		return
+		writeJSON(x, http.StatusServiceUnavailable, map[string]string{"status": "not_ready", "code": err.code, "reason": err.message})
+		return nil
 	}
-	writeJSON(w, http.StatusOK, map[string]string{"status": "ready"})
+	writeJSON(x, http.StatusOK, map[string]string{"status": "ready"})
+	return nil
 }
 
 // detailed handles GET /health/detailed.
-func (h *health) detailed(w http.ResponseWriter, r *http.Request) {
+func (h *health) detailed(x *exchange, _ *http.Request) error {
 	type auth struct {
 		Method        string     `json:"method"` // "oauth" or "api_key"
 		Authenticated bool       `json:"authenticated"`
@@ -94,7 +97,7 @@ func (h *health) detailed(w http.ResponseWriter, r *http.Request) {
 	}
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
-	writeJSON(w, http.StatusOK, map[string]any{
+	writeJSON(x, http.StatusOK, map[string]any{
 		"status":         status,
 		"version":        version().Version,
 		"uptime_seconds": math.Round(time.Since(h.metrics.started).Seconds()),
@@ -108,6 +111,7 @@ func (h *health) detailed(w http.ResponseWriter, r *http.Request) {
 		"memory":     map[string]uint64{"heap_bytes": mem.HeapAlloc, "system_bytes": mem.Sys},
 		"goroutines": runtime.NumGoroutine(),
 		"auth":       a,
-		"request_id": exchangeOf(w).id(),
+		"request_id": x.id(),
 	})
+	return nil
 }

@@ -262,7 +262,7 @@ func TestReadiness(t *testing.T) {
 func readiness(t *testing.T, h *health) string {
 	t.Helper()
 	w := httptest.NewRecorder()
-	h.ready(w, nil)
+	h.ready(&exchange{w: w, rc: http.NewResponseController(w)}, nil)
 	var got struct{ Status, Code string }
 	if err := json.Unmarshal(w.Body.Bytes(), &got); err != nil {
 		t.Fatal(err)

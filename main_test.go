@@ -521,14 +521,14 @@ func TestPanicsStayInside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("/before", func(http.ResponseWriter, *http.Request) { panic("at once") })
-	mux.HandleFunc("/after", func(w http.ResponseWriter, r *http.Request) {
-		io.WriteString(w, "half an ans")
-		http.NewResponseController(w).Flush()
+	srv := httptest.NewServer(track(cfg, slog.New(slog.NewJSONHandler(&log, nil)), &metrics{}, func(x *exchange, r *http.Request) error {
+		if r.URL.Path == "/before" {
+			panic("at once")
+		}
+		io.WriteString(x, "half an ans")
+		http.NewResponseController(x).Flush()
 		panic("in the middle")
-	})
-	srv := httptest.NewServer(track(cfg, slog.New(slog.NewJSONHandler(&log, nil)), &metrics{}, mux.ServeHTTP))
+	}))
 	defer srv.Close()
 	res, err := http.Get(srv.URL + "/before")
 	if err != nil {

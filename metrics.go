@@ -27,16 +27,16 @@ type metrics struct {
 	upstreamRequests atomic.Int64 // sent to Qwen, and ended
 	upstreamErrors   [len(categories)]atomic.Int64
 
-	routes   []*route          // those that are registered
-	patterns map[string]*route // the same by their patterns, two each
-	other    route             // of requests that match none, or were turned away before one was looked for
+	routes   []*routeCounts          // those that are registered
+	patterns map[string]*routeCounts // the same by their patterns
+	other    routeCounts             // of requests that match none, or were turned away before one was looked for
 }
 
 // categories are the values of the category label: the types of errors that Qwen, or the way to it, can be the cause of.
 var categories = [...]string{typeAuthentication, typeConfiguration, typeInvalidRequest, typeNetwork, typeRateLimit, typeServer, typeStreaming}
 
-// A route counts the requests of one path that have ended.
-type route struct {
+// A routeCounts counts the requests of one route that have ended.
+type routeCounts struct {
 	path      string
 	statuses  [len(statusLabels)]atomic.Int64
 	duration  histogram // until the answer's end
@@ -91,36 +91,33 @@ func (h *histogram) observe(d time.Duration) {
 	h.sum.Add(int64(d))
 }
 
-// register makes a route for the requests that match pattern, the same for a path with and without /v1, of which the one
-// with it comes first. It must not be called any more once requests are served.
-func (m *metrics) register(pattern string) {
-	_, path, _ := strings.Cut(pattern, " ")
-	path = strings.NewReplacer("{$}", "", "...}", "}").Replace(path)
-	i := slices.IndexFunc(m.routes, func(r *route) bool { return r.path == path || r.path == "/v1"+path })
-	if i < 0 {
-		i = len(m.routes)
-		m.routes = append(m.routes, &route{path: path})
-	}
+// register makes counts for the route of path, which has these patterns. It must not be called any more once requests are
+// served.
+func (m *metrics) register(path string, patterns []string) {
 	if m.patterns == nil {
-		m.patterns = map[string]*route{}
+		m.patterns = map[string]*routeCounts{}
 	}
-	m.patterns[pattern] = m.routes[i]
+	counts := &routeCounts{path: path}
+	m.routes = append(m.routes, counts)
+	for _, pattern := range patterns {
+		m.patterns[pattern] = counts
+	}
 }
 
 // ended counts x, which took this long, for the route of pattern; "" where none has matched.
 func (m *metrics) ended(x *exchange, pattern string, took time.Duration) {
-	route := m.patterns[pattern]
-	if route == nil {
-		route = &m.other
+	counts := m.patterns[pattern]
+	if counts == nil {
+		counts = &m.other
 	}
 	i := uint8(0)
 	if status := x.outcome(); status >= 0 && status < len(statusIndex) {
 		i = statusIndex[status]
 	}
-	route.statuses[i].Add(1)
-	route.duration.observe(took)
+	counts.statuses[i].Add(1)
+	counts.duration.observe(took)
 	if !x.firstByte.IsZero() {
-		route.firstByte.observe(x.firstByte.Sub(x.start))
+		counts.firstByte.observe(x.firstByte.Sub(x.start))
 	}
 	if x.err != nil && x.err.code == codeRateLimit {
 		m.rateLimited.Add(1)
@@ -144,15 +141,16 @@ func (m *metrics) upstreamFailures() (n int64) {
 }
 
 // prometheus handles GET /metrics.
-func (h *health) prometheus(w http.ResponseWriter, _ *http.Request) {
+func (h *health) prometheus(x *exchange, _ *http.Request) error {
 	p := page{b: make([]byte, 0, 32<<10)}
 	p.server(h.metrics)
 	p.health(h)
 	p.process(h.metrics.started)
 	p.runtime()
-	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-	w.Header().Set("Cache-Control", "no-store")
-	w.Write(p.b)
+	x.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	x.Header().Set("Cache-Control", "no-store")
+	x.Write(p.b)
+	return nil
 }
 
 // A page is in Prometheus' text format, version 0.0.4: families of samples.
@@ -197,8 +195,8 @@ func (p *page) server(m *metrics) {
 	p.begin("qwen_proxy_build_info", "gauge", "What is running; always 1.")
 	p.add(1, "version", v.Version, "commit", v.Commit, "goversion", v.Go)
 
-	routes := slices.Concat(m.routes, []*route{&m.other})
-	label := func(r *route) string {
+	routes := slices.Concat(m.routes, []*routeCounts{&m.other})
+	label := func(r *routeCounts) string {
 		if r == &m.other {
 			return "other"
 		}

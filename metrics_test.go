@@ -657,7 +657,7 @@ const chatPattern = "POST /v1/chat/completions"
 
 // endedExchange is a request that has been answered, for what counts it.
 func endedExchange(m *metrics) *exchange {
-	m.register(chatPattern)
+	m.register("/v1/chat/completions", []string{chatPattern})
 	start := time.Now()
 	return &exchange{start: start, firstByte: start.Add(700 * time.Millisecond), status: http.StatusOK, called: true}
 }

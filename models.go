@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/http"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 )
@@ -191,16 +192,20 @@ func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 	return list.Data, nil
 }
 
-func (m *models) all(w http.ResponseWriter, r *http.Request) {
-	writeBody(w, http.StatusOK, m.list(r.Context()).body)
+// all handles GET /v1/models.
+func (m *models) all(x *exchange, r *http.Request) error {
+	writeBody(x, http.StatusOK, m.list(r.Context()).body)
+	return nil
 }
 
-func (m *models) one(w http.ResponseWriter, r *http.Request) {
-	id := r.PathValue("id")
-	if model, ok := m.list(r.Context()).byID[id]; ok {
-		writeBody(w, http.StatusOK, model)
-		return
+// one handles GET /v1/models/{id}.
+func (m *models) one(x *exchange, r *http.Request) error {
+	_, id, _ := strings.Cut(r.URL.Path, "/models/")
+	model, ok := m.list(r.Context()).byID[id]
+	if !ok {
+		return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "model_not_found", param: "model",
+			message: fmt.Sprintf("The model %q does not exist. GET /v1/models lists those there are.", clip(id, 100))}
 	}
-	writeError(w, r, &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "model_not_found", param: "model",
-		message: fmt.Sprintf("The model %q does not exist. GET /v1/models lists those there are.", clip(id, 100))})
+	writeBody(x, http.StatusOK, model)
+	return nil
 }

@@ -81,7 +81,7 @@ func newProxy(cfg *config, tokens *tokenSource, m *metrics, transport http.Round
 		Rewrite:        p.director,
 		Transport:      roundTripper(p.roundTrip),
 		ModifyResponse: p.modifyResponse,
-		ErrorHandler:   writeError,
+		ErrorHandler:   func(_ http.ResponseWriter, r *http.Request, err error) { callOf(r.Context()).err = err },
 		BufferPool:     &p.buffers,
 		ErrorLog:       log.New(io.Discard, "", 0), // the access log says the same, with the request's id
 	}
@@ -130,6 +130,7 @@ type call struct {
 	body       *requestBody
 	token      *token
 	completion *completion // nil but for a text completion
+	err        error       // why there is no answer to pass on, as ReverseProxy's ErrorHandler got it
 	reused     atomic.Bool // the upstream connection had been used before, and has brought nothing yet
 
 	silence  *time.Timer // cuts the call off; it runs while the call waits for Qwen
@@ -141,30 +142,29 @@ type callKey struct{}
 func callOf(ctx context.Context) *call { return ctx.Value(callKey{}).(*call) }
 
 // forward returns the handler that proxies requests to path.
-func (p *proxy) forward(path string) http.HandlerFunc { return p.handler(path, false) }
+func (p *proxy) forward(path string) handler { return p.handler(path, false) }
 
 // messages returns the handler of requests to path, one of the Anthropic-compatible interface, which is for API keys alone.
-func (p *proxy) messages(path string) http.HandlerFunc {
+func (p *proxy) messages(path string) handler {
 	if p.tokens.keyed() {
 		return p.forward(path)
 	}
-	return func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, r, &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "endpoint_not_found",
-			message: "Qwen has an Anthropic-compatible interface for API keys alone. Use /v1/chat/completions, or set QWEN_API_KEY on the proxy."})
+	return func(*exchange, *http.Request) error {
+		return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "endpoint_not_found",
+			message: "Qwen has an Anthropic-compatible interface for API keys alone. Use /v1/chat/completions, or set QWEN_API_KEY on the proxy."}
 	}
 }
 
 // completions returns the handler of text completions, which go to the chat endpoint, translated.
-func (p *proxy) completions() http.HandlerFunc { return p.handler(pathChat, true) }
+func (p *proxy) completions() handler { return p.handler(pathChat, true) }
 
-func (p *proxy) handler(path string, translate bool) http.HandlerFunc {
-	return func(w http.ResponseWriter, r *http.Request) {
-		c := &call{x: exchangeOf(w), path: path}
-		if err := p.begin(c, translate, w, r); err != nil {
-			writeError(w, r, err)
-			return
+func (p *proxy) handler(path string, translate bool) handler {
+	return func(x *exchange, r *http.Request) error {
+		c := &call{x: x, path: path}
+		if err := p.begin(c, translate, x, r); err != nil {
+			return err
 		}
-		p.serve(c, w, r)
+		return p.serve(c, x, r)
 	}
 }
 
@@ -276,13 +276,14 @@ func badBody(err error) error {
 	return err
 }
 
-// serve sends the call to Qwen and its answer to the client.
-func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) {
+// serve sends the call to Qwen and its answer to the client, or returns why there is none.
+func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) error {
 	defer c.releaseBody()
 	r = p.watch(c, r)
 	defer c.cancel(nil)
 	defer c.silence.Stop()
 	p.reverse.ServeHTTP(w, r)
+	return c.err
 }
 
 // watch returns the request that goes out for r, under the call's own context. From now on the call waits for Qwen.

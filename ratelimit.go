@@ -142,26 +142,19 @@ func (s *bucketSet) bucket(key rateKey, t time.Duration) *bucket {
 	return fullest
 }
 
-// admits reports whether the client that key names may send r now, and answers r with 429 and Retry-After where it may not.
-// The answer tells the client how its bucket stands, in X-RateLimit-Limit (the rate), X-RateLimit-Remaining and
-// X-RateLimit-Reset (Unix seconds, rounded up).
-func (l *rateLimiter) admits(key rateKey, w http.ResponseWriter, r *http.Request) bool {
+// check takes a token from key's bucket, and returns a 429 with Retry-After where there is none. h tells the client how its
+// bucket stands: X-RateLimit-Limit (the rate), X-RateLimit-Remaining and X-RateLimit-Reset (Unix seconds, rounded up).
+func (l *rateLimiter) check(h http.Header, key rateKey) error {
 	d := l.allowAt(key, time.Now())
-	h := w.Header() // X-Ratelimit is X-RateLimit's canonical form
-	h["X-Ratelimit-Limit"] = l.rate
+	h["X-Ratelimit-Limit"] = l.rate // X-Ratelimit is X-RateLimit's canonical form
 	h["X-Ratelimit-Remaining"] = []string{strconv.Itoa(d.remaining)}
 	h["X-Ratelimit-Reset"] = []string{strconv.FormatInt(d.reset.Add(time.Second-1).Unix(), 10)}
-	if !d.ok {
-		writeError(w, r, l.refusal(d.retryAfter))
+	if d.ok {
+		return nil
 	}
-	return d.ok
-}
-
-// refusal is what a client is told that may send its next request in d.
-func (l *rateLimiter) refusal(d time.Duration) *apiError {
 	return &apiError{
-		status: http.StatusTooManyRequests, typ: typeRateLimit, code: codeRateLimit, retryAfter: d,
+		status: http.StatusTooManyRequests, typ: typeRateLimit, code: codeRateLimit, retryAfter: d.retryAfter,
 		message: fmt.Sprintf("Too many requests: this proxy allows each client %s a second. "+
-			"Try again in %s s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST.", l.rate[0], retryAfterSeconds(d)),
+			"Try again in %s s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST.", l.rate[0], retryAfterSeconds(d.retryAfter)),
 	}
 }

@@ -349,7 +349,7 @@ func TestLimit(t *testing.T) {
 		r := httptest.NewRequest("POST", "/v1/chat/completions", nil)
 		r.RemoteAddr = client
 		w := httptest.NewRecorder()
-		h.ServeHTTP(&exchange{w: w, rc: http.NewResponseController(w)}, r)
+		h.ServeHTTP(w, r)
 		got := response{
 			Status:     w.Code,
 			Limit:      w.Header().Get("X-RateLimit-Limit"),
@@ -367,11 +367,13 @@ func TestLimit(t *testing.T) {
 		return got
 	}
 	byAddress := func(l *rateLimiter) http.Handler {
-		next := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("passed")) })
-		admit := newAccess(&config{}, slog.New(slog.DiscardHandler)).admit(l, next)
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			exchangeOf(w).client = netip.MustParseAddrPort(r.RemoteAddr).Addr()
-			admit.ServeHTTP(w, r)
+		s := &server{access: newAccess(&config{}, slog.New(slog.DiscardHandler)), limiter: l}
+		return track(&config{}, slog.New(slog.DiscardHandler), &metrics{}, func(x *exchange, r *http.Request) error {
+			if err := s.admit(x.Header(), s.access.client(r), limited); err != nil {
+				return err
+			}
+			x.Write([]byte("passed"))
+			return nil
 		})
 	}
 
@@ -470,10 +472,9 @@ func BenchmarkAddressKey(b *testing.B) {
 
 func BenchmarkLimit(b *testing.B) {
 	l := newRateLimiter(1e9, 20)
-	w := httptest.NewRecorder()
-	r := httptest.NewRequest("GET", "/v1/models", nil)
+	h := http.Header{}
 	b.ReportAllocs()
 	for b.Loop() {
-		l.admits(1, w, r)
+		l.check(h, 1)
 	}
 }

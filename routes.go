@@ -5,99 +5,176 @@ import (
 	"log/slog"
 	"net/http"
 	"path"
+	"strings"
 )
 
-// newHandler returns the whole server's handler. From the outside in: track (id, log, panics), guard (names and origins,
-// the client's address), the routes, the limiter, the key, the endpoint.
+// A handler answers a request, or returns why it did not. track answers with the error.
+type handler func(x *exchange, r *http.Request) error
+
+// A route is one endpoint.
+type route struct {
+	method string // GET stands for HEAD too
+	path   string // in the README, in the metrics and, but for its ending, in the mux
+	access accessClass
+	handle handler
+}
+
+// An accessClass says what the server checks before a route's handler runs.
+type accessClass int
+
+const (
+	public  accessClass = iota // nothing
+	keyed                      // the client's key
+	limited                    // the key and the rate limit
+	private                    // the same, and without keys only clients of this machine and of private networks
+)
+
+// A server finds the route of each request, checks whether the client may use it, and calls its handler.
+type server struct {
+	access    *access
+	limiter   *rateLimiter // nil limits nothing
+	routes    []route
+	unmatched route             // of requests that match none of routes
+	mux       *http.ServeMux    // finds the pattern that matches a request; its handlers are not called
+	byPattern map[string]*route // a path with /v1 has a second pattern without it
+}
+
+// newHandler returns the handler of all requests.
 func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access, m *metrics, h *health, transport http.RoundTripper) http.Handler {
 	p := newProxy(cfg, tokens, m, transport)
 	models := newModels(cfg, tokens, transport, log)
-	limiter := newRateLimiter(cfg.rateLimit, cfg.rateBurst)
-	limited := func(next http.HandlerFunc) http.Handler { return keys.admit(limiter, next) }
-	keyed := func(next http.HandlerFunc) http.Handler { return keys.admit(nil, next) }
-	auth := http.HandlerFunc(tokens.auth)
-	if !keys.required() {
-		auth = private(auth)
+	s := &server{
+		access: keys, limiter: newRateLimiter(cfg.rateLimit, cfg.rateBurst),
+		mux: http.NewServeMux(), byPattern: map[string]*route{},
+		routes: []route{
+			{"POST", "/v1/chat/completions", limited, p.forward(pathChat)},
+			{"POST", "/v1/completions", limited, p.completions()},
+			{"POST", "/v1/embeddings", limited, p.forward(pathEmbeddings)},
+			{"POST", "/v1/responses", limited, p.forward(pathResponses)},
+			{"POST", "/v1/messages", limited, p.messages(pathMessages)},
+			{"POST", "/v1/messages/count_tokens", limited, p.messages(pathCountTokens)},
+			{"GET", "/v1/models", limited, models.all},
+			{"GET", "/v1/models/{id}", limited, models.one},
+			{"GET", "/auth", private, tokens.auth},
+			{"GET", "/health", public, h.live},
+			{"GET", "/health/ready", public, h.ready},
+			{"GET", "/health/detailed", keyed, h.detailed},
+			{"GET", "/metrics", keyed, h.prometheus},
+			{"GET", "/", public, h.root},
+		},
 	}
-
-	rt := &router{metrics: m, full: http.NewServeMux(), bare: http.NewServeMux()}
-	rt.handle("GET /{$}", http.HandlerFunc(h.root))
-	rt.handle("GET /health", http.HandlerFunc(h.live))
-	rt.handle("GET /health/ready", http.HandlerFunc(h.ready))
-	rt.handle("GET /health/detailed", keyed(h.detailed))
-	rt.handle("GET /metrics", keyed(h.prometheus))
-	rt.handle("GET /auth", limited(auth))
-	for _, prefix := range []string{"/v1", ""} {
-		rt.handle("GET "+prefix+"/models", limited(models.all))
-		rt.handle("GET "+prefix+"/models/{id...}", limited(models.one))
-		rt.handle("POST "+prefix+"/chat/completions", limited(p.forward(pathChat)))
-		rt.handle("POST "+prefix+"/completions", limited(p.completions()))
-		rt.handle("POST "+prefix+"/embeddings", limited(p.forward(pathEmbeddings)))
-		rt.handle("POST "+prefix+"/responses", limited(p.forward(pathResponses)))
-		rt.handle("POST "+prefix+"/messages", limited(p.messages(pathMessages)))
-		rt.handle("POST "+prefix+"/messages/count_tokens", limited(p.messages(pathCountTokens)))
-	}
-	rt.full.Handle("/", limited(rt.unmatched))
-	// guard and what admit asks are no handlers around the next one: those would be on the stack for as long as a stream
-	// lasts, and double it to 16 kB.
-	return track(cfg, log, m, func(w http.ResponseWriter, r *http.Request) {
-		if keys.guard(w, r) {
-			rt.ServeHTTP(w, r)
+	for i := range s.routes {
+		rt := &s.routes[i]
+		patterns := rt.patterns()
+		m.register(rt.path, patterns)
+		for _, pattern := range patterns {
+			s.mux.Handle(pattern, http.NotFoundHandler())
+			s.byPattern[pattern] = rt
 		}
-	})
-}
-
-// A router is a ServeMux whose own answers have the shape of the API's errors.
-type router struct {
-	metrics *metrics
-	full    *http.ServeMux // the routes, and unmatched for all else
-	bare    *http.ServeMux // the routes alone, to find out what is wrong with a request that matches none
-}
-
-func (rt *router) handle(pattern string, h http.Handler) {
-	rt.metrics.register(pattern)
-	rt.full.Handle(pattern, h)
-	rt.bare.Handle(pattern, h)
-}
-
-func (rt *router) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if r.RequestURI == "*" || r.Method == http.MethodConnect { // ServeMux has answers of its own for these
-		rt.unmatched(w, r)
-		return
 	}
+	s.unmatched = route{access: limited, handle: s.refuse}
+	return track(cfg, log, m, s.serve)
+}
+
+// patterns returns the route's patterns in a ServeMux.
+func (rt *route) patterns() []string {
+	path := strings.Replace(rt.path, "{id}", "{id...}", 1) // the ids of models have slashes
+	if path == "/" {
+		path = "/{$}"
+	}
+	patterns := []string{rt.method + " " + path}
+	if bare, ok := strings.CutPrefix(path, "/v1"); ok {
+		patterns = append(patterns, rt.method+" "+bare)
+	}
+	return patterns
+}
+
+// serve answers r, or returns why it did not. It calls one handler, which no other handler wraps: all of them would be on the
+// stack for as long as a stream lasts, and double it to 16 kB.
+func (s *server) serve(x *exchange, r *http.Request) error {
+	c := s.access.client(r)
+	x.client = c.addr
+	s.access.allowOrigin(x.Header(), r)
+	if err := s.access.check(r, c); err != nil {
+		return err
+	}
+	if isPreflight(r) {
+		preflight(x, r)
+		return nil
+	}
+	rt := s.find(r)
+	if err := s.admit(x.Header(), c, rt.access); err != nil {
+		return err
+	}
+	return rt.handle(x, r)
+}
+
+// find returns the route of r and sets r.Pattern, "" where no route matches.
+func (s *server) find(r *http.Request) *route {
 	if clean := path.Clean("/" + r.URL.Path); clean != r.URL.Path {
 		// A base URL that ends in a slash makes /v1//chat/completions. ServeMux would redirect, and a
 		// redirected POST arrives as a GET.
 		r.URL.Path, r.URL.RawPath = clean, ""
 	}
-	rt.full.ServeHTTP(w, r)
+	_, r.Pattern = s.mux.Handler(r)
+	if rt := s.byPattern[r.Pattern]; rt != nil {
+		return rt
+	}
+	return &s.unmatched
 }
 
-// unmatched answers what no route matches: 405 where another method would match, else 404.
-func (rt *router) unmatched(w http.ResponseWriter, r *http.Request) {
-	h, pattern := rt.bare.Handler(r)
-	if pattern == "" {
-		var plain discardResponse
-		h.ServeHTTP(&plain, r)
-		if allow := plain.Header().Get("Allow"); allow != "" {
-			w.Header().Set("Allow", allow)
-			writeError(w, r, &apiError{status: http.StatusMethodNotAllowed, typ: typeInvalidRequest, code: "method_not_allowed",
-				message: fmt.Sprintf("%s is not allowed here, but %s.", clip(r.Method, 20), allow)})
-			return
+// admit reports why the client c may not use routes of the class.
+func (s *server) admit(h http.Header, c client, class accessClass) error {
+	switch {
+	case class == public:
+		return nil
+	case s.limiter != nil && class != keyed:
+		if err := s.limiter.check(h, c.rate); err != nil {
+			return err
 		}
 	}
-	writeError(w, r, &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "unknown_url",
-		message: fmt.Sprintf("There is no %s. The proxy has POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/messages and /v1/messages/count_tokens, and GET /v1/models, /health, /health/ready, /health/detailed, /metrics and /auth.", clip(r.URL.Path, 100))})
-}
-
-// A discardResponse keeps an answer's header and nothing else.
-type discardResponse struct{ header http.Header }
-
-func (d *discardResponse) Header() http.Header {
-	if d.header == nil {
-		d.header = http.Header{}
+	switch {
+	case !c.admitted:
+		return errNoKey
+	case class == private && !c.local && !s.access.required():
+		return errNotLocal
 	}
-	return d.header
+	return nil
 }
-func (d *discardResponse) Write(p []byte) (int, error) { return len(p), nil }
-func (d *discardResponse) WriteHeader(int)             {}
+
+// refuse handles what no route matches: 405 where another method would match, else 404.
+func (s *server) refuse(_ *exchange, r *http.Request) error {
+	var allow []string
+	for _, method := range []string{http.MethodGet, http.MethodPost} {
+		if _, pattern := s.mux.Handler(&http.Request{Method: method, URL: r.URL}); pattern != "" {
+			allow = append(allow, method)
+		}
+	}
+	if len(allow) == 0 {
+		return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "unknown_url",
+			message: fmt.Sprintf("There is no %s. The proxy has %s.", clip(r.URL.Path, 100), s.endpoints())}
+	}
+	message := fmt.Sprintf("Method %s is not allowed here. Use %s.", clip(r.Method, 20), strings.Join(allow, " or "))
+	if allow[0] == http.MethodGet {
+		allow = append(allow, http.MethodHead)
+	}
+	return &apiError{status: http.StatusMethodNotAllowed, typ: typeInvalidRequest, code: "method_not_allowed", message: message,
+		header: http.Header{"Allow": {strings.Join(allow, ", ")}}}
+}
+
+// endpoints returns the routes as a sentence lists them.
+func (s *server) endpoints() string {
+	var list strings.Builder
+	method := ""
+	for _, rt := range s.routes {
+		if list.Len() > 0 {
+			list.WriteString(", ")
+		}
+		if rt.method != method {
+			method = rt.method
+			list.WriteString(method + " ")
+		}
+		list.WriteString(rt.path)
+	}
+	return list.String()
+}
