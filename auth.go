@@ -60,7 +60,7 @@ func (s *tokenSource) auth(x *exchange, r *http.Request) error {
 		a.writePage(x)
 	case start && (a.Status == signInStarting || a.Status == signInFailed):
 		return &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "sign_in_unavailable", retryAfter: 5 * time.Second,
-			message: a.Message, err: s.state.Load().signIn.err}
+			message: a.Message, err: s.flow.state().err}
 	default:
 		writeJSON(x, http.StatusOK, a)
 	}
@@ -84,10 +84,10 @@ func (s *tokenSource) startNeeded(ctx context.Context, wait time.Duration) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
-	s.startSignIn()
-	for st := s.state.Load(); st.signIn.status == signInStarting && st.signIn.err == nil; st = s.state.Load() {
+	s.flow.start()
+	for in := s.flow.state(); in.status == signInStarting && in.err == nil; in = s.flow.state() {
 		select {
-		case <-st.changed:
+		case <-in.changed:
 		case <-ctx.Done():
 			return
 		}
@@ -117,7 +117,7 @@ func (s *tokenSource) authAnswer(r *http.Request) *authAnswer {
 		return a
 	}
 
-	in := st.signIn
+	in := s.flow.state()
 	a.Status = in.status
 	switch in.status {
 	case signInPending:

@@ -74,7 +74,7 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 		SignIn        string     `json:"sign_in,omitempty"`
 	}
 	st := h.tokens.state.Load()
-	a := auth{Method: "oauth", SignIn: st.signIn.status}
+	a := auth{Method: "oauth", SignIn: h.tokens.flow.state().status}
 	if h.tokens.keyed() {
 		a.Method = "api_key"
 	}

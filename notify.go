@@ -68,11 +68,12 @@ func hangups() <-chan os.Signal {
 func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, open bool, hangups <-chan os.Signal, reload func()) {
 	n.send("READY=1")
 	for ctx.Err() == nil {
-		st := tokens.state.Load()
+		st, in := tokens.state.Load(), tokens.flow.state()
 		n.sendStatus(tokens.status(st, url, open))
 		select {
 		case <-ctx.Done():
 		case <-st.changed:
+		case <-in.changed:
 		case <-time.After(time.Minute): // what is not announced: 401s, and tokens that expire
 		case <-hangups:
 			n.log.Info("looking at the files again", "cause", "SIGHUP")
@@ -92,15 +93,15 @@ func (n *notifier) stopping(inFlight int64, timeout time.Duration) {
 
 // status returns in words how things stand with the source in state st, of a server at url.
 func (s *tokenSource) status(st *authState, url string, open bool) string {
-	err := s.ready()
+	err, in := s.ready(), s.flow.state()
 	switch {
 	case err == nil:
 		return "Serving at " + url
-	case st.signIn.status == signInPending && open:
-		return "Waiting for sign-in: " + st.signIn.auth.verificationURIComplete
-	case st.signIn.status == signInPending:
+	case in.status == signInPending && open:
+		return "Waiting for sign-in: " + in.auth.verificationURIComplete
+	case in.status == signInPending:
 		return "Waiting for sign-in: the link is in the log"
-	case st.signIn.status == signInStarting:
+	case in.status == signInStarting:
 		return "Waiting for Qwen, to start a sign-in"
 	case st.refreshing:
 		return "Renewing the token"

@@ -293,16 +293,18 @@ func TestStatusOfASource(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		st   authState
+		in   *signIn
 		want string
 	}{
-		{"signed in", authState{token: good}, "Serving at http://localhost:8080"},
-		{"being renewed", authState{token: &token{access: "a", refresh: "r", expiry: now.Add(-time.Hour)}, refreshing: true}, "Renewing the token"},
-		{"no link yet", authState{signIn: signIn{status: signInStarting}}, "Waiting for Qwen, to start a sign-in"},
-		{"no sign-in", authState{}, "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log."},
+		{"signed in", authState{token: good}, noSignIn, "Serving at http://localhost:8080"},
+		{"being renewed", authState{token: &token{access: "a", refresh: "r", expiry: now.Add(-time.Hour)}, refreshing: true}, noSignIn, "Renewing the token"},
+		{"no link yet", authState{}, &signIn{status: signInStarting}, "Waiting for Qwen, to start a sign-in"},
+		{"no sign-in", authState{}, noSignIn, "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log."},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := &tokenSource{log: slog.New(slog.DiscardHandler)}
 			s.state.Store(&tt.st)
+			s.flow.current.Store(tt.in)
 			if diff := cmp.Diff(tt.want, s.status(&tt.st, "http://localhost:8080", true)); diff != "" {
 				t.Errorf("status (-want +got):\n%s", diff)
 			}

@@ -20,8 +20,6 @@ const (
 	maxTokenWait = 30 * time.Second
 	// maxRefreshPause bounds the growing pauses between attempts to refresh.
 	maxRefreshPause = 30 * time.Second
-	// maxSignInPause bounds those between attempts to start a sign-in.
-	maxSignInPause = time.Minute
 	// maxNap bounds how long the source sleeps: this often it looks whether another process has changed the credential
 	// file, and notices a wall clock that jumped or a laptop that slept.
 	maxNap = 5 * time.Second
@@ -39,13 +37,12 @@ type tokenSource struct {
 	base    *url.URL         // API_BASE_URL; nil: what the token says
 	buffer  time.Duration    // TOKEN_REFRESH_BUFFER
 	log     *slog.Logger
-	prompt  io.Writer // where people read the sign-in link
 
-	state   atomic.Pointer[authState]
-	mu      sync.Mutex         // held while state is replaced
-	wake    chan struct{}      // 1 slot: there may be something to do for run
-	signIns chan struct{}      // 1 slot: a sign-in to start, for run
-	looks   chan chan struct{} // to look at the file now, for run; nil where there is none
+	flow  deviceFlow // signs in where there is no token, or none that can be renewed; unused with an API key
+	state atomic.Pointer[authState]
+	mu    sync.Mutex         // held while state is replaced
+	wake  chan struct{}      // 1 slot: there may be something to do for run
+	looks chan chan struct{} // to look at the file now, for run; nil where there is none
 
 	unserved   atomic.Pointer[unserved] // nil while the API takes the token
 	refreshes  [len(refreshResults)]atomic.Int64
@@ -62,30 +59,8 @@ type authState struct {
 	retryAt    time.Time     //
 	refused    error         // why token can't be renewed at all; nil while it may be
 	fileErr    error         // why the credential file could not be used
-	signIn     signIn        // the one under way, or the last
 	changed    chan struct{} // closed when another state has taken this one's place
 }
-
-// The statuses of a sign-in, as /auth tells them.
-const (
-	signInNone     = ""
-	signInStarting = "starting" // no code yet; err says why where there was an attempt
-	signInPending  = "pending"  // link and code are there, the user has yet to follow them
-	signInComplete = "complete"
-	signInDenied   = "denied"
-	signInExpired  = "expired"
-	signInFailed   = "failed"
-)
-
-// A signIn is the state of one device flow.
-type signIn struct {
-	status string
-	auth   *deviceAuth // nil while starting
-	err    error       // why it is where it is; may be nil
-	ended  time.Time   // zero while it is under way
-}
-
-func (s *signIn) active() bool { return s.status == signInStarting || s.status == signInPending }
 
 // An unserved is a run of 401s that fresh tokens got too: the account is signed in, and the API does not serve it.
 type unserved struct{ since, last time.Time }
@@ -102,9 +77,12 @@ var refreshResults = [...]string{"success", "refused", "failed"}
 // newTokenSource returns a source over the credential file, which is read here. It needs run to renew anything.
 func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
 	s := &tokenSource{
-		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log, prompt: prompt,
-		wake: make(chan struct{}, 1), signIns: make(chan struct{}, 1), looks: make(chan chan struct{}),
+		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log,
+		flow: deviceFlow{oauth: oauth, log: log, prompt: prompt},
+		wake: make(chan struct{}, 1), looks: make(chan chan struct{}),
 	}
+	s.flow.complete = s.signedIn
+	s.flow.current.Store(&signIn{changed: make(chan struct{})})
 	t, err := store.load()
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errSignedOut) {
 		err = nil
@@ -177,8 +155,8 @@ func (s *tokenSource) wait(ctx context.Context, not *token) (*token, error) {
 			return st.token, nil
 		}
 		if err := st.problem(now); err != nil {
-			if err.status == http.StatusUnauthorized && now.Sub(st.signIn.ended) > time.Minute {
-				s.startSignIn() // the link of the last one is dead: whoever looks at the log shall find a live one
+			if err.status == http.StatusUnauthorized && now.Sub(s.flow.state().ended) > time.Minute {
+				s.flow.start() // the link of the last one is dead: whoever looks at the log shall find a live one
 			}
 			return nil, err
 		}
@@ -269,31 +247,20 @@ func (s *tokenSource) run(ctx context.Context) {
 		s.followKey(ctx)
 		return
 	}
-	var flows sync.WaitGroup
-	defer flows.Wait()
-	endSignIn := func() {}
+	defer s.flow.close()
 	if s.state.Load().token == nil {
-		s.startSignIn()
+		s.flow.start()
 	}
 	nap := time.NewTimer(0)
 	for {
 		select {
 		case <-ctx.Done():
-			endSignIn()
 			return
-		case <-s.signIns:
-			var flow context.Context
-			flow, endSignIn = context.WithCancel(ctx)
-			flows.Go(func() { s.signIn(flow) })
 		case <-s.wake:
 		case <-nap.C:
-			if s.follow() {
-				endSignIn() // somebody else has signed in
-			}
+			s.follow()
 		case done := <-s.looks:
-			if s.follow() {
-				endSignIn()
-			}
+			s.follow()
 			close(done)
 		}
 		for s.due(time.Now()) <= 0 {
@@ -303,11 +270,10 @@ func (s *tokenSource) run(ctx context.Context) {
 	}
 }
 
-// follow puts into use what another process has done to the credential file, and reports whether that
-// was a sign-in.
-func (s *tokenSource) follow() bool {
+// follow puts into use what another process has done to the credential file.
+func (s *tokenSource) follow() {
 	if !s.store.changed() {
-		return false
+		return
 	}
 	t, err := s.store.load()
 	st, now := s.state.Load(), time.Now()
@@ -321,10 +287,7 @@ func (s *tokenSource) follow() bool {
 			// It may be another account's, or the same one's whose refresh shall not lead to ours, and that to another.
 			s.unserved.Store(&unserved{since: now, last: u.last})
 		}
-		if st.signIn.active() {
-			s.update(func(st *authState) { st.signIn = signIn{status: signInComplete, ended: now} })
-		}
-		return true
+		s.flow.end(signInComplete, errors.New("another process has signed in"))
 	case errors.Is(err, errSignedOut) && st.token != nil:
 		s.signedOut()
 	case errors.Is(err, fs.ErrNotExist) && st.token != nil:
@@ -333,12 +296,12 @@ func (s *tokenSource) follow() bool {
 		s.log.Error(unusableFile, "error", err)
 		s.update(func(st *authState) { st.fileErr = err })
 	}
-	return false
 }
 
 // signedOut drops the token, since the credential file says so.
 func (s *tokenSource) signedOut() {
-	s.update(func(st *authState) { *st = authState{signIn: signIn{ended: time.Now()}} })
+	s.update(func(st *authState) { *st = authState{} })
+	s.flow.end(signInNone, errSignedOut)
 	s.log.Warn("signed out by another process")
 }
 
@@ -397,7 +360,7 @@ func (s *tokenSource) refresh(ctx context.Context) {
 		s.refreshes[refreshRefused].Add(1)
 		s.update(func(st *authState) { st.refreshing, st.refused = false, err })
 		s.log.Error(signInRefused(err).message, "error", err)
-		s.startSignIn()
+		s.flow.start()
 	default:
 		s.refreshes[refreshFailed].Add(1)
 		s.update(func(st *authState) {
@@ -527,81 +490,17 @@ func storeSignIn(ctx context.Context, store *credentialStore, t *token) error {
 func (s *tokenSource) setToken(t *token) {
 	s.prepare(t)
 	s.update(func(st *authState) {
-		*st = authState{token: t, signIn: st.signIn}
+		*st = authState{token: t}
 	})
 	wakeUp(s.wake) // its refresh may be due sooner than run looks again
 }
 
-// startSignIn starts a sign-in where none is under way.
-func (s *tokenSource) startSignIn() {
-	s.update(func(st *authState) {
-		if !st.signIn.active() {
-			st.signIn = signIn{status: signInStarting}
-			wakeUp(s.signIns)
-		}
-	})
-}
-
-// signIn carries out one device flow, as the state's signIn tells.
-func (s *tokenSource) signIn(ctx context.Context) {
-	set := func(next signIn) {
-		s.update(func(st *authState) { st.signIn = next })
-	}
-	auth, err := s.oauth.authorize(ctx)
-	for n := 0; err != nil; n++ {
-		if ctx.Err() != nil {
-			return
-		}
-		if refused(err) {
-			s.log.Error("Qwen refused to start a sign-in", "error", err)
-			set(signIn{status: signInFailed, err: err, ended: time.Now()})
-			return
-		}
-		if n == 0 {
-			s.log.Warn("a sign-in is needed, but Qwen can't be reached; trying again until it can", "error", err)
-		}
-		set(signIn{status: signInStarting, err: err})
-		if !sleep(ctx, backoff(n, maxSignInPause)) {
-			return
-		}
-		auth, err = s.oauth.authorize(ctx)
-	}
-	set(signIn{status: signInPending, auth: auth})
-	s.log.Warn("waiting for sign-in", "expires", auth.expires)
-	printSignIn(s.prompt, auth)
-
-	t, err := s.oauth.poll(ctx, auth)
-	if err == nil {
-		s.stored(storeSignIn(context.WithoutCancel(ctx), s.store, t))
-		s.setToken(t)
-		s.unserved.Store(nil) // it may be another account's
-		set(signIn{status: signInComplete, auth: auth, ended: time.Now()})
-		s.log.Info("signed in", "expires", t.expiry)
-		if t.baseErr != nil {
-			s.log.Error(baseRefused(t.baseErr).message)
-		}
-		return
-	}
-	if ctx.Err() != nil {
-		return
-	}
-	status := signInFailed
-	if e, ok := errors.AsType[*oauthError](err); ok {
-		switch e.Code {
-		case "access_denied":
-			status = signInDenied
-		case "expired_token":
-			status = signInExpired
-		}
-	}
-	s.log.Warn("sign-in ended without success; open /auth on the proxy to start again", "status", status, "error", err)
-	set(signIn{status: status, auth: auth, err: err, ended: time.Now()})
-}
-
-// printSignIn tells people how to sign in; link and code stand alone on their lines, to be copied.
-func printSignIn(w io.Writer, d *deviceAuth) {
-	fmt.Fprintf(w, "\nTo sign in to Qwen, open this page in a browser on any device:\n\n%s\n\nand check that it shows this code:\n\n%s\n\n",
-		d.verificationURIComplete, d.userCode)
+// signedIn stores the token of a completed sign-in and puts it into use.
+func (s *tokenSource) signedIn(ctx context.Context, t *token) bool {
+	s.stored(storeSignIn(context.WithoutCancel(ctx), s.store, t))
+	s.setToken(t)
+	s.unserved.Store(nil) // it may be another account's
+	return true
 }
 
 // servedWith notes how the API took a token: ok is false where it answered 401 to a fresh one too.

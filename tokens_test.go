@@ -603,7 +603,7 @@ func TestSignIn(t *testing.T) {
 		s.want("access-1", 0)
 		s.wantAuth("signed_in")
 		s.wantAsked("device")
-		if got := s.state.Load().signIn.status; got != signInComplete {
+		if got := s.flow.state().status; got != signInComplete {
 			t.Errorf("sign-in %q, want complete", got)
 		}
 		if err := s.ready(); err != nil {
@@ -646,7 +646,7 @@ func TestSignInEnds(t *testing.T) {
 					s.start()
 					time.Sleep(tt.after)
 					synctest.Wait()
-					if got := s.state.Load().signIn.status; got != tt.status {
+					if got := s.flow.state().status; got != tt.status {
 						t.Fatalf("sign-in %q, want %q", got, tt.status)
 					}
 					s.wantLogged("sign-in ended without success", 1)
@@ -997,12 +997,14 @@ func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 	if s.ready() == nil {
 		t.Fatal("ready though the account is not served")
 	}
+	old := s.state.Load().token
 	content := strings.Replace(fileContent, "1753142400123", strconv.FormatInt(time.Now().Add(time.Hour).UnixMilli(), 10), 1)
 	if err := os.WriteFile(s.store.path(), []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if !s.follow() {
-		t.Fatal("the new token was not taken")
+	s.follow()
+	if tok, err := s.Token(t.Context()); err != nil || tok == old {
+		t.Fatalf("the new token was not taken: %v", err)
 	}
 	if err := s.ready(); err != nil {
 		t.Errorf("not ready, so that nobody will ever try the new token: %v", err)
