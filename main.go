@@ -41,7 +41,6 @@ type command struct {
 
 func commands() []command {
 	var login loginOptions
-	var demo demoOptions
 	return []command{
 		{name: "serve", summary: "serve the proxy (the default); sign in where there are no credentials yet", run: serveCommand,
 			help: "It is configured by environment variables alone; the README lists them. Where there are no credentials yet, it\nprints a link to sign in with and serves all the same."},
@@ -53,7 +52,7 @@ func commands() []command {
 			help: "It never prints a token."},
 		{name: "healthcheck", summary: "ask the server of the same environment for /health; exit status 0 or 1", run: healthcheckCommand,
 			help: "For containers without a shell."},
-		{name: "demo", summary: "serve with a stand-in for Qwen: no account, no network, nothing stored", run: demoCommand(&demo), flags: demo.define,
+		{name: "demo", summary: "serve with a stand-in for Qwen: no account, no network, nothing stored", run: demoCommand,
 			help: "Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after a\nfew seconds, and the answers are canned. Credentials go to a temporary directory.\n\n" +
 				"Models of some names fail, to try out what a client does then: error-500 answers with status 500, any from error-400\nto error-599 likewise, and error-midstream breaks off in the middle of a stream."},
 		{name: "version", summary: "print version, commit, build date and Go version", run: versionCommand},
@@ -205,68 +204,44 @@ func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 	})
 }
 
-// demoOptions are the flags of demo.
-type demoOptions struct {
-	key bool
-}
-
-func (o *demoOptions) define(flags *flag.FlagSet) {
-	flags.BoolVar(&o.key, "key", false, "serve as with an API key instead of a sign-in; /v1/messages is there with one alone")
-}
-
-// demoKey is the API key that the stand-in of demo -key takes.
-const demoKey = "sk-demo"
-
 // demoCommand serves with a standIn in Qwen's place, over real sockets and on the same code path.
-func demoCommand(o *demoOptions) func(ctx context.Context, cfg *config, stdout, stderr io.Writer) int {
-	return func(ctx context.Context, cfg *config, _, stderr io.Writer) int {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
-			return 1
-		}
-		standIn := newStandIn()
-		qwen := &http.Server{Handler: standIn, ReadHeaderTimeout: 10 * time.Second}
-		dir, err := os.MkdirTemp("", "qwen-go-proxy-demo-")
-		if err != nil {
-			fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
-			return 1
-		}
-		defer os.RemoveAll(dir)
+func demoCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
+		return 1
+	}
+	dir, err := os.MkdirTemp("", "qwen-go-proxy-demo-")
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	qwen := &http.Server{Handler: newStandIn(), ReadHeaderTimeout: 10 * time.Second}
+	go qwen.Serve(ln)
+	defer qwen.Close()
 
-		// What would lead to the real Qwen is put aside.
-		cfg.qwenDir = dir
-		cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
-		cfg.apiBase, cfg.apiKey, cfg.apiKeyFile = nil, "", ""
-		first, last := "The sign-in below approves itself after a few seconds. Then try:", ""
-		if o.key {
-			standIn.key, cfg.apiKey = demoKey, demoKey
-			cfg.apiBase = &url.URL{Scheme: "http", Host: ln.Addr().String(), Path: "/compatible-mode/v1"}
-			first = "It serves as with an API key. Try:"
-		}
-		go qwen.Serve(ln)
-		defer qwen.Close()
-		return serve(ctx, cfg, stderr, func(base string, _ *tokenSource) {
-			if o.key {
-				last = "Base URL for Anthropic clients: " + base + " (any API key)\n"
-			}
-			fmt.Fprintf(stderr, `
+	// What would lead to the real Qwen is put aside.
+	cfg.qwenDir = dir
+	cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
+	cfg.apiBase, cfg.apiKey, cfg.apiKeyFile = nil, "", ""
+	return serve(ctx, cfg, stderr, func(base string, _ *tokenSource) {
+		fmt.Fprintf(stderr, `
 This is a demo: a stand-in inside the program answers in Qwen's place.
 No account, no network, no model.
 
-%[2]s
+The sign-in below approves itself after a few seconds. Then try:
 
   curl %[1]s/v1/chat/completions -d '{"messages":[{"role":"user","content":"Hello"}]}'
   curl -N %[1]s/v1/chat/completions -d '{"stream":true,"messages":[{"role":"user","content":"Hello"}]}'
 
 Base URL for OpenAI clients: %[1]s/v1 (any API key)
-%[3]s
-`, base, first, last)
-			if cfg.greet {
-				fmt.Fprint(stderr, "Ctrl-C stops it.\n\n")
-			}
-		})
-	}
+
+`, base)
+		if cfg.greet {
+			fmt.Fprint(stderr, "Ctrl-C stops it.\n\n")
+		}
+	})
 }
 
 // newSource returns the source of tokens that cfg asks for.

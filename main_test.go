@@ -296,7 +296,7 @@ func TestDemoFromSignInToAnswer(t *testing.T) {
 		t.Errorf("completion stream: %s %s", res.Status, body)
 	}
 	res, body = p.post("/v1/embeddings", `{"input":"Hello","model":"text-embedding-v4"}`)
-	if res.StatusCode != http.StatusOK || !strings.Contains(body, `"embedding"`) {
+	if res.StatusCode != http.StatusNotFound || !strings.Contains(body, `"code":"not_found"`) {
 		t.Errorf("embeddings: %s %s", res.Status, body)
 	}
 	res, body = p.get("/v1/models")

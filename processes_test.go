@@ -145,14 +145,13 @@ func newWitness(t *testing.T, dir string, life time.Duration) *witness {
 	t.Helper()
 	w := &witness{
 		standIn: newStandIn(), store: &credentialStore{dir: dir}, delay: func() time.Duration { return 10 * time.Millisecond },
-		issuing: make(chan struct{}, 1), refresh: "grant.first",
+		issuing: make(chan struct{}, 1), refresh: "first",
 		by: map[string]int{}, stored: map[string]bool{}, seen: map[string]bool{},
 	}
 	w.tokenLife = life
 	w.approveAfter = time.Millisecond
 	w.interval = time.Second
-	cfg := defaultConfig()
-	w.grants["grant"] = &standInGrant{clientID: cfg.oauthClientID, scope: cfg.oauthScope, refreshToken: w.refresh, renewed: time.Now()}
+	w.refreshTokens[w.refresh] = true
 	srv := httptest.NewServer(w)
 	t.Cleanup(srv.Close)
 	w.url = srv.URL

@@ -174,20 +174,3 @@ func (c *standInChat) streamMessage(events *standInStream, answer *standInAnswer
 	send("message_delta", object{"delta": object{"stop_reason": reason, "stop_sequence": sequence}, "usage": object{"output_tokens": answer.tokens()}})
 	send("message_stop", object{})
 }
-
-// standInMessagesError returns failure as the error body of the Messages API.
-func standInMessagesError(failure *apiError, requestID string) []byte {
-	types := map[int]string{
-		http.StatusUnauthorized: "authentication_error", http.StatusForbidden: "permission_error", http.StatusNotFound: "not_found_error",
-		http.StatusRequestEntityTooLarge: "request_too_large", http.StatusTooManyRequests: "rate_limit_error",
-	}
-	typ, ok := types[failure.status]
-	switch {
-	case ok:
-	case failure.status < 500:
-		typ = "invalid_request_error"
-	default:
-		typ = "api_error"
-	}
-	return []byte(marshalText(object{"type": "error", "error": object{"type": typ, "message": failure.message}, "request_id": requestID}))
-}
