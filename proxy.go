@@ -424,8 +424,7 @@ func (p *proxy) send(c *call, req *http.Request) (*http.Response, error) {
 // notServed where a fresh token fares no better.
 func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Response, error) {
 	id := clip(res.Header.Get("X-Request-Id"), 128)
-	io.CopyN(io.Discard, res.Body, 64<<10) // so that the connection can be used again
-	res.Body.Close()
+	res.Body.Close() // unread: it may never end. The replay may need a new connection.
 	if u := p.tokens.unserved.Load(); u != nil && time.Since(u.last) < unservedPause {
 		c.x.upstreamID = id
 		return nil, notServed()

@@ -31,3 +31,26 @@ func TestEveryByteOfQwenEndsItsSilence(t *testing.T) {
 		}
 	})
 }
+
+// TestA401IsNotReadToItsEnd: its status says all that the proxy has to know, and its body may never end.
+func TestA401IsNotReadToItsEnd(t *testing.T) {
+	t.Parallel()
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		switch {
+		case strings.HasSuffix(r.URL.Path, "/oauth2/token"):
+			answerJSON(w, 200, `{"access_token":"fresh","refresh_token":"r","token_type":"Bearer","expires_in":3600}`)
+		case r.Header.Get("Authorization") == "Bearer fresh":
+			answerJSON(w, 200, `{}`)
+		default:
+			w.WriteHeader(401)
+			answerJSONPart(w, "{")
+			<-r.Context().Done()
+		}
+	}, map[string]string{"UPSTREAM_TIMEOUT": "5s"})
+	started := time.Now()
+	res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
+	if took := time.Since(started); res.StatusCode != 200 || took > 2*time.Second {
+		t.Errorf("%s %s after %v", res.Status, body, took)
+	}
+}
