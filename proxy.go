@@ -38,6 +38,9 @@ const (
 // maxErrorBody bounds how much of an upstream's error answer is read to see what it is, in bytes.
 const maxErrorBody = 1 << 20
 
+// maxErrorTime bounds how long such an answer may take to arrive. Until then the client waits without a word.
+const maxErrorTime = 10 * time.Second
+
 // maxTranslated bounds an answer that is translated as a whole, in bytes.
 const maxTranslated = 64 << 20
 
@@ -495,7 +498,7 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 	res.Body = &upstreamBody{ReadCloser: res.Body, silence: c.silence, limit: p.cfg.idleTimeout}
 	body := &responseBody{call: c, res: res, src: res.Body}
 	if res.StatusCode != http.StatusOK {
-		return p.failure(c, res, body)
+		return p.failure(c, res)
 	}
 	stream := isEventStream(h.Get("Content-Type"))
 	if stream {
@@ -519,7 +522,7 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 	if c.completion != nil {
 		return p.translate(c, res, body)
 	}
-	return body.peek(&p.buffers)
+	return body.peek(&p.buffers, min(maxPeekTime, p.cfg.idleTimeout))
 }
 
 // isEventStream reports whether a Content-Type is that of server-sent events.
@@ -530,6 +533,7 @@ func isEventStream(contentType string) bool {
 
 // translate makes a text completion of a whole chat completion.
 func (p *proxy) translate(c *call, res *http.Response, body *responseBody) error {
+	defer time.AfterFunc(p.cfg.upstreamTimeout, func() { c.cancel(errUpstreamTimeout) }).Stop()
 	chat, err := io.ReadAll(io.LimitReader(body, maxTranslated))
 	if err != nil {
 		return err
@@ -554,22 +558,24 @@ func setBody(res *http.Response, b []byte) {
 
 // failure passes an error answer of OpenAI's shape as it is, and wraps any other, its status and its
 // Retry-After kept where it is a 4xx or 5xx.
-func (p *proxy) failure(c *call, res *http.Response, body *responseBody) error {
+func (p *proxy) failure(c *call, res *http.Response) error {
 	status := res.StatusCode
 	if status < 400 || status > 599 {
 		return notAnAnswer(status, nil)
 	}
-	text, err := io.ReadAll(io.LimitReader(body, maxErrorBody))
-	if err != nil {
-		text = nil // what came of it is no answer; the status is
-	}
+	late := time.AfterFunc(min(maxErrorTime, p.cfg.idleTimeout), func() { c.cancel(errStreamIdle) })
+	text, err := io.ReadAll(io.LimitReader(res.Body, maxErrorBody))
+	late.Stop()
 	res.Body.Close()
+	if err != nil {
+		text, err = nil, c.cause(err) // the status is an answer all the same
+	}
 	if detail, ok := openAIError(text); ok && !(status == http.StatusUnauthorized && p.tokens.keyed()) {
 		c.x.fail(&apiError{status: status, typ: categoryOf(status), message: "Qwen answered " + res.Status + " " + detail})
 		setBody(res, text)
 		return nil
 	}
-	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error",
+	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error", err: err,
 		message: fmt.Sprintf("Qwen answered with status %d and something other than an error of its API. Try again; if it lasts, check API_BASE_URL on the proxy.", status)}
 	switch {
 	case status == http.StatusUnauthorized && p.tokens.keyed():

@@ -110,23 +110,32 @@ func (b *responseBody) Close() error {
 	return b.src.Close()
 }
 
+// maxPeekTime bounds how long peek collects the beginning of an answer that comes in pieces.
+const maxPeekTime = 10 * time.Second
+
 // peek reads the beginning of a JSON answer, all of it where it is short, while the client can still be told
-// that it is none: an HTML page, an empty body, a connection that breaks.
-func (b *responseBody) peek(buffers *copyBuffers) error {
+// that it is none: an HTML page, an empty body, a connection that breaks. After limit the answer passes as it comes.
+func (b *responseBody) peek(buffers *copyBuffers, limit time.Duration) error {
 	b.res.Body = b
 	if b.res.Header.Get("Content-Encoding") != "" {
 		return nil
 	}
 	buf := buffers.Get()
 	b.onClose = func() { buffers.Put(buf) }
-	n, err := io.ReadFull(b, buf)
-	if err != nil && err != io.EOF && err != io.ErrUnexpectedEOF {
-		return err
+	began, n := time.Now(), 0
+	for n < len(buf) && b.err == nil && time.Since(began) < limit {
+		m, err := b.Read(buf[n:])
+		if n += m; err != nil && err != io.EOF {
+			return err
+		}
 	}
 	start := bytes.TrimLeft(buf[:n], " \t\r\n")
-	if len(start) == 0 || start[0] != '{' && start[0] != '[' {
+	if len(start) == 0 && b.err == io.EOF || len(start) > 0 && start[0] != '{' && start[0] != '[' {
 		return notAnAnswer(b.res.StatusCode, nil)
 	}
 	b.pending = buf[:n]
+	if b.err == nil && n < len(buf) {
+		b.res.ContentLength = -1 // ReverseProxy passes each piece on at once then
+	}
 	return nil
 }

@@ -54,3 +54,60 @@ func TestA401IsNotReadToItsEnd(t *testing.T) {
 		t.Errorf("%s %s after %v", res.Status, body, took)
 	}
 }
+
+// TestASlowAnswerIsNotWaitedForWithoutEnd: an API that sends a byte each second is never silent.
+func TestASlowAnswerIsNotWaitedForWithoutEnd(t *testing.T) {
+	drip := func(status int, length, head string) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			w.Header().Set("Content-Type", "application/json")
+			if length != "" {
+				w.Header().Set("Content-Length", length)
+			}
+			w.WriteHeader(status)
+			io.WriteString(w, head)
+			for http.NewResponseController(w).Flush() == nil && sleep(r.Context(), time.Second) {
+				io.WriteString(w, " ")
+			}
+		}
+	}
+	for _, tt := range []struct {
+		name, path string
+		api        http.HandlerFunc
+		status     int
+		code       string // of an error
+		after      time.Duration
+	}{
+		{"an error", "chat/completions", drip(429, "", `{"error":{"message":"x"`), 429, "upstream_error", maxErrorTime},
+		{"an error of a text completion", "completions", drip(500, "100000", `{"error":{"message":"x"`), 500, "upstream_error", maxErrorTime},
+		{"an answer", "chat/completions", drip(200, "", `{"a":1`), 200, "", maxPeekTime},
+		{"an answer of a known length", "chat/completions", drip(200, "100000", `{"a":1`), 200, "", maxPeekTime},
+		{"one that has not begun", "chat/completions", drip(200, "", " "), 200, "", maxPeekTime},
+		{"one that is none", "chat/completions", drip(200, "", "<html>"), 502, "bad_upstream_answer", maxPeekTime},
+		{"one to translate", "completions", drip(200, "", `{"a":1`), 504, "upstream_timeout", 2 * time.Minute},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := inBubble(t, map[string]string{"UPSTREAM_TIMEOUT": "2m"}, tt.api)
+				began := time.Now()
+				request := `{"messages":[]}`
+				if tt.path == "completions" {
+					request = `{"prompt":"x"}`
+				}
+				res := b.post(t, "/v1/"+tt.path, request)
+				if took := time.Since(began).Round(time.Second); took > tt.after || res.StatusCode != tt.status {
+					t.Errorf("%s after %v, want %d after %v", res.Status, took, tt.status, tt.after)
+				}
+				if tt.code != "" {
+					body, _ := io.ReadAll(res.Body)
+					if !strings.Contains(string(body), `"code":"`+tt.code+`"`) {
+						t.Errorf("%s, want code %s", body, tt.code)
+					}
+				} else if n, err := io.ReadAtLeast(res.Body, make([]byte, 100), 20); err != nil { // each piece passes as it comes
+					t.Errorf("%d bytes, %v", n, err)
+				}
+				res.Body.Close()
+			})
+		})
+	}
+}
