@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"path"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -24,6 +25,7 @@ type exchange struct {
 	start        time.Time
 	writeTimeout time.Duration
 	http2        bool
+	anthropic    bool      // the client is one of Anthropic's interface
 	err          *apiError // what failed, first; nil where nothing did
 	upstreamID   string    // Qwen's own request id
 	called       bool      // the request has gone to Qwen
@@ -234,7 +236,22 @@ func (x *exchange) answerError(err error) {
 		h.Set("Retry-After", retryAfterSeconds(e.retryAfter))
 	}
 	x.WriteHeader(e.status)
-	x.Write(e.body(x.id())) // a client that's gone needs no answer
+	x.Write(x.errorBody(e)) // a client that's gone needs no answer
+}
+
+// errorBody returns the JSON by which the client learns of e.
+func (x *exchange) errorBody(e *apiError) []byte {
+	b := e.body(x.id())
+	if x.anthropic {
+		b = append([]byte(`{"type":"error",`), b[1:]...)
+	}
+	return b
+}
+
+// anthropicPath reports whether a request to path expects the errors of Anthropic's API.
+func anthropicPath(p string) bool {
+	p = strings.TrimPrefix(path.Clean("/"+p), "/v1")
+	return p == "/messages" || strings.HasPrefix(p, "/messages/")
 }
 
 // Header values that never change. net/http reads them only.
@@ -286,7 +303,7 @@ func track(cfg *config, log *slog.Logger, m *metrics, next handler) http.Handler
 
 // begin returns the exchange of r, with what every answer's header has.
 func begin(cfg *config, w http.ResponseWriter, r *http.Request) *exchange {
-	x := &exchange{w: w, rc: http.NewResponseController(w), ids: [1]string{requestID(r)}, client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2}
+	x := &exchange{w: w, rc: http.NewResponseController(w), ids: [1]string{requestID(r)}, client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2, anthropic: anthropicPath(r.URL.Path)}
 	h := w.Header()
 	h["X-Request-Id"] = x.ids[:]
 	if _, ok := r.Header["Anthropic-Version"]; ok {

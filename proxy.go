@@ -589,7 +589,7 @@ func (p *proxy) failure(c *call, res *http.Response) error {
 		e.message = fmt.Sprintf("The API behind the proxy has no %s. Check API_BASE_URL on the proxy.", c.path)
 	}
 	c.x.fail(e)
-	setBody(res, e.body(c.x.id()))
+	setBody(res, c.x.errorBody(e))
 	return nil
 }
 

@@ -82,9 +82,9 @@ func (b *responseBody) Read(p []byte) (int, error) {
 
 // errorEvent returns e as an event of the stream that the client expects.
 func (c *call) errorEvent(e *apiError) []byte {
-	body := e.body(c.x.id())
-	if c.anthropic() { // whose clients go by the event's name and by the member type
-		return fmt.Appendf(nil, "event: error\ndata: {\"type\":\"error\",%s\n\n", body[1:])
+	body := c.x.errorBody(e)
+	if c.x.anthropic { // such a client reads the event's name
+		return fmt.Appendf(nil, "event: error\ndata: %s\n\n", body)
 	}
 	return fmt.Appendf(nil, "data: %s\n\n", body)
 }
