@@ -29,11 +29,11 @@ type exchange struct {
 	err          *apiError // what failed, first; nil where nothing did
 	upstreamID   string    // Qwen's own request id
 	called       bool      // the request has gone to Qwen
+	firstByte    time.Time // when the first byte of Qwen's answer's body came; zero until then
 
 	mu        sync.Mutex // guards w and what follows: a keep-alive is written from another goroutine
 	status    int        // 0 until the header is written
 	bytes     int64      // of the body
-	firstByte time.Time  // zero until a byte of the body is written
 	lastWrite time.Time
 	deadline  time.Time   // of the connection's writes
 	sse       bool        // the body is an event stream
@@ -80,9 +80,6 @@ func (x *exchange) write(p []byte) (int, error) {
 		x.writeHeader(http.StatusOK)
 	}
 	x.renewDeadline()
-	if x.firstByte.IsZero() {
-		x.firstByte = x.lastWrite
-	}
 	n, err := x.w.Write(p)
 	x.dropDeadline()
 	x.bytes += int64(n)

@@ -40,7 +40,7 @@ type routeCounts struct {
 	path      string
 	statuses  [len(statusLabels)]atomic.Int64
 	duration  histogram // until the answer's end
-	firstByte histogram // until its body's first byte; without those that had no body
+	firstByte histogram // until the first byte of Qwen's answer; without those that brought none
 }
 
 // statusLabels are the values of the status label: a class of statuses at its own digit, then those that are told
@@ -214,7 +214,7 @@ func (p *page) server(m *metrics) {
 	for _, r := range routes {
 		p.histogram(&r.duration, len(bounds), label(r))
 	}
-	p.begin("qwen_proxy_time_to_first_byte_seconds", "histogram", "Time from a request's headers to the first byte of its answer's body.")
+	p.begin("qwen_proxy_time_to_first_byte_seconds", "histogram", "Time from a request's headers to the first byte of the body of Qwen's answer.")
 	for _, r := range routes {
 		p.histogram(&r.firstByte, firstByteBounds, label(r))
 	}

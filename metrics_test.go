@@ -722,3 +722,41 @@ func TestMetricsBlameQwenForNothingOfOurs(t *testing.T) {
 		t.Errorf("%d failures, want that of the broken answer alone", n)
 	}
 }
+
+// TestTheFirstByteIsQwens: neither a keep-alive nor an answer of our own is a first byte of Qwen's.
+func TestTheFirstByteIsQwens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := inBubble(t, map[string]string{"SSE_KEEPALIVE": "1s"}, func(w http.ResponseWriter, r *http.Request) {
+			sse(w)
+			time.Sleep(7 * time.Second)
+			sse(w, "data: {\"choices\":[{\"index\":0,\"delta\":{\"reasoning_content\":\"x\"}}]}\n\n") // which a text completion does not pass on
+			time.Sleep(2 * time.Second)
+			sse(w, "data: [DONE]\n\n")
+		})
+		for path, body := range map[string]string{"/v1/chat/completions": `{"messages":[]}`, "/v1/completions": `{"prompt":"x"}`} {
+			res := b.post(t, path, body)
+			if got, err := io.ReadAll(res.Body); err != nil || strings.Count(string(got), ": keep-alive\n\n") < 6 {
+				t.Errorf("%s: %q, %v", path, got, err)
+			}
+		}
+		b.post(t, "/v1/chat/completions", "{")
+		synctest.Wait()
+		if n := strings.Count(b.log.String(), `"first_byte_ms":7000`); n != 2 || strings.Count(b.log.String(), "first_byte_ms") != 2 {
+			t.Errorf("want 7000 ms twice:\n%s", b.log)
+		}
+		res, err := b.client.Get("http://proxy/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		text, _ := io.ReadAll(res.Body)
+		got, err := parsePage(string(text))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := map[string]float64{`{route="/v1/chat/completions"}`: 7, `{route="/v1/completions"}`: 7}
+		if diff := cmp.Diff(want, got.of("qwen_proxy_time_to_first_byte_seconds_sum")); diff != "" {
+			t.Errorf("sums (-want +got):\n%s", diff)
+		}
+	})
+}

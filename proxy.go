@@ -495,7 +495,7 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 		h["X-Upstream-Request-Id"] = []string{c.x.upstreamID}
 	}
 	res.Trailer = nil // else ReverseProxy announces its names; Read drops the values
-	res.Body = &upstreamBody{ReadCloser: res.Body, silence: c.silence, limit: p.cfg.idleTimeout}
+	res.Body = &upstreamBody{ReadCloser: res.Body, x: c.x, silence: c.silence, limit: p.cfg.idleTimeout}
 	body := &responseBody{call: c, res: res, src: res.Body}
 	if res.StatusCode != http.StatusOK {
 		return p.failure(c, res)

@@ -18,6 +18,7 @@ var errBroken = &apiError{status: http.StatusBadGateway, typ: typeStreaming, cod
 // becomes of it. A client that takes its time does not.
 type upstreamBody struct {
 	io.ReadCloser
+	x       *exchange
 	silence *time.Timer
 	limit   time.Duration
 }
@@ -25,7 +26,11 @@ type upstreamBody struct {
 func (b *upstreamBody) Read(p []byte) (int, error) {
 	b.silence.Reset(b.limit)
 	defer b.silence.Stop()
-	return b.ReadCloser.Read(p)
+	n, err := b.ReadCloser.Read(p)
+	if n > 0 && b.x.firstByte.IsZero() {
+		b.x.firstByte = time.Now()
+	}
+	return n, err
 }
 
 // A responseBody is Qwen's answer on its way through ReverseProxy. It passes every byte as it came, and sees to it that an answer that breaks off does not look whole: an event stream
