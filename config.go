@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"math"
 	"net"
@@ -25,12 +26,14 @@ type config struct {
 	tls      bool
 	certFile string
 	keyFile  string
+	tlsErr   error // why the two files can't be used; nil where TLS is off
 
 	logLevel  slog.Level
 	logFormat string // "json" or "text"
 	debug     bool   // per-request detail in the log
 	greet     bool   // whoever started the program sits at a terminal and reads
 
+	envFile      string // the file that settings were read from; "" for none
 	notifySocket string // of the service manager; "" for none
 
 	rateLimit float64 // requests a second and client; 0 is no limit
@@ -56,6 +59,7 @@ type config struct {
 	apiBase    *url.URL // nil: what the credentials or the kind of key say
 	apiKey     string   // "" is OAuth
 	apiKeyFile string
+	apiKeyErr  error // why there is no usable key where one is set
 
 	defaultModel string
 	aliases      map[string]string
@@ -67,9 +71,15 @@ type config struct {
 	corsOrigins    []string // nil is the loopback origins
 }
 
-// loadConfig reads the configuration from the environment. Its error joins every problem found, one a
-// line, each naming the variable, the value and what is wanted.
+// loadConfig reads what the server needs: every setting, and the files that they name. Its error joins every problem
+// found, one a line, each naming the variable, the value and what is wanted.
 func loadConfig(lookup func(string) (string, bool)) (*config, error) {
+	c, err := loadSettings(lookup)
+	return c, errors.Join(err, c.apiKeyErr, c.tlsErr)
+}
+
+// loadSettings is loadConfig without the files: whether they can be used is in the config.
+func loadSettings(lookup func(string) (string, bool)) (*config, error) {
 	e := &env{lookup: lookup}
 	c := &config{
 		host:     e.host("SERVER_HOST", "0.0.0.0"),
@@ -111,7 +121,7 @@ func loadConfig(lookup func(string) (string, bool)) (*config, error) {
 		trustedProxies: e.prefixes("TRUSTED_PROXIES"),
 		corsOrigins:    e.origins("CORS_ALLOWED_ORIGINS"),
 	}
-	c.apiKey, c.apiKeyFile = e.apiKey("QWEN_API_KEY", "QWEN_API_KEY_FILE")
+	c.apiKey, c.apiKeyFile, c.apiKeyErr = e.apiKey("QWEN_API_KEY", "QWEN_API_KEY_FILE")
 	c.proxyKeys, c.proxyKeysFile = e.proxyKeys("PROXY_API_KEYS", "PROXY_API_KEYS_FILE")
 
 	if c.debug {
@@ -123,13 +133,78 @@ func loadConfig(lookup func(string) (string, bool)) (*config, error) {
 	}
 	if c.tls {
 		if c.certFile == "" || c.keyFile == "" {
-			e.problem("ENABLE_TLS", "true", "TLS_CERT_FILE and TLS_KEY_FILE beside it, both PEM files")
+			c.tlsErr = errors.New(`ENABLE_TLS="true": want TLS_CERT_FILE and TLS_KEY_FILE beside it, both PEM files`)
 		} else if _, err := tls.LoadX509KeyPair(c.certFile, c.keyFile); err != nil {
-			e.errs = append(e.errs, fmt.Errorf("TLS_CERT_FILE=%q, TLS_KEY_FILE=%q: want a PEM certificate chain and its key: %w",
-				c.certFile, c.keyFile, err))
+			c.tlsErr = fmt.Errorf("TLS_CERT_FILE=%q, TLS_KEY_FILE=%q: want a PEM certificate chain and its key: %w", c.certFile, c.keyFile, err)
 		}
 	}
 	return c, errors.Join(e.errs...)
+}
+
+// maxEnvFile bounds the bytes of a .env file.
+const maxEnvFile = 1 << 20
+
+// readEnvFile returns the settings in file, nil where there is no such file: NAME=value lines, where # begins a comment
+// and a value may be in quotes. Its error joins the problems, one a line, and shows no value. The settings of the good
+// lines are returned all the same.
+func readEnvFile(file string) (map[string]string, error) {
+	info, err := os.Stat(file)
+	switch {
+	case file == "", errors.Is(err, fs.ErrNotExist), err == nil && info.IsDir(): // Python environments have that name too
+		return nil, nil
+	case err == nil && !info.Mode().IsRegular():
+		return nil, fmt.Errorf("%s: want a regular file", file)
+	case err == nil && info.Size() > maxEnvFile:
+		return nil, fmt.Errorf("%s: want at most %d bytes", file, maxEnvFile)
+	case err != nil:
+		return nil, err
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	settings, n := map[string]string{}, 0
+	var errs []error
+	for line := range strings.Lines(strings.TrimPrefix(string(b), "\ufeff")) { // some editors of Windows put a BOM there
+		n++
+		line = strings.TrimSpace(line)
+		if line == "" || line[0] == '#' {
+			continue
+		}
+		name, value, ok := strings.Cut(line, "=")
+		name = strings.TrimSpace(name)
+		if ok = ok && variable(name); ok {
+			value, ok = unquote(strings.TrimSpace(value))
+		}
+		if !ok {
+			errs = append(errs, fmt.Errorf(`%s, line %d: want NAME=value, NAME="value" or a comment (the line is not shown)`, file, n))
+			continue
+		}
+		settings[name] = value
+	}
+	return settings, errors.Join(errs...)
+}
+
+// unquote returns the value that s, the right side of a .env line, stands for, and whether it is well-formed.
+func unquote(s string) (string, bool) {
+	if s == "" || s[0] != '"' && s[0] != '\'' {
+		for i := range s {
+			if s[i] == '#' && (i == 0 || s[i-1] == ' ' || s[i-1] == '\t') {
+				return strings.TrimSpace(s[:i]), true
+			}
+		}
+		return s, true
+	}
+	value, rest, ok := strings.Cut(s[1:], s[:1])
+	rest = strings.TrimSpace(rest)
+	return value, ok && (rest == "" || rest[0] == '#')
+}
+
+// variable reports whether s can be the name of an environment variable.
+func variable(s string) bool {
+	return s != "" && !strings.ContainsFunc(s, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '_')
+	})
 }
 
 // addr returns the network and address to listen on.
@@ -422,21 +497,21 @@ func (e *env) origins(key string) []string {
 	return items
 }
 
-// apiKey returns the upstream's key, and the file it came from ("" for the variable).
-func (e *env) apiKey(key, fileKey string) (value, file string) {
+// apiKey returns the upstream's key, "" for none, and the file it came from ("" for the variable). The error says why
+// the key that is set can't be used.
+func (e *env) apiKey(key, fileKey string) (value, file string, err error) {
 	value, file = e.get(key), e.get(fileKey)
 	switch {
 	case value != "" && file != "":
-		e.errs = append(e.errs, fmt.Errorf("%s and %s: want one of the two, not both", key, fileKey))
+		err = fmt.Errorf("%s and %s: want one of the two, not both", key, fileKey)
 	case file != "":
-		var err error
 		if value, err = readKeyFile(file); err != nil {
-			e.errs = append(e.errs, fmt.Errorf("%s=%q: want a readable file with the key and nothing else: %w", fileKey, file, err))
+			err = fmt.Errorf("%s=%q: want a readable file with the key and nothing else: %w", fileKey, file, err)
 		}
-	case value != "" && !validKey(value):
-		e.errs = append(e.errs, fmt.Errorf("%s: want one key of printable characters without blanks (the value is not shown)", key))
+	case value != "" && (!validKey(value) || quoted(value)):
+		err = fmt.Errorf("%s: want one key of printable characters without blanks and quotes (the value is not shown)", key)
 	}
-	return value, file
+	return value, file, err
 }
 
 // readKeyFile returns the key that file holds with nothing else but white space.
@@ -451,6 +526,8 @@ func readKeyFile(file string) (string, error) {
 		return "", errors.New("the file is empty")
 	case !validKey(key):
 		return "", errors.New("the file holds more than one key of printable characters")
+	case quoted(key):
+		return "", errors.New("the key is in quotes: write it without them")
 	}
 	return key, nil
 }
@@ -515,6 +592,11 @@ func allValidKeys(keys []string) bool {
 // validKey reports whether s can stand behind "Bearer " in a header.
 func validKey(s string) bool {
 	return s != "" && !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f })
+}
+
+// quoted reports whether s begins or ends with a quote: Docker, for one, leaves those of its --env-file in the value.
+func quoted(s string) bool {
+	return strings.Trim(s, "\"'") != s
 }
 
 // printable reports whether s is free of control characters.

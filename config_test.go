@@ -303,6 +303,8 @@ func TestConfigHidesSecrets(t *testing.T) {
 		want string
 	}{
 		{map[string]string{"QWEN_API_KEY": "s3cret with blanks"}, "QWEN_API_KEY: want one key of printable characters without blanks"},
+		{map[string]string{"QWEN_API_KEY": `"s3cret"`}, "QWEN_API_KEY: want one key of printable characters without blanks and quotes"},
+		{map[string]string{"QWEN_API_KEY": `'s3cret'`}, "QWEN_API_KEY: want one key of printable characters without blanks and quotes"},
 		{map[string]string{"QWEN_API_KEY": "s3cret\x00"}, "QWEN_API_KEY: want one key"},
 		{map[string]string{"QWEN_API_KEY": "s3cret-é"}, "QWEN_API_KEY: want one key"},
 		{map[string]string{"QWEN_API_KEY": "s3cret", "QWEN_API_KEY_FILE": file}, "QWEN_API_KEY and QWEN_API_KEY_FILE: want one of the two"},
@@ -346,6 +348,7 @@ func TestConfigKeyFiles(t *testing.T) {
 		{"several", "one\ntwo\n", "", []string{"one", "two"}},
 		{"CRLF", "one\r\ntwo\r\n", "", []string{"one", "two"}},
 		{"comments and blank lines", "# for n8n\n\none\n  # for the team\ntwo#2\n", "", []string{"one", "two#2"}},
+		{"quotes", `"sk-1"`, "", []string{`"sk-1"`}},
 		{"a blank within", "sk 1", "", nil},
 		{"beyond ASCII", "sk-é", "", nil},
 		{"a NUL", "sk\x00", "", nil},

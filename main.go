@@ -29,46 +29,72 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal kills at once
-	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
+	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, ".env", os.Stdout, os.Stderr))
 }
 
 // A command is one of the program's, as the usage shows it.
 type command struct {
 	name, summary, help string
-	flags               func(*flag.FlagSet) // nil for none
+	flags               func(*flag.FlagSet)    // nil for none
+	reads               func(name string) bool // reports whether it reads the setting; nil: it reads none
+	serves              bool                   // it needs the files too that settings name
 	run                 func(ctx context.Context, cfg *config, stdout, stderr io.Writer) int
+}
+
+// only and allBut are for a command's reads.
+func only(names ...string) func(string) bool {
+	return func(name string) bool { return slices.Contains(names, name) }
+}
+
+func allBut(names ...string) func(string) bool {
+	return func(name string) bool { return !slices.Contains(names, name) }
 }
 
 func commands() []command {
 	var login loginOptions
 	return []command{
 		{name: "serve", summary: "serve the proxy (the default); sign in where there are no credentials yet", run: serveCommand,
+			reads: allBut(), serves: true,
 			help: "It is configured by environment variables alone; the README lists them. Where there are no credentials yet, it\nprints a link to sign in with and serves all the same."},
 		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&login), flags: login.define,
-			help: "It prints a link and a code, opens a browser where there is one, and waits. A running server of the same QWEN_DIR\nuses the credentials within a few seconds. The exit status is 1 where the sign-in was denied, expired or could\nnot be stored."},
+			reads: only("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_OAUTH_CLIENT_ID", "QWEN_OAUTH_SCOPE", "QWEN_API_KEY", "QWEN_API_KEY_FILE"),
+			help:  "It prints a link and a code, opens a browser where there is one, and waits. A running server of the same QWEN_DIR\nuses the credentials within a few seconds. The exit status is 1 where the sign-in was denied, expired or could\nnot be stored."},
 		{name: "logout", summary: "sign out: replace the stored credentials by an empty object", run: logoutCommand,
-			help: "Running servers of the same QWEN_DIR, and Qwen Code, are signed out with it."},
+			reads: only("QWEN_DIR"),
+			help:  "Running servers of the same QWEN_DIR, and Qwen Code, are signed out with it."},
 		{name: "status", summary: "say who is signed in and how the server is; exit status 0 only where usable", run: statusCommand,
-			help: "It never prints a token."},
+			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS", "QWEN_DIR", "API_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE"),
+			help:  "It never prints a token."},
 		{name: "healthcheck", summary: "ask the server of the same environment for /health; exit status 0 or 1", run: healthcheckCommand,
-			help: "For containers without a shell."},
+			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS"),
+			help:  "For containers without a shell."},
 		{name: "demo", summary: "serve with a stand-in for Qwen: no account, no network, nothing stored", run: demoCommand,
+			reads: allBut("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE", "API_BASE_URL"), serves: true,
 			help: "Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after a\nfew seconds, and the answers are canned. Credentials go to a temporary directory.\n\n" +
 				"Models of some names fail, to try out what a client does then: error-500 answers with status 500, any from error-400\nto error-599 likewise, and error-midstream breaks off in the middle of a stream."},
 		{name: "version", summary: "print version, commit, build date and Go version", run: versionCommand},
+		{name: "help", summary: "print this text, or explain a command"},
 	}
 }
 
-// run executes one command and returns its exit status: 0 done, 1 failed, 2 wrong usage or configuration.
-func run(ctx context.Context, args []string, lookup func(string) (string, bool), stdout, stderr io.Writer) int {
+// run executes one command and returns its exit status: 0 done, 1 failed, 2 wrong usage or configuration. Settings come
+// from lookup and then from envFile, if there is such a file; "" reads none.
+func run(ctx context.Context, args []string, lookup func(string) (string, bool), envFile string, stdout, stderr io.Writer) int {
 	terminal := isTerminal(stderr)
 	stderr = &syncWriter{w: stderr} // log lines and prompts come from several goroutines
 	name := "serve"
-	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+	switch {
+	case len(args) == 0:
+	case slices.Contains([]string{"help", "-h", "-help", "--help"}, args[0]):
+		if len(args) == 1 || args[0] != "help" {
+			usage(stdout)
+			return 0
+		}
+		name, args = args[1], []string{"-h"}
+	case args[0] == "-version" || args[0] == "--version":
+		name, args = "version", args[1:]
+	case !strings.HasPrefix(args[0], "-"):
 		name, args = args[0], args[1:]
-	} else if len(args) > 0 && (args[0] == "-h" || args[0] == "-help" || args[0] == "--help") {
-		usage(stdout)
-		return 0
 	}
 	all := commands()
 	i := slices.IndexFunc(all, func(c command) bool { return c.name == name })
@@ -95,16 +121,38 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		fmt.Fprintf(stderr, "qwen-go-proxy %s: %v\n\n", c.name, err)
 		usage(stderr)
 		return 2
-	case c.name == "version": // needs no configuration, and a wrong one is not its business
+	case c.reads == nil: // a wrong configuration is not its business
 		return c.run(ctx, nil, stdout, stderr)
 	}
-	cfg, err := loadConfig(lookup)
-	if err != nil {
+	file, fileErr := readEnvFile(envFile)
+	if fileErr != nil && c.name == "healthcheck" {
+		fmt.Fprintln(stderr, fileErr) // the server may have started before the file was broken, and be healthy
+		fileErr = nil
+	}
+	settings := func(name string) (string, bool) {
+		if !c.reads(name) {
+			return "", false
+		}
+		if value, ok := lookup(name); ok {
+			return value, true
+		}
+		value, ok := file[name]
+		return value, ok
+	}
+	load := loadSettings
+	if c.serves {
+		load = loadConfig
+	}
+	cfg, err := load(settings)
+	if err = errors.Join(fileErr, err); err != nil {
 		fmt.Fprintf(stderr, "qwen-go-proxy: the configuration is wrong:\n%v\n", err)
 		return 2
 	}
-	cfg.notifySocket, _ = lookup("NOTIFY_SOCKET") // of the service manager's making, not a setting
-	if format, _ := lookup("LOG_FORMAT"); terminal && strings.TrimSpace(format) == "" {
+	if file != nil {
+		cfg.envFile = envFile
+	}
+	cfg.notifySocket, _ = lookup("NOTIFY_SOCKET") // set by the service manager: not a setting
+	if format, _ := settings("LOG_FORMAT"); terminal && strings.TrimSpace(format) == "" {
 		cfg.greet, cfg.logFormat = true, "text"
 	}
 	return c.run(ctx, cfg, stdout, stderr)

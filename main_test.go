@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -100,7 +101,7 @@ func start(t *testing.T, env map[string]string, args ...string) *program {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	p := &program{t: t, stderr: &logBuffer{}, stop: cancel, exit: make(chan int, 1)}
-	go func() { p.exit <- run(ctx, args, lookup(full), io.Discard, p.stderr) }()
+	go func() { p.exit <- run(ctx, args, lookup(full), "", io.Discard, p.stderr) }()
 	t.Cleanup(func() {
 		cancel()
 		select {
@@ -225,6 +226,13 @@ func TestUsageAndExitStatus(t *testing.T) {
 		{args: []string{"healthcheck", "-h"}, stdout: "/health"},
 		{args: []string{"version", "-h"}, stdout: "version"},
 		{args: []string{"version"}, stdout: "qwen-go-proxy "},
+		{args: []string{"--version"}, stdout: "qwen-go-proxy "},
+		{args: []string{"-version"}, stdout: "qwen-go-proxy "},
+		{args: []string{"help"}, stdout: "usage: qwen-go-proxy [command]"},
+		{args: []string{"help", "login"}, stdout: "usage: qwen-go-proxy login"},
+		{args: []string{"help", "help"}, stdout: "usage: qwen-go-proxy help"},
+		{args: []string{"help", "frobnicate"}, status: 2, stderr: `unknown command "frobnicate"`},
+		{args: []string{"--version", "now"}, status: 2, stderr: `unexpected argument "now"`},
 		{args: []string{"frobnicate"}, status: 2, stderr: `unknown command "frobnicate"`},
 		{args: []string{"-port", "80"}, status: 2, stderr: "flag provided but not defined: -port"},
 		{args: []string{"serve", "now"}, status: 2, stderr: `unexpected argument "now"`},
@@ -235,7 +243,7 @@ func TestUsageAndExitStatus(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(strings.Join(tt.args, " "), func(t *testing.T) {
 			var stdout, stderr bytes.Buffer
-			status := run(t.Context(), tt.args, lookup(tt.env), &stdout, &stderr)
+			status := run(t.Context(), tt.args, lookup(tt.env), "", &stdout, &stderr)
 			if status != tt.status {
 				t.Errorf("exit status %d, want %d", status, tt.status)
 			}
@@ -245,6 +253,120 @@ func TestUsageAndExitStatus(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestCommandsReadOnlyTheirSettings runs each command with all that it does not need broken.
+func TestCommandsReadOnlyTheirSettings(t *testing.T) {
+	t.Parallel()
+	cert, key := certificate(t)
+	dir := credentials(t)
+	env := map[string]string{"ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "QWEN_DIR": dir, "SERVER_HOST": "127.0.0.1"}
+	p := start(t, env)
+	env["SERVER_PORT"] = p.url[strings.LastIndexByte(p.url, ':')+1:]
+	for _, name := range settingNames() {
+		if _, ok := env[name]; !ok && !strings.HasPrefix(name, "QWEN_") {
+			env[name] = "\x00"
+		}
+	}
+	delete(env, "API_BASE_URL")
+	env["PROXY_API_KEYS"] = ""
+	env["TLS_CERT_FILE"] = filepath.Join(dir, "none")
+	env["QWEN_API_KEY_FILE"] = filepath.Join(dir, "none")
+	for _, tt := range []struct {
+		command string
+		status  int
+		out     string
+	}{
+		{"serve", 2, "the configuration is wrong"},
+		{"healthcheck", 0, ""},
+		{"status", 0, "ready"},
+		{"login", 2, "with a key there is no sign-in"},
+		{"logout", 0, "Signed out"},
+	} {
+		if status, out := runCommand(t, env, tt.command).wait(t); status != tt.status || !strings.Contains(out, tt.out) {
+			t.Errorf("%s: exit status %d, want %d and %q:\n%s", tt.command, status, tt.status, tt.out, out)
+		}
+	}
+}
+
+func TestEnvFile(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), ".env")
+	write := func(content string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const secret = "s3cret"
+	for name, tt := range map[string]struct {
+		content string
+		want    map[string]string
+		err     string // of the lines that are wrong, the numbers
+	}{
+		"lines":           {"A=1\nB = two words \n\n", map[string]string{"A": "1", "B": "two words"}, ""},
+		"CRLF and BOM":    {"\ufeffA=1\r\nB=2", map[string]string{"A": "1", "B": "2"}, ""},
+		"comments":        {"# A=1\n  #B=2\nC=3 # three\nD=x#y\nE=#\n", map[string]string{"C": "3", "D": "x#y", "E": ""}, ""},
+		"quotes":          {"A=\"a # b\"\nB='it is \"so\"' # quoted\nC=\"\"\n", map[string]string{"A": "a # b", "B": `it is "so"`, "C": ""}, ""},
+		"an equals sign":  {"A=b=c\n", map[string]string{"A": "b=c"}, ""},
+		"the last counts": {"A=1\nA=2\n", map[string]string{"A": "2"}, ""},
+		"wrong lines":     {"A=1\nexport B=" + secret + "\n" + secret + "\nC=\"" + secret + "\n=" + secret + "\nD='" + secret + "'x\n", map[string]string{"A": "1"}, "2 3 4 5 6"},
+		"empty":           {"", map[string]string{}, ""},
+	} {
+		write(tt.content)
+		got, err := readEnvFile(file)
+		if diff := cmp.Diff(tt.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+		var lines []string
+		if err != nil {
+			for _, m := range regexp.MustCompile(`(?m)^`+regexp.QuoteMeta(file)+`, line (\d+): want `).FindAllStringSubmatch(err.Error(), -1) {
+				lines = append(lines, m[1])
+			}
+		}
+		if strings.Join(lines, " ") != tt.err || err != nil && strings.Contains(err.Error(), secret) {
+			t.Errorf("%s: error %v, want lines %q and no value", name, err, tt.err)
+		}
+	}
+	if got, err := readEnvFile(filepath.Dir(file)); got != nil || err != nil {
+		t.Errorf("a directory: %v, %v", got, err)
+	}
+	if _, err := readEnvFile(os.DevNull); err == nil {
+		t.Error("a device is read")
+	}
+	write("SERVER_PORT=no port\nA\n")
+	var stderr bytes.Buffer
+	status := run(t.Context(), []string{"serve"}, lookup(nil), file, io.Discard, &stderr)
+	if out := stderr.String(); status != 2 || !strings.Contains(out, ", line 2: ") || !strings.Contains(out, `SERVER_PORT="no port"`) {
+		t.Errorf("exit status %d, want 2 and both problems:\n%s", status, out)
+	}
+	stderr.Reset()
+	status = run(t.Context(), []string{"healthcheck"}, lookup(map[string]string{"SERVER_PORT": "1", "SERVER_HOST": "127.0.0.1"}), file, io.Discard, &stderr)
+	if out := stderr.String(); status != 1 || !strings.Contains(out, "refused") {
+		t.Errorf("healthcheck: exit status %d, want 1, from the server:\n%s", status, out)
+	}
+}
+
+// TestEnvFileOfTheWorkingDirectory starts a process where there is one.
+func TestEnvFileOfTheWorkingDirectory(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, ".env"), []byte("QWEN_API_KEY='sk-1'\nMODELS=from-file\nLOG_LEVEL=error\nSERVER_HOST=127.0.0.9\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := startProcess(t, map[string]string{"LOG_LEVEL": "info"}, func(cmd *exec.Cmd) { cmd.Dir = dir })
+	p.stderr.await(t, `"msg":"settings were read from a file; the environment wins","file":"\.env"`)
+	if !strings.HasPrefix(p.url, "http://127.0.0.1:") {
+		t.Errorf("it listens on %s: the file has won over the environment", p.url)
+	}
+	res, err := http.Get(p.url + "/health/ready")
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		t.Errorf("/health/ready: %s: the file's key is not in use", res.Status)
 	}
 }
 
@@ -334,7 +456,7 @@ func TestServeSaysThatThePortIsTaken(t *testing.T) {
 	defer ln.Close()
 	_, port, _ := net.SplitHostPort(ln.Addr().String())
 	var stderr bytes.Buffer
-	status := run(t.Context(), nil, lookup(map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": port, "QWEN_DIR": t.TempDir()}), io.Discard, &stderr)
+	status := run(t.Context(), nil, lookup(map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": port, "QWEN_DIR": t.TempDir()}), "", io.Discard, &stderr)
 	if status != 1 || !strings.Contains(stderr.String(), "set SERVER_PORT to another port") {
 		t.Errorf("exit status %d, stderr:\n%s", status, &stderr)
 	}
@@ -454,7 +576,7 @@ func TestHealthcheckAsksTheServerOfTheSameEnvironment(t *testing.T) {
 				env["SERVER_HOST"] = "127.0.0.1"
 			}
 			var stderr bytes.Buffer
-			if status := run(t.Context(), []string{"healthcheck"}, lookup(env), io.Discard, &stderr); status != 0 {
+			if status := run(t.Context(), []string{"healthcheck"}, lookup(env), "", io.Discard, &stderr); status != 0 {
 				t.Errorf("exit status %d: %s", status, &stderr)
 			}
 		})

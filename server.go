@@ -71,6 +71,9 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 	hangups := hangups() // before anybody can know that the program runs, and close its terminal
 	listening(base, tokens)
 	log.Info("listening", "address", ln.Addr().String(), "url", base, "version", version().Version)
+	if cfg.envFile != "" {
+		log.Info("settings were read from a file; the environment wins", "file", cfg.envFile)
+	}
 	warn(cfg, log, ln.Addr())
 
 	served := make(chan error, 1)

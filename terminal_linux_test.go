@@ -61,7 +61,7 @@ func startAtTerminal(t *testing.T, env map[string]string, args ...string) *logBu
 	terminal, user, _ := newTerminal(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	exit := make(chan int, 1)
-	go func() { exit <- run(ctx, args, lookup(full), io.Discard, terminal) }()
+	go func() { exit <- run(ctx, args, lookup(full), "", io.Discard, terminal) }()
 	t.Cleanup(func() {
 		cancel()
 		select {
