@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	mathrand "math/rand/v2"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -67,6 +68,33 @@ func (e *oauthError) Error() string {
 	return fmt.Sprintf("%q", e.Code)
 }
 
+// A strangeAnswer says that the server answered, but not as RFC 6749 has it: too many requests, a gateway's page.
+type strangeAnswer string
+
+func (e strangeAnswer) Error() string { return string(e) }
+
+// trouble says in a sentence or two why no sign-in could be started or ended, for err, and what to do.
+func (c *oauthClient) trouble(err error) string {
+	_, oauth := errors.AsType[*oauthError](err)
+	_, strange := errors.AsType[strangeAnswer](err)
+	switch {
+	case refused(err):
+		return fmt.Sprintf("Qwen's sign-in server refused the sign-in: %v.", err)
+	case oauth || strange:
+		return fmt.Sprintf("Qwen's sign-in server can't take a sign-in now: %v. Try again in a minute.", err)
+	}
+	why := err
+	var timeout interface{ Timeout() bool }
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		why = errors.New(dns.Err)
+	} else if errors.As(err, &timeout) && timeout.Timeout() {
+		why = errors.New("no answer in time")
+	} else if e, ok := errors.AsType[*url.Error](err); ok {
+		why = e.Err // without the URL
+	}
+	return fmt.Sprintf("Qwen's sign-in server %s can't be reached: %v. Check the network; HTTPS_PROXY is used if it is set.", c.base.Host, why)
+}
+
 // refused reports whether err is the server's last word: to try the same again is useless.
 func refused(err error) bool {
 	e, ok := errors.AsType[*oauthError](err)
@@ -120,11 +148,11 @@ func (c *oauthClient) authorize(ctx context.Context) (*deviceAuth, error) {
 	}
 	switch {
 	case answer.DeviceCode == "":
-		return nil, errors.New("device authorization: the answer has no device_code")
+		return nil, strangeAnswer("device authorization: the answer has no device_code")
 	case !validKey(answer.UserCode) || len(answer.UserCode) > 100:
-		return nil, errors.New("device authorization: the answer has no usable user_code")
+		return nil, strangeAnswer("device authorization: the answer has no usable user_code")
 	case !c.showable(answer.VerificationURI) || !c.showable(answer.VerificationURIComplete):
-		return nil, errors.New("device authorization: the answer has no usable verification_uri")
+		return nil, strangeAnswer("device authorization: the answer has no usable verification_uri")
 	}
 	return &deviceAuth{
 		deviceCode:              answer.DeviceCode,
@@ -258,7 +286,7 @@ func (c *oauthClient) post(ctx context.Context, path string, form url.Values, an
 		return fmt.Errorf("%s: reading the answer: %w", c.base.Host, err)
 	}
 	if len(body) > maxOAuthAnswer {
-		return fmt.Errorf("%s answered %s with more than %d bytes", c.base.Host, res.Status, maxOAuthAnswer)
+		return strangeAnswer(fmt.Sprintf("%s answered %s with more than %d bytes", c.base.Host, res.Status, maxOAuthAnswer))
 	}
 
 	// The error member decides, not the status: errors have been seen with 200, and slow_down with 429.
@@ -280,10 +308,10 @@ func (c *oauthClient) post(ctx context.Context, path string, form url.Values, an
 	case isJSON && (res.StatusCode == http.StatusBadRequest || res.StatusCode == http.StatusUnauthorized):
 		return &oauthError{Status: res.StatusCode}
 	case res.StatusCode != http.StatusOK:
-		return fmt.Errorf("%s answered %s", c.base.Host, res.Status)
+		return strangeAnswer(fmt.Sprintf("%s answered %s", c.base.Host, res.Status))
 	}
 	if err := json.Unmarshal(body, answer); err != nil {
-		return fmt.Errorf("%s answered something other than the JSON of RFC 6749", c.base.Host) // err may quote a token
+		return strangeAnswer(c.base.Host + " answered something other than the JSON of RFC 6749") // err may quote a token
 	}
 	return nil
 }

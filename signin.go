@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,11 +9,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
+	"syscall"
 	"time"
 )
 
@@ -37,8 +40,8 @@ func loginCommand(o *loginOptions) func(ctx context.Context, cfg *config, stdout
 			fmt.Fprintf(stderr, "qwen-go-proxy login: %v\n", err)
 			return status
 		}
-		if cfg.apiKey != "" {
-			return fail(2, signInFailed, errors.New("QWEN_API_KEY is set, and with a key there is no sign-in: unset it to sign in"))
+		if cfg.apiKey != "" || cfg.apiKeyFile != "" {
+			return fail(2, signInFailed, errors.New("an API key is set (QWEN_API_KEY or QWEN_API_KEY_FILE), and with a key there is no sign-in: unset it to sign in"))
 		}
 		store := &credentialStore{dir: cfg.qwenDir}
 		if err := store.check(); err != nil {
@@ -46,8 +49,11 @@ func loginCommand(o *loginOptions) func(ctx context.Context, cfg *config, stdout
 		}
 		oauth := newOAuthClient(cfg)
 		auth, err := oauth.authorize(ctx)
-		if err != nil {
-			return fail(1, signInFailed, err)
+		switch {
+		case ctx.Err() != nil:
+			return fail(1, "interrupted", errors.New("given up; nothing has changed"))
+		case err != nil:
+			return fail(1, signInFailed, errors.New(oauth.trouble(err)))
 		}
 		opened := !o.noBrowser && openBrowser(ctx, auth.verificationURIComplete)
 		if o.json {
@@ -71,16 +77,16 @@ func loginCommand(o *loginOptions) func(ctx context.Context, cfg *config, stdout
 		case ok && e.Code == "expired_token":
 			return fail(1, signInExpired, errors.New("nobody completed the sign-in in time; run login again"))
 		case err != nil:
-			return fail(1, signInFailed, err)
+			return fail(1, signInFailed, errors.New(oauth.trouble(err)))
 		}
 		// The user has signed in: a Ctrl-C that comes too late shall not lose that.
 		if err := storeSignIn(context.WithoutCancel(ctx), store, t); err != nil && !errors.Is(err, errInPlace) {
 			return fail(1, signInFailed, fmt.Errorf("signed in, but the credentials could not be stored: %w", err))
 		}
 		if o.json {
-			printJSON(stdout, map[string]any{"status": signInComplete, "expires_at": t.expiry.UTC().Truncate(time.Second), "file": store.path()})
+			printJSON(stdout, map[string]any{"status": signInComplete, "expires_at": t.expiry.UTC().Truncate(time.Second), "file": absolute(store.path())})
 		} else {
-			fmt.Fprintf(stdout, "\nSigned in. The credentials are in %s; a running server uses them within a few seconds.\n", store.path())
+			fmt.Fprintf(stdout, "\nSigned in. The credentials are in %s; a running server with this QWEN_DIR uses them within a few seconds.\n", absolute(store.path()))
 		}
 		return 0
 	}
@@ -125,84 +131,145 @@ func logoutCommand(ctx context.Context, cfg *config, stdout, stderr io.Writer) i
 	} else if err != nil {
 		return fail(fmt.Errorf("%w; it is left as it is: delete it by hand if it may go", err))
 	}
-	lock, err := store.lock(ctx, func() bool { return false })
-	if err != nil {
+	waiting := false
+	lock, err := store.lock(ctx, func() bool {
+		if !waiting {
+			waiting = true
+			fmt.Fprintf(stderr, "Another process holds %s. Waiting up to a minute for it …\n", absolute(filepath.Join(cfg.qwenDir, lockFile)))
+		}
+		return false
+	})
+	switch {
+	case ctx.Err() != nil:
+		return fail(errors.New("given up; nothing has changed"))
+	case errors.Is(err, errLocked): // nobody holds one for so long and lives: it shall not keep the user signed in
+	case err != nil:
 		return fail(err)
+	default:
+		defer lock.release()
 	}
-	defer lock.release()
 	if err := store.signOut(); err != nil && !errors.Is(err, errInPlace) {
 		return fail(err)
 	}
-	fmt.Fprintf(stdout, "Signed out: %s is empty now.\n", store.path())
+	fmt.Fprintf(stdout, "Signed out: %s is empty now.\n", absolute(store.path()))
 	return 0
 }
 
-// statusCommand prints how things stand, on one screen. The exit status is 0 only where requests would be served.
+// absolute returns path as it is from anywhere: QWEN_DIR is relative by default.
+func absolute(path string) string {
+	if abs, err := filepath.Abs(path); err == nil {
+		return abs
+	}
+	return path
+}
+
+// statusCommand prints on one screen how things stand. A running server knows best. Where none answers, the exit status
+// says whether the credentials are good for one.
 func statusCommand(ctx context.Context, cfg *config, stdout, _ io.Writer) int {
 	line := func(name, format string, args ...any) {
 		fmt.Fprintf(stdout, "%-13s%s\n", name+":", fmt.Sprintf(format, args...))
 	}
-	log := slog.New(slog.DiscardHandler)
-	usable := true
-	if cfg.apiKey != "" {
-		line("credentials", "API key")
-		line("upstream", "%s", keyBase(cfg))
-		if cfg.apiKeyFile != "" {
-			line("file", "%s", cfg.apiKeyFile)
-		}
-	} else {
-		store := &credentialStore{dir: cfg.qwenDir}
-		s := &tokenSource{oauth: newOAuthClient(cfg), store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log}
-		t, err := store.load()
-		st := &authState{token: s.prepare(t)}
-		now := time.Now()
-		switch problem := st.problem(now); {
-		case err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, errSignedOut):
-			line("credentials", "unusable: %v", err)
-			usable = false
-		case problem != nil:
-			line("credentials", "%s", problem.message)
-			usable = false
-		case t.good(now):
-			line("credentials", "signed in to Qwen")
-			line("token", "good until %s (%s)", t.expiry.Format(time.DateTime), t.expiry.Sub(now).Round(time.Second))
-		case t.refresh != "":
-			line("credentials", "signed in to Qwen")
-			line("token", "expired at %s; the server renews it", t.expiry.Format(time.DateTime))
-		default:
-			line("credentials", "the token expired at %s and can't be renewed: sign in again", t.expiry.Format(time.DateTime))
-			usable = false
-		}
-		if t != nil && t.base != nil {
-			line("upstream", "%s", t.base)
-		}
-		line("file", "%s", store.path())
+	if cfg.envFile != "" {
+		line("settings", "%s, and the environment", absolute(cfg.envFile))
 	}
-	switch ready, reason, err := askReady(ctx, cfg); {
-	case err != nil:
+	ready, err := askReady(ctx, cfg)
+	running := err == nil
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
 		line("server", "not running at %s", serverAddress(cfg))
-	case ready:
+	case err != nil:
+		line("server", "not known: %v", err)
+	case ready.Status == "ready":
 		line("server", "ready at %s", serverAddress(cfg))
 	default:
-		line("server", "not ready: %s", reason)
-		usable = false // it knows more than the file: a refused refresh, an account that is not served
+		line("server", "not ready at %s: %s", serverAddress(cfg), ready.Reason)
 	}
-	if !usable {
-		return 1
+	ours := ownCredentials(cfg, time.Now())
+	if running && ready.Status == "ready" && ours.problem != "" {
+		line("credentials", "the server's own; there are none here, by this environment: %s", ours.problem)
+		return 0
 	}
-	return 0
+	line("credentials", "%s", cmp.Or(ours.problem, ours.kind))
+	if ours.token != "" {
+		line("token", "%s", ours.token)
+	}
+	if ours.base != nil {
+		line("upstream", "%s", ours.base)
+	}
+	if ours.file != "" {
+		line("file", "%s", absolute(ours.file))
+	}
+	switch {
+	case running && ready.Code == "not_signed_in" && ours.problem == "":
+		line("next", "the server does not use this file: run login with the server's QWEN_DIR")
+	case !running && ours.missing:
+		line("next", "set QWEN_API_KEY, or sign in with: qwen-go-proxy login")
+	}
+	if running && ready.Status == "ready" || !running && ours.problem == "" && !errors.Is(err, errNotOurs) {
+		return 0
+	}
+	return 1
 }
 
-// askReady asks the server of the same environment whether it is ready. The error says that none answers.
-func askReady(ctx context.Context, cfg *config) (ready bool, reason string, err error) {
+// A credentialReport says what is known of the credentials that the environment names, without a server.
+type credentialReport struct {
+	kind    string
+	problem string   // "" where a server would use them
+	missing bool     // there are none
+	token   string   // how long it is good
+	base    *url.URL // nil where it is not known
+	file    string   // "" for none
+}
+
+func ownCredentials(cfg *config, now time.Time) credentialReport {
+	if cfg.apiKey != "" || cfg.apiKeyFile != "" {
+		r := credentialReport{kind: "API key", base: keyBase(cfg), file: cfg.apiKeyFile}
+		if cfg.apiKeyErr != nil {
+			r.problem = cfg.apiKeyErr.Error()
+		}
+		return r
+	}
+	store := &credentialStore{dir: cfg.qwenDir}
+	r := credentialReport{kind: "signed in to Qwen", file: store.path()}
+	t, err := store.load()
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errSignedOut):
+		r.problem, r.missing = "not signed in", true
+		return r
+	case err != nil:
+		r.problem = fmt.Sprintf("unusable: %v", err)
+		return r
+	case t.good(now):
+		r.token = fmt.Sprintf("good until %s (%s)", t.expiry.Format(time.DateTime), t.expiry.Sub(now).Round(time.Second))
+	case t.refresh != "":
+		r.token = fmt.Sprintf("expired at %s; the server renews it", t.expiry.Format(time.DateTime))
+	default:
+		r.problem = fmt.Sprintf("the token expired at %s and can't be renewed: sign in again", t.expiry.Format(time.DateTime))
+	}
+	if r.base = cfg.apiBase; r.base == nil {
+		if r.base, err = apiBase(t.resourceURL); err != nil {
+			r.problem = err.Error()
+		}
+	}
+	return r
+}
+
+// A readyAnswer is what /health/ready answers.
+type readyAnswer struct{ Status, Code, Reason string }
+
+// errNotOurs says that the answer is not the proxy's.
+var errNotOurs = errors.New("another program answers at the server's address")
+
+// askReady asks the server of the same environment whether it is ready. The error says why there is no answer.
+func askReady(ctx context.Context, cfg *config) (r readyAnswer, err error) {
 	res, err := askServer(ctx, cfg, "/health/ready")
 	if err != nil {
-		return false, "", err
+		return r, err
 	}
 	defer res.Body.Close()
-	var answer struct{ Status, Reason string }
-	if err := json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&answer); err != nil || answer.Status == "" {
-		return false, "", errors.New("something else answers there")
+	err = json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&r)
+	if err != nil || (r.Status == "ready") != (res.StatusCode == http.StatusOK) || r.Status == "" {
+		return r, errNotOurs
 	}
-	return res.StatusCode == http.StatusOK, answer.Reason, nil
+	return r, nil
 }

@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -27,7 +28,7 @@ type terminal struct {
 func runCommand(t *testing.T, env map[string]string, args ...string) *terminal {
 	ctx, stop := context.WithCancel(t.Context())
 	c := &terminal{stdout: &logBuffer{}, stderr: &logBuffer{}, stop: stop, exit: make(chan int, 1)}
-	go func() { c.exit <- run(ctx, args, lookup(env), c.stdout, c.stderr) }()
+	go func() { c.exit <- run(ctx, args, lookup(env), "", c.stdout, c.stderr) }()
 	t.Cleanup(stop)
 	return c
 }
@@ -182,6 +183,137 @@ func TestLoginAsJSON(t *testing.T) {
 	if diff := cmp.Diff([]string{signInPending, signInComplete}, statuses); diff != "" {
 		t.Errorf("statuses (-want +got):\n%s", diff)
 	}
+}
+
+// TestLoginSaysWhyItCannotStart gives sign-in servers that can't be reached or answer what they should not.
+func TestLoginSaysWhyItCannotStart(t *testing.T) {
+	t.Parallel()
+	answering := func(status int, body string) string {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(status)
+			w.Write([]byte(body))
+		}))
+		t.Cleanup(srv.Close)
+		return srv.URL
+	}
+	for name, tt := range map[string]struct{ server, want string }{
+		"no network":        {"http://127.0.0.1:1", "Qwen's sign-in server 127.0.0.1:1 can't be reached: dial tcp 127.0.0.1:1: connect: connection refused. Check the network"},
+		"no name":           {"http://qwen.invalid", "Qwen's sign-in server qwen.invalid can't be reached: "},
+		"too many requests": {answering(429, "slow down"), "can't take a sign-in now: device authorization: 127.0.0.1:"},
+		"an outage":         {answering(502, "<html>"), "answered 502 Bad Gateway. Try again in a minute."},
+		"slow_down":         {answering(429, `{"error":"slow_down"}`), `can't take a sign-in now: device authorization: "slow_down". Try again`},
+		"a refusal":         {answering(400, `{"error":"invalid_client"}`), `refused the sign-in: device authorization: "invalid_client".`},
+		"another answer":    {answering(200, "{}"), "can't take a sign-in now: device authorization: the answer has no device_code"},
+	} {
+		status, out := runCommand(t, map[string]string{"QWEN_OAUTH_BASE_URL": tt.server, "QWEN_DIR": t.TempDir()}, "login").wait(t)
+		if status != 1 || !strings.Contains(out, tt.want) || strings.Contains(out, "/api/v1") {
+			t.Errorf("%s: exit status %d, want 1 and %q:\n%s", name, status, tt.want, out)
+		}
+	}
+}
+
+// TestStatusBelievesTheServer compares what a running server says with what the files of this environment say.
+func TestStatusBelievesTheServer(t *testing.T) {
+	t.Parallel()
+	serving := func(env map[string]string) string {
+		p := start(t, env, "serve")
+		return p.url[strings.LastIndexByte(p.url, ':')+1:]
+	}
+	answering := func(status int, body string) string {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(status)
+			w.Write([]byte(body))
+		}))
+		t.Cleanup(srv.Close)
+		return srv.URL[strings.LastIndexByte(srv.URL, ':')+1:]
+	}
+	const noQwen = "http://127.0.0.1:1"
+	signedIn, signedOut := credentials(t), t.TempDir()
+	ready := serving(map[string]string{"QWEN_DIR": signedIn})
+	unready := serving(map[string]string{"QWEN_DIR": signedOut, "QWEN_OAUTH_BASE_URL": noQwen})
+	refused := answering(503, `{"status":"not_ready","code":"invalid_api_key","reason":"Qwen refuses the key."}`)
+	for name, tt := range map[string]struct {
+		env    map[string]string
+		status int
+		want   []string
+		not    string
+	}{
+		"ready, and its files are elsewhere": {map[string]string{"SERVER_PORT": ready, "QWEN_DIR": signedOut}, 0,
+			[]string{"server:      ready at 127.0.0.1:" + ready, "credentials: the server's own"}, "next:"},
+		"ready, with its files": {map[string]string{"SERVER_PORT": ready, "QWEN_DIR": signedIn}, 0,
+			[]string{"server:      ready", "credentials: signed in to Qwen", "token:       good until", signedIn}, ""},
+		"not ready, and the files are good": {map[string]string{"SERVER_PORT": unready, "QWEN_DIR": signedIn}, 1,
+			[]string{"server:      not ready", "not signed in", "next:        the server does not use this file"}, ""},
+		"the key is refused": {map[string]string{"SERVER_PORT": refused, "QWEN_API_KEY": "sk-1"}, 1,
+			[]string{"server:      not ready", "Qwen refuses the key.", "credentials: API key"}, ""},
+		"no server, signed in": {map[string]string{"SERVER_PORT": "1", "QWEN_DIR": signedIn}, 0,
+			[]string{"server:      not running at 127.0.0.1:1", "credentials: signed in to Qwen"}, "next:"},
+		"no server, not signed in": {map[string]string{"SERVER_PORT": "1", "QWEN_DIR": signedOut}, 1,
+			[]string{"server:      not running", "credentials: not signed in", "next:        set QWEN_API_KEY, or sign in with: qwen-go-proxy login"}, ""},
+		"no server, no usable key": {map[string]string{"SERVER_PORT": "1", "QWEN_API_KEY_FILE": signedOut}, 1,
+			[]string{"credentials: QWEN_API_KEY_FILE=", "want a readable file"}, ""},
+		"no server, an API that gets no token": {map[string]string{"SERVER_PORT": "1", "QWEN_DIR": foreignBase(t)}, 1,
+			[]string{"set API_BASE_URL"}, ""},
+		"no server, a Unix socket": {map[string]string{"SERVER_HOST": "unix:" + filepath.Join(signedOut, "s"), "QWEN_DIR": signedIn}, 0,
+			[]string{"server:      not running at " + filepath.Join(signedOut, "s")}, ""},
+		"another program": {map[string]string{"SERVER_PORT": answering(200, "hello"), "QWEN_DIR": signedIn}, 1,
+			[]string{"server:      not known: another program answers"}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			env := map[string]string{"SERVER_HOST": "127.0.0.1"}
+			maps.Copy(env, tt.env)
+			status, out := runCommand(t, env, "status").wait(t)
+			if status != tt.status {
+				t.Errorf("exit status %d, want %d", status, tt.status)
+			}
+			for _, want := range tt.want {
+				if !strings.Contains(out, want) {
+					t.Errorf("%q is missing", want)
+				}
+			}
+			if tt.not != "" && strings.Contains(out, tt.not) {
+				t.Errorf("%q is there", tt.not)
+			}
+			if t.Failed() {
+				t.Log(out)
+			}
+		})
+	}
+}
+
+// foreignBase returns a directory with credentials for an API that gets no token.
+func foreignBase(t *testing.T) string {
+	dir := t.TempDir()
+	content := strings.Replace(fileContent, "portal.qwen.ai", "evil.example", 1)
+	if err := os.WriteFile(filepath.Join(dir, credentialFile), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// TestLogoutBesideALock finds a lock that a process without a sign of life has left.
+func TestLogoutBesideALock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := credentials(t)
+		lock := filepath.Join(dir, lockFile)
+		if err := os.WriteFile(lock, []byte("dead"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		os.Chtimes(lock, begin, begin)
+		c := runCommand(t, map[string]string{"QWEN_DIR": dir}, "logout")
+		time.Sleep(time.Second)
+		if out := c.stderr.String(); !strings.Contains(out, "Another process holds "+lock) {
+			t.Errorf("after a second it has said %q", out)
+		}
+		status := <-c.exit
+		if took := time.Since(begin); status != 0 || took > time.Minute {
+			t.Errorf("exit status %d after %v:\n%s%s", status, took, c.stdout, c.stderr)
+		}
+		if b, _ := os.ReadFile(filepath.Join(dir, credentialFile)); string(b) != "{}\n" {
+			t.Errorf("the file holds %q", b)
+		}
+	})
 }
 
 func TestLoginSaysBeforehandThatItCannotStore(t *testing.T) {
