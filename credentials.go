@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -96,15 +95,6 @@ var errSignedOut = errors.New("signed out")
 // other processes away.
 type credentialStore struct {
 	dir string
-
-	mu   sync.Mutex  // guards seen
-	seen fs.FileInfo // of the file as it was last read or written; nil where there was none
-}
-
-func (s *credentialStore) see(info fs.FileInfo) {
-	s.mu.Lock()
-	s.seen = info
-	s.mu.Unlock()
 }
 
 func (s *credentialStore) path() string { return filepath.Join(s.dir, credentialFile) }
@@ -112,18 +102,7 @@ func (s *credentialStore) path() string { return filepath.Join(s.dir, credential
 // load reads the token. The error is an fs.ErrNotExist where there is no file, errSignedOut, or says why the file
 // can't be used without quoting it.
 func (s *credentialStore) load() (*token, error) {
-	f, err := os.Open(s.path())
-	if err != nil {
-		s.see(nil)
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	s.see(info)
-	b, err := io.ReadAll(io.LimitReader(f, maxCredentialFile))
+	b, info, err := readRegular(s.path(), maxCredentialFile)
 	if err != nil {
 		return nil, err
 	}
@@ -134,16 +113,40 @@ func (s *credentialStore) load() (*token, error) {
 	return t, err
 }
 
-// changed reports whether the file is another than the one last read or written.
-func (s *credentialStore) changed() bool {
-	s.mu.Lock()
-	seen := s.seen
-	s.mu.Unlock()
-	info, err := os.Stat(s.path())
-	if err != nil || seen == nil {
-		return (err == nil) != (seen != nil)
+// unusable reports whether load's err says that there is a file that can't be used.
+func unusable(err error) bool {
+	return err != nil && !errors.Is(err, errSignedOut) && !errors.Is(err, fs.ErrNotExist)
+}
+
+// readRegular reads at most limit bytes of a regular file. It opens nothing else: to open a FIFO waits for a writer.
+func readRegular(path string, limit int64) ([]byte, fs.FileInfo, error) {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case info.IsDir():
+		return nil, nil, &fs.PathError{Op: "read", Path: path, Err: syscall.EISDIR}
+	case !info.Mode().IsRegular():
+		return nil, nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
 	}
-	return !os.SameFile(info, seen) || !info.ModTime().Equal(seen.ModTime()) || info.Size() != seen.Size()
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer f.Close()
+	if info, err = f.Stat(); err != nil {
+		return nil, nil, err
+	}
+	b, err := io.ReadAll(io.LimitReader(f, limit))
+	return b, info, err
+}
+
+// sameFile reports whether two looks at a path found the same file, unchanged. A nil look found none.
+func sameFile(a, b fs.FileInfo) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size()
 }
 
 // check returns why the directory can't be written, in words that say what to do; nil where it can.
@@ -217,7 +220,6 @@ var errInPlace = errors.New("the file is a mount point by itself, so that a cras
 
 // A newFile is the room for the next credential file, on the disk before there is anything to put in.
 type newFile struct {
-	store  *credentialStore
 	f      *os.File
 	target string
 }
@@ -237,7 +239,7 @@ func (s *credentialStore) reserve() (*newFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &newFile{store: s, f: f, target: target}
+	n := &newFile{f: f, target: target}
 	if _, err := f.Write(make([]byte, 16<<10)); err != nil {
 		n.discard()
 		return nil, err
@@ -287,9 +289,6 @@ func (n *newFile) commit(content []byte) error {
 			d.Sync() // not every system can; the file is whole either way
 			d.Close()
 		}
-	}
-	if info, statErr := os.Stat(n.store.path()); statErr == nil && (err == nil || errors.Is(err, errInPlace)) {
-		n.store.see(info)
 	}
 	return err
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,6 +44,7 @@ type tokenSource struct {
 	mu    sync.Mutex         // held while state is replaced
 	wake  chan struct{}      // 1 slot: there may be something to do for run
 	looks chan chan struct{} // to look at the file now, for run; nil where there is none
+	seen  fs.FileInfo        // the credential file at run's last look; nil where there was none
 
 	unserved   atomic.Pointer[unserved] // nil while the API takes the token
 	refreshes  [len(refreshResults)]atomic.Int64
@@ -58,7 +60,7 @@ type authState struct {
 	failed     error         // why the last one failed; the next is at retryAt
 	retryAt    time.Time     //
 	refused    error         // why token can't be renewed at all; nil while it may be
-	fileErr    error         // why the credential file could not be used
+	fileErr    error         // why the credential file can't be used, as it was logged; nil where it can, or is not there
 	changed    chan struct{} // closed when another state has taken this one's place
 }
 
@@ -83,12 +85,12 @@ func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log
 	}
 	s.flow.complete = s.signedIn
 	s.flow.current.Store(&signIn{changed: make(chan struct{})})
+	s.seen, _ = os.Stat(store.path())
 	t, err := store.load()
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errSignedOut) {
-		err = nil
-	}
-	if err != nil {
+	if unusable(err) {
 		log.Error(unusableFile, "error", err)
+	} else {
+		err = nil
 	}
 	if err := store.check(); err != nil {
 		log.Error("the credentials can't be stored", "error", err)
@@ -272,11 +274,24 @@ func (s *tokenSource) run(ctx context.Context) {
 
 // follow puts into use what another process has done to the credential file.
 func (s *tokenSource) follow() {
-	if !s.store.changed() {
+	st := s.state.Load()
+	info, _ := os.Stat(s.store.path())
+	if st.fileErr == nil && sameFile(info, s.seen) {
 		return
 	}
+	s.seen = info
 	t, err := s.store.load()
-	st, now := s.state.Load(), time.Now()
+	if unusable(err) {
+		if st.fileErr == nil || st.fileErr.Error() != err.Error() {
+			s.log.Error(unusableFile, "error", err)
+			s.update(func(st *authState) { st.fileErr = err })
+		}
+		return
+	}
+	if st.fileErr != nil {
+		s.update(func(st *authState) { st.fileErr = nil })
+	}
+	now := time.Now()
 	switch {
 	case err == nil && st.token == nil,
 		err == nil && t.access != st.token.access && (t.good(now) || !st.token.good(now)),
@@ -292,9 +307,6 @@ func (s *tokenSource) follow() {
 		s.signedOut()
 	case errors.Is(err, fs.ErrNotExist) && st.token != nil:
 		s.log.Warn("the credential file has vanished; the token in memory stays in use, and the next refresh writes the file again", "file", s.store.path())
-	case err != nil && !errors.Is(err, errSignedOut) && !errors.Is(err, fs.ErrNotExist):
-		s.log.Error(unusableFile, "error", err)
-		s.update(func(st *authState) { st.fileErr = err })
 	}
 }
 
@@ -490,7 +502,7 @@ func storeSignIn(ctx context.Context, store *credentialStore, t *token) error {
 func (s *tokenSource) setToken(t *token) {
 	s.prepare(t)
 	s.update(func(st *authState) {
-		*st = authState{token: t}
+		*st = authState{token: t, fileErr: st.fileErr}
 	})
 	wakeUp(s.wake) // its refresh may be due sooner than run looks again
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -1044,4 +1045,74 @@ func TestAClockThatJumps(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestAnUnusableFileIsLoggedOnce has the credential file be unusable for an hour, come back, and be unusable again.
+func TestAnUnusableFileIsLoggedOnce(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		put  func(path string) error
+	}{
+		{"unreadable but for root", func(path string) error {
+			return os.WriteFile(path, []byte("not JSON"), 0)
+		}},
+		{"a socket", func(path string) error {
+			ln, err := net.Listen("unix", path)
+			if err == nil {
+				ln.(*net.UnixListener).SetUnlinkOnClose(false)
+				ln.Close()
+			}
+			return err
+		}},
+		{"a directory", func(path string) error { return os.Mkdir(path, 0o700) }},
+		{"a loop of symlinks", func(path string) error { return os.Symlink(path, path) }},
+		{"broken", func(path string) error { return os.WriteFile(path, []byte(`{"access_token":`), 0o600) }},
+		{"another program's", func(path string) error { return os.WriteFile(path, []byte(`{"name":"x"}`), 0o600) }},
+	} {
+		for _, from := range []string{"from the start", "later"} {
+			t.Run(tt.name+" "+from, func(t *testing.T) {
+				t.Parallel()
+				dir, err := os.MkdirTemp("", "q") // the path of a socket must be short
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { os.RemoveAll(dir) })
+				synctest.Test(t, func(t *testing.T) {
+					path := filepath.Join(dir, credentialFile)
+					good := fileOf(0, 48*time.Hour)
+					first := good
+					breakFile := func() {
+						if err := errors.Join(os.RemoveAll(path), tt.put(path)); err != nil {
+							t.Fatal(err)
+						}
+					}
+					if from == "from the start" {
+						breakFile()
+						first = ""
+					}
+					s := newSourceTest(t, first, map[string]string{"QWEN_DIR": dir}, func(r *http.Request) (int, string) {
+						if r.PostForm.Has("grant_type") {
+							return 400, pendingAnswer
+						}
+						return 200, deviceAnswer(nil)
+					})
+					s.start()
+					if from == "later" {
+						breakFile()
+					}
+					time.Sleep(time.Hour)
+					s.wantLogged("the credential file can't be used", 1)
+					if err := os.RemoveAll(path); err != nil {
+						t.Fatal(err)
+					}
+					s.write(good)
+					time.Sleep(2 * maxNap)
+					s.want("access-0", 0)
+					breakFile()
+					time.Sleep(time.Hour)
+					s.wantLogged("the credential file can't be used", 2)
+				})
+			})
+		}
+	}
 }
