@@ -15,6 +15,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -504,8 +505,8 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 	if stream {
 		res.ContentLength = -1 // else ReverseProxy, which won't see the Content-Type, does not pass each event on at once
 	}
-	// Into a stream that is packed nothing can be put.
-	if body.sse = stream && h.Get("Content-Encoding") == ""; body.sse {
+	// Nothing can be put into a compressed stream.
+	if body.sse = stream && !isCompressed(h); body.sse {
 		h["Cache-Control"] = []string{"no-cache"}
 		h["X-Accel-Buffering"] = []string{"no"} // nginx passes each event on at once then
 		// A comment or an error event may come on top of what is announced.
@@ -543,36 +544,57 @@ func (p *proxy) translate(c *call, res *http.Response, body *responseBody) error
 		return notAnAnswer(res.StatusCode, err)
 	}
 	res.Body.Close()
-	setBody(res, text)
+	setJSON(res, text)
 	return nil
 }
 
-// setBody makes b the whole JSON body of res.
+// isCompressed reports whether an answer with header h is compressed. It passes unread then.
+func isCompressed(h http.Header) bool {
+	encoding := h.Get("Content-Encoding")
+	return encoding != "" && !strings.EqualFold(encoding, "identity")
+}
+
+// setJSON makes b the whole body of res, in JSON.
+func setJSON(res *http.Response, b []byte) {
+	res.Header["Content-Type"] = valueJSON
+	res.Header.Del("Content-Encoding")
+	setBody(res, b)
+}
+
+// setBody makes b the whole body of res.
 func setBody(res *http.Response, b []byte) {
 	res.Body = io.NopCloser(bytes.NewReader(b))
 	res.ContentLength = int64(len(b))
-	res.Header.Set("Content-Type", "application/json")
-	res.Header.Set("Content-Length", fmt.Sprint(len(b)))
-	res.Header.Del("Content-Encoding")
+	res.Header.Set("Content-Length", strconv.Itoa(len(b)))
 }
 
-// failure passes an error answer of OpenAI's shape as it is, and wraps any other, its status and its
-// Retry-After kept where it is a 4xx or 5xx.
+// failure passes an error answer of OpenAI's shape as it is, and a compressed one. It wraps any other, its status and
+// its Retry-After kept where it is a 4xx or 5xx.
 func (p *proxy) failure(c *call, res *http.Response) error {
 	status := res.StatusCode
 	if status < 400 || status > 599 {
 		return notAnAnswer(status, nil)
 	}
 	late := time.AfterFunc(min(maxErrorTime, p.cfg.idleTimeout), func() { c.cancel(errStreamIdle) })
-	text, err := io.ReadAll(io.LimitReader(res.Body, maxErrorBody))
+	text, err := io.ReadAll(io.LimitReader(res.Body, maxErrorBody+1))
 	late.Stop()
 	res.Body.Close()
+	whole := err == nil && len(text) <= maxErrorBody // where it is not, the status is an answer all the same
 	if err != nil {
-		text, err = nil, c.cause(err) // the status is an answer all the same
+		err = c.cause(err)
 	}
-	if detail, ok := openAIError(text); ok && !(status == http.StatusUnauthorized && p.tokens.keyed()) {
+	compressed := isCompressed(res.Header)
+	detail, ok := openAIError(text)
+	if compressed {
+		detail, ok = "(compressed)", true
+	}
+	if whole && ok && !(status == http.StatusUnauthorized && p.tokens.keyed()) {
 		c.x.fail(&apiError{status: status, typ: categoryOf(status), message: "Qwen answered " + res.Status + " " + detail})
-		setBody(res, text)
+		if compressed {
+			setBody(res, text)
+		} else {
+			setJSON(res, text)
+		}
 		return nil
 	}
 	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error", err: err,
@@ -589,7 +611,7 @@ func (p *proxy) failure(c *call, res *http.Response) error {
 		e.message = fmt.Sprintf("The API behind the proxy has no %s. Check API_BASE_URL on the proxy.", c.path)
 	}
 	c.x.fail(e)
-	setBody(res, c.x.errorBody(e))
+	setJSON(res, c.x.errorBody(e))
 	return nil
 }
 

@@ -122,7 +122,7 @@ const maxPeekTime = 10 * time.Second
 // that it is none: an HTML page, an empty body, a connection that breaks. After limit the answer passes as it comes.
 func (b *responseBody) peek(buffers *copyBuffers, limit time.Duration) error {
 	b.res.Body = b
-	if b.res.Header.Get("Content-Encoding") != "" {
+	if isCompressed(b.res.Header) {
 		return nil
 	}
 	buf := buffers.Get()

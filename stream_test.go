@@ -1,6 +1,7 @@
 package main
 
 import (
+	"compress/gzip"
 	"io"
 	"net/http"
 	"strings"
@@ -110,4 +111,40 @@ func TestASlowAnswerIsNotWaitedForWithoutEnd(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestACompressedErrorPassesAsItCame(t *testing.T) {
+	packed := gzipped(`{"error":{"message":"no such model","type":"invalid_request_error"}}`)
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		w.Header().Set("Content-Type", "application/json;charset=UTF-8")
+		w.Header().Set("Content-Encoding", "gzip")
+		w.Header().Set("Retry-After", "7")
+		w.WriteHeader(429)
+		io.WriteString(w, packed)
+	}, nil)
+	req, err := http.NewRequest("POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := (&http.Transport{DisableCompression: true}).RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	h := res.Header
+	if err != nil || res.StatusCode != 429 || string(body) != packed || h.Get("Content-Encoding") != "gzip" || h.Get("Retry-After") != "7" || h.Get("Content-Type") != "application/json;charset=UTF-8" {
+		t.Errorf("%s %v %q, %v", res.Status, h, body, err)
+	}
+	p.stderr.await(t, `"status":429.*"error_type":"rate_limit_error"`)
+}
+
+// gzipped returns s compressed.
+func gzipped(s string) string {
+	var b strings.Builder
+	w := gzip.NewWriter(&b)
+	io.WriteString(w, s)
+	w.Close()
+	return b.String()
 }
