@@ -45,6 +45,20 @@ func (t *token) good(now time.Time) bool {
 	return t != nil && t.access != "" && (t.expiry.IsZero() || now.Before(t.expiry))
 }
 
+// quotedIn reports whether s contains the access token.
+func (t *token) quotedIn(s string) bool { return strings.Contains(s, t.access) }
+
+// redact returns s without the access token.
+func (t *token) redact(s string) string { return strings.ReplaceAll(s, t.access, "(not shown)") }
+
+// redactError returns err, or where that quotes the access token, its text without it.
+func (t *token) redactError(err error) error {
+	if err == nil || !t.quotedIn(err.Error()) {
+		return err
+	}
+	return errors.New(t.redact(err.Error()))
+}
+
 // LogValue shows the expiry alone.
 func (t *token) LogValue() slog.Value {
 	if t == nil {

@@ -175,11 +175,11 @@ func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 	req.Header.Set("User-Agent", userAgent)
 	res, err := m.transport.RoundTrip(req) // which follows no redirects
 	if err != nil {
-		return nil, err
+		return nil, t.redactError(err)
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("%s/models answered %s", t.base, res.Status)
+		return nil, fmt.Errorf("%s/models answered with status %d", t.base, res.StatusCode)
 	}
 	b, err := io.ReadAll(io.LimitReader(res.Body, maxModels))
 	if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
@@ -427,7 +428,7 @@ func (p *proxy) send(c *call, req *http.Request) (*http.Response, error) {
 // renew answers a 401 of the API's: with what comes of the same request under a fresh token, or with
 // notServed where a fresh token fares no better.
 func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Response, error) {
-	id := clip(res.Header.Get("X-Request-Id"), 128)
+	id := c.upstreamID(res.Header)
 	res.Body.Close() // unread: it may never end. The replay may need a new connection.
 	if u := p.tokens.unserved.Load(); u != nil && time.Since(u.last) < unservedPause {
 		c.x.upstreamID = id
@@ -464,7 +465,12 @@ func (c *call) cause(err error) error {
 	if cause := context.Cause(c.ctx); cause != nil {
 		return cause
 	}
-	return err
+	return c.token.redactError(err) // net/http quotes what it can't read
+}
+
+// upstreamID returns Qwen's id of a request, "" for none.
+func (c *call) upstreamID(h http.Header) string {
+	return clip(c.token.redact(h.Get("X-Request-Id")), 128)
 }
 
 // allowedResponseHeaders are those of Qwen's that a client needs. No other passes.
@@ -489,10 +495,11 @@ func (p *proxy) modifyResponse(res *http.Response) error {
 func (p *proxy) answer(c *call, res *http.Response) error {
 	p.answerBegan(c)
 	h := res.Header
-	id := h.Get("X-Request-Id")
-	maps.DeleteFunc(h, func(name string, _ []string) bool { return !slices.Contains(allowedResponseHeaders, name) })
-	if id != "" {
-		c.x.upstreamID = clip(id, 128)
+	c.x.upstreamID = c.upstreamID(h)
+	maps.DeleteFunc(h, func(name string, values []string) bool {
+		return !slices.Contains(allowedResponseHeaders, name) || slices.ContainsFunc(values, c.token.quotedIn)
+	})
+	if c.x.upstreamID != "" {
 		h["X-Upstream-Request-Id"] = []string{c.x.upstreamID}
 	}
 	res.Trailer = nil // else ReverseProxy announces its names; Read drops the values
@@ -568,8 +575,8 @@ func setBody(res *http.Response, b []byte) {
 	res.Header.Set("Content-Length", strconv.Itoa(len(b)))
 }
 
-// failure passes an error answer of OpenAI's shape as it is, and a compressed one. It wraps any other, its status and
-// its Retry-After kept where it is a 4xx or 5xx.
+// failure passes an error answer of OpenAI's shape as it is, and a compressed one. It wraps any other, and one that quotes the
+// token; its status and its Retry-After are kept where it is a 4xx or 5xx.
 func (p *proxy) failure(c *call, res *http.Response) error {
 	status := res.StatusCode
 	if status < 400 || status > 599 {
@@ -588,8 +595,9 @@ func (p *proxy) failure(c *call, res *http.Response) error {
 	if compressed {
 		detail, ok = "(compressed)", true
 	}
-	if whole && ok && !(status == http.StatusUnauthorized && p.tokens.keyed()) {
-		c.x.fail(&apiError{status: status, typ: categoryOf(status), message: "Qwen answered " + res.Status + " " + detail})
+	quoted := c.tokenIn(text, res.Header.Get("Content-Encoding"))
+	if whole && ok && !quoted && !(status == http.StatusUnauthorized && p.tokens.keyed()) {
+		c.x.fail(&apiError{status: status, typ: categoryOf(status), message: "Qwen answered " + clip(c.token.redact(res.Status+" "+detail), 150)})
 		if compressed {
 			setBody(res, text)
 		} else {
@@ -603,6 +611,9 @@ func (p *proxy) failure(c *call, res *http.Response) error {
 	case status == http.StatusUnauthorized && p.tokens.keyed():
 		e.code = "invalid_api_key"
 		e.message = fmt.Sprintf("Qwen refused the proxy's API key. Key, plan and base URL have to belong together: check QWEN_API_KEY and API_BASE_URL; the base URL in use is %s.", c.token.base)
+	case quoted:
+		e.message = fmt.Sprintf("Qwen answered with status %d and an error that quotes the proxy's own credentials, so it is not passed on. The proxy's log has its type and code.", status)
+		e.err = fmt.Errorf("its type and code: %q", clip(c.token.redact(detail), 150))
 	case status == http.StatusNotFound && c.path == pathResponses:
 		e.code = "endpoint_not_found"
 		e.message = `The API behind the proxy has no /responses. Use /v1/chat/completions; in n8n's OpenAI nodes turn off "Use Responses API".`
@@ -613,6 +624,23 @@ func (p *proxy) failure(c *call, res *http.Response) error {
 	c.x.fail(e)
 	setJSON(res, c.x.errorBody(e))
 	return nil
+}
+
+// tokenIn reports whether an answer contains the call's token, be it in gzip or escaped in JSON.
+func (c *call) tokenIn(text []byte, encoding string) bool {
+	if strings.EqualFold(encoding, "gzip") {
+		if r, err := gzip.NewReader(bytes.NewReader(text)); err == nil {
+			text, _ = io.ReadAll(io.LimitReader(r, maxErrorBody)) // what there is of it
+		}
+	}
+	var v any
+	if bytes.IndexByte(text, '\\') >= 0 && json.Unmarshal(text, &v) == nil {
+		plain, err := plainJSON(v)
+		if err == nil && c.token.quotedIn(string(plain)) {
+			return true
+		}
+	}
+	return c.token.quotedIn(string(text))
 }
 
 // openAIError reports whether b is an error of OpenAI's shape, and returns its type and code, for the log.
@@ -627,7 +655,7 @@ func openAIError(b []byte) (detail string, ok bool) {
 	if json.Unmarshal(b, &e) != nil || e.Error == nil || e.Error.Message == nil {
 		return "", false
 	}
-	return clip(e.Error.Type, 60) + " " + clip(string(e.Error.Code), 60), true
+	return e.Error.Type + " " + string(e.Error.Code), true
 }
 
 // categoryOf returns the error type that a status of the upstream's stands for.

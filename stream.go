@@ -103,7 +103,7 @@ func (b *responseBody) broken(err error) *apiError {
 		return toAPIError(context.Canceled)
 	}
 	e := *errBroken
-	e.err = err
+	e.err = b.call.token.redactError(err)
 	return &e
 }
 

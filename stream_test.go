@@ -2,6 +2,7 @@ package main
 
 import (
 	"compress/gzip"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -147,4 +148,53 @@ func gzipped(s string) string {
 	io.WriteString(w, s)
 	w.Close()
 	return b.String()
+}
+
+// TestOurCredentialsComeBackToNobody: an upstream that quotes the key tells neither the client nor the log.
+func TestOurCredentialsComeBackToNobody(t *testing.T) {
+	t.Parallel()
+	const key = "sk-of+the/proxy="
+	openAI := `{"error":{"message":"wrong key KEY","type":"invalid_request_error","code":"x"}}`
+	answer := func(status, header, body string) string {
+		body = strings.ReplaceAll(body, "KEY", key)
+		return fmt.Sprintf("HTTP/1.1 %s\r\nContent-Type: application/json\r\n%sContent-Length: %d\r\n\r\n%s", status, header, len(body), body)
+	}
+	for name, tt := range map[string]struct {
+		answer string
+		status int
+	}{
+		"an error":                        {answer("400 Bad Request", "", openAI), 400},
+		"an error's type":                 {answer("400 Bad Request", "", `{"error":{"message":"m","type":"`+strings.Repeat("x", 50)+` KEY"}}`), 400},
+		"an error's code":                 {answer("403 Forbidden", "", `{"error":{"message":"m","code":"KEY"}}`), 403},
+		"an error with slashes escaped":   {answer("400 Bad Request", "", strings.ReplaceAll(openAI, "KEY", `sk-of+the\/proxy=`)), 400},
+		"an error that is escaped":        {answer("400 Bad Request", "", strings.ReplaceAll(openAI, "KEY", `sk-of\u002bthe/proxy\u003d`)), 400},
+		"an error in gzip":                {answer("400 Bad Request", "Content-Encoding: gzip\r\n", gzipped(strings.ReplaceAll(openAI, "KEY", key))), 400},
+		"a page":                          {answer("500 Oops", "", "<html>KEY"), 500},
+		"a 401":                           {answer("401 Unauthorized", "", openAI), 401},
+		"the reason behind a status":      {answer("400 wrong key KEY", "", strings.ReplaceAll(openAI, "KEY", "")), 400},
+		"the request's id":                {answer("200 OK", "X-Request-Id: KEY\r\n", "{}"), 200},
+		"the end of the request's id":     {answer("200 OK", "X-Request-Id: "+strings.Repeat("x", 120)+"KEY\r\n", "{}"), 200},
+		"the request's id of an error":    {answer("400 Bad Request", "X-Request-Id: q-KEY\r\n", "<html>"), 400},
+		"a header that passes":            {answer("200 OK", "X-Ratelimit-Reset-Tokens: KEY\r\n", "{}"), 200},
+		"a header that is none":           {"HTTP/1.1 200 OK\r\nBearer KEY\r\n\r\n", 502},
+		"a status line that is none":      {"HTTP/1.1 KEY\r\n\r\n", 502},
+		"the length of a chunk of a body": {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nKEY\r\n", 502},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, map[string]string{"API_BASE_URL": rawAPI(t, strings.ReplaceAll(tt.answer, "KEY", key)), "QWEN_API_KEY": key, "DEBUG_MODE": "true"})
+			res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
+			if res.StatusCode != tt.status {
+				t.Errorf("%s %s, want %d", res.Status, body, tt.status)
+			}
+			line := p.stderr.await(t, `(?m)^(.*"msg":"request".*)$`)
+			for where, s := range map[string]string{"client's header": fmt.Sprint(res.Header), "client's body": body, "log": line} {
+				for _, part := range []string{key, "sk-of", "the/pr", `the\/pr`} {
+					if strings.Contains(s, part) {
+						t.Errorf("the key is in the %s: %s", where, s)
+					}
+				}
+			}
+		})
+	}
 }
