@@ -138,14 +138,17 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 	return 0
 }
 
-// listen binds the address, and takes over a Unix socket that nobody listens on any more.
+// listen binds the address. It takes over a Unix socket that a dead process has left behind.
 func listen(cfg *config) (net.Listener, error) {
 	network, address := cfg.addr()
 	if network == "unix" {
-		if conn, err := net.Dial(network, address); err == nil {
+		conn, err := net.Dial(network, address)
+		if err == nil {
 			conn.Close()
-		} else if info, err := os.Lstat(address); err == nil && info.Mode().Type() == fs.ModeSocket {
-			os.Remove(address) // left behind by a process that was killed
+		}
+		// ECONNREFUSED is the one error that proves that no process listens. A live one that is busy gives EAGAIN.
+		if info, statErr := os.Lstat(address); errors.Is(err, syscall.ECONNREFUSED) && statErr == nil && info.Mode().Type() == fs.ModeSocket {
+			os.Remove(address)
 		}
 	}
 	config := net.ListenConfig{Control: func(network, _ string, c syscall.RawConn) error {
@@ -157,8 +160,11 @@ func listen(cfg *config) (net.Listener, error) {
 	}}
 	config.SetMultipathTCP(false) // its sockets don't know the option
 	ln, err := config.Listen(context.Background(), network, address)
-	if network == "tcp" && errors.Is(err, syscall.EADDRINUSE) {
+	switch {
+	case network == "tcp" && errors.Is(err, syscall.EADDRINUSE):
 		return nil, fmt.Errorf("%w: stop the other program, or set SERVER_PORT to another port", err)
+	case network == "unix" && errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("%w: stop the program that listens there, or set SERVER_HOST to another path", err)
 	}
 	return ln, err
 }
