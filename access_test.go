@@ -400,6 +400,29 @@ func TestTheLimiterCountsByKeyOrAddress(t *testing.T) {
 			t.Errorf("statuses (-want +got):\n%s", diff)
 		}
 	})
+	t.Run("guesses count on every route that needs a key", func(t *testing.T) {
+		env := maps.Clone(limits)
+		env["PROXY_API_KEYS"] = "key-1"
+		for _, route := range []string{"GET /metrics", "GET /health/detailed", "GET /auth", "GET /v1/models", "POST /v1/chat/completions", "GET /nowhere"} {
+			method, path, _ := strings.Cut(route, " ")
+			p := startWith(t, api, env)
+			var got []int
+			for _, key := range []string{"wrong-1", "wrong-2", "wrong-3", ""} {
+				res, _ := p.send(method, path, header("X-Api-Key", key))
+				got = append(got, res.StatusCode)
+			}
+			if diff := cmp.Diff([]int{401, 401, 429, 429}, got); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", route, diff)
+			}
+			for range 3 { // more than the limit: it is not for these two routes
+				for _, path := range []string{"/metrics", "/health/detailed"} {
+					if res, body := p.send("GET", path, header("X-Api-Key", "key-1")); res.StatusCode != 200 {
+						t.Errorf("%s: then %s with the key: %s %s", route, path, res.Status, body)
+					}
+				}
+			}
+		}
+	})
 	t.Run("by address behind a trusted proxy", func(t *testing.T) {
 		env := maps.Clone(limits)
 		env["TRUSTED_PROXIES"] = "127.0.0.1, ::1"

@@ -24,7 +24,7 @@ type accessClass int
 
 const (
 	public  accessClass = iota // nothing
-	keyed                      // the client's key
+	keyed                      // the client's key; the rate limit where it is wrong
 	limited                    // the key and the rate limit
 	private                    // the same, and without keys only clients of this machine and of private networks
 )
@@ -125,18 +125,18 @@ func (s *server) find(r *http.Request) *route {
 
 // admit reports why the client c may not use routes of the class.
 func (s *server) admit(h http.Header, c client, class accessClass) error {
-	switch {
-	case class == public:
+	if class == public {
 		return nil
-	case s.limiter != nil && class != keyed:
+	}
+	if s.limiter != nil && (class != keyed || !c.admitted) { // a wrong key counts wherever it is tried
 		if err := s.limiter.check(h, c.rate); err != nil {
 			return err
 		}
 	}
-	switch {
-	case !c.admitted:
+	if !c.admitted {
 		return errNoKey
-	case class == private && !c.local && !s.access.required():
+	}
+	if class == private && !c.local && !s.access.required() {
 		return errNotLocal
 	}
 	return nil
