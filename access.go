@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -78,8 +79,8 @@ func (a *access) follow(ctx context.Context, current []string) {
 // A client is what the proxy knows of the client of one request.
 type client struct {
 	addr     netip.Addr // not valid where it is unknown: a Unix socket has no addresses
-	trusted  bool       // the request came from one of our reverse proxies
-	local    bool       // on this machine or in a private network
+	trusted  bool       // the request came from one of TRUSTED_PROXIES, or through a Unix socket
+	told     bool       // X-Forwarded-For of such a peer has told addr
 	admitted bool       // it has one of the proxy's keys, or needs none
 	rate     rateKey    // what it counts by: its key, else its address, so that whoever guesses keys is limited too
 }
@@ -87,14 +88,10 @@ type client struct {
 // client returns what is known of the client of r.
 func (a *access) client(r *http.Request) client {
 	c := client{addr: clientAddr(r)}
-	_, forwardedFor := r.Header["X-Forwarded-For"]
-	_, forwarded := r.Header["Forwarded"]
-	if c.trusted = a.isTrusted(c.addr); c.trusted {
-		c.addr = a.forwardedFor(c.addr, r.Header["X-Forwarded-For"])
+	c.trusted = a.isTrusted(c.addr) || !c.addr.IsValid() && onUnixSocket(r)
+	if c.trusted {
+		c.addr, c.told = a.forwardedFor(c.addr, r.Header["X-Forwarded-For"])
 	}
-	// What a proxy has forwarded that is none of TRUSTED_PROXIES comes from anywhere.
-	c.local = (c.trusted || !forwardedFor && !forwarded) &&
-		(!c.addr.IsValid() || c.addr.IsLoopback() || c.addr.IsPrivate() || c.addr.IsLinkLocalUnicast())
 	c.rate = addressKey(c.addr)
 	if c.admitted = !a.required(); c.admitted {
 		return c
@@ -104,6 +101,36 @@ func (a *access) client(r *http.Request) client {
 		c.rate = digestKey(d[:])
 	}
 	return c
+}
+
+// forwardingHeaders are headers by which reverse proxies say that they forward a request.
+var forwardingHeaders = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Via"}
+
+// isLocal reports whether c, the client of r, is known to be on this machine or in a private network.
+func (a *access) isLocal(r *http.Request, c client) bool {
+	if _, ok := r.Header["Forwarded"]; ok {
+		return false // A reverse proxy that sends this header may pass on an X-Forwarded-For of the client's own.
+	}
+	if c.told {
+		return isNear(c.addr)
+	}
+	if slices.ContainsFunc(forwardingHeaders, func(name string) bool { _, ok := r.Header[name]; return ok }) {
+		return false
+	}
+	// A trusted reverse proxy that sends no such header gives itself away by the name that its clients use.
+	onSocket := c.trusted && !c.addr.IsValid()
+	return (isNear(c.addr) || onSocket) && a.isLocalName(r.Host)
+}
+
+// isNear reports whether addr is on this machine or in a private network.
+func isNear(addr netip.Addr) bool {
+	return addr.IsLoopback() || addr.IsPrivate() || addr.IsLinkLocalUnicast()
+}
+
+// onUnixSocket reports whether r came through a Unix socket.
+func onUnixSocket(r *http.Request) bool {
+	addr, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return ok && addr.Network() == "unix"
 }
 
 // check reports why a request from c may not go on, whatever it asks for: it came under a name that a foreign page can have
@@ -201,26 +228,27 @@ func (a *access) isTrusted(addr netip.Addr) bool {
 	return addr.IsValid() && slices.ContainsFunc(a.trusted, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
-// forwardedFor returns the client's address by what the X-Forwarded-For lines of a trusted peer say. Each proxy
-// puts the address that it was called from at the end, so it is read from the right: the first address that is no
-// trusted proxy's is the client's. What stands left of it, or of anything that is no address, anybody may have put there.
-func (a *access) forwardedFor(peer netip.Addr, lines []string) netip.Addr {
-	client := peer
+// forwardedFor returns the client's address by what the X-Forwarded-For lines of a trusted peer say, and whether they say it:
+// where they don't, it is the last proxy's that they name. Each proxy puts the address that it was called from at the end, so
+// it is read from the right: the first address that is no trusted proxy's is the client's. What stands left of it, or of
+// anything that is no address, anybody may have put there.
+func (a *access) forwardedFor(peer netip.Addr, lines []string) (addr netip.Addr, told bool) {
+	addr = peer
 	for _, line := range slices.Backward(lines) {
 		for {
 			i := strings.LastIndexByte(line, ',')
 			item := strings.TrimSpace(line[i+1:])
-			addr, err := netip.ParseAddr(item)
+			next, err := netip.ParseAddr(item)
 			if err != nil {
 				ap, portErr := netip.ParseAddrPort(item) // some proxies add the port
 				if portErr != nil {
-					return client
+					return addr, false
 				}
-				addr = ap.Addr()
+				next = ap.Addr()
 			}
-			client = addr.Unmap().WithZone("")
-			if !a.isTrusted(client) {
-				return client
+			addr = next.Unmap().WithZone("")
+			if !a.isTrusted(addr) {
+				return addr, true
 			}
 			if i < 0 {
 				break
@@ -228,7 +256,7 @@ func (a *access) forwardedFor(peer netip.Addr, lines []string) netip.Addr {
 			line = line[:i]
 		}
 	}
-	return client
+	return addr, len(lines) > 0
 }
 
 // key returns the digest of the key that r carries, and whether it is one of the proxy's. How long it takes says

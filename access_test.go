@@ -1,7 +1,9 @@
 package main
 
 import (
+	"context"
 	"io"
+	"log/slog"
 	"maps"
 	"net"
 	"net/http"
@@ -23,14 +25,20 @@ func (p *program) send(method, path string, set func(*http.Request)) (*http.Resp
 	if strings.HasSuffix(path, "/completions") && !strings.HasSuffix(path, "/chat/completions") {
 		body = `{"prompt":"x"}`
 	}
-	req, err := http.NewRequest(method, p.url+path, strings.NewReader(body))
+	transport, base := http.DefaultTransport.(*http.Transport), p.url
+	if socket, ok := strings.CutPrefix(p.url, "unix:"); ok {
+		transport, base = &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		}}, "http://localhost"
+	}
+	req, err := http.NewRequest(method, base+path, strings.NewReader(body))
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	if set != nil {
 		set(req)
 	}
-	res, err := http.DefaultTransport.RoundTrip(req) // follows no redirects
+	res, err := transport.RoundTrip(req) // follows no redirects
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -353,8 +361,105 @@ func TestForwardedForIsReadFromTheRight(t *testing.T) {
 		if tt.lines != "" {
 			lines = strings.Split(tt.lines, "|")
 		}
-		if got := a.forwardedFor(netip.MustParseAddr("10.0.0.1"), lines); got.String() != tt.want {
+		if got, _ := a.forwardedFor(netip.MustParseAddr("10.0.0.1"), lines); got.String() != tt.want {
 			t.Errorf("%q: %v, want %s", tt.lines, got, tt.want)
+		}
+	}
+}
+
+// TestTheSignInIsShownToTheOwnNetworkAlone: without keys, /auth is for clients that are known to be near.
+func TestTheSignInIsShownToTheOwnNetworkAlone(t *testing.T) {
+	api := func(w http.ResponseWriter, r *http.Request) {}
+	socket := filepath.Join(t.TempDir(), "s")
+	programs := map[string]*program{
+		"direct":  startWith(t, api, nil),
+		"trusted": startWith(t, api, map[string]string{"TRUSTED_PROXIES": "127.0.0.1, 10.0.0.0/8"}),
+		"socket":  startWith(t, api, map[string]string{"SERVER_HOST": "unix:" + socket}),
+	}
+	for _, tt := range []struct {
+		peer, host, header, value string
+		code                      string // "" is 200
+	}{
+		{"direct", "localhost", "", "", ""},
+		{"direct", "qwen.example", "", "", "host_not_allowed"},
+		{"direct", "localhost", "X-Forwarded-For", "127.0.0.1", "forbidden"},
+		{"direct", "localhost", "Forwarded", "for=127.0.0.1", "forbidden"},
+		{"direct", "localhost", "X-Real-Ip", "127.0.0.1", "forbidden"},
+		{"direct", "localhost", "Via", "1.1 cache", "forbidden"},
+
+		{"trusted", "qwen.example", "X-Forwarded-For", "203.0.113.9", "forbidden"},
+		{"trusted", "qwen.example", "X-Forwarded-For", "192.168.1.2", ""},
+		{"trusted", "qwen.example", "X-Forwarded-For", "203.0.113.9, 192.168.1.2", ""}, // what stands on the left, anybody may have written
+		{"trusted", "qwen.example", "X-Forwarded-For", "10.1.2.3, 10.9.9.9", ""},
+		{"trusted", "localhost", "", "", ""}, // somebody on the reverse proxy's own machine
+		{"trusted", "qwen.example", "", "", "forbidden"},
+		{"trusted", "localhost", "Forwarded", "for=203.0.113.9", "forbidden"},
+		{"trusted", "localhost", "X-Forwarded-For", "unknown", "forbidden"},
+		{"trusted", "localhost", "X-Forwarded-For", "203.0.113.9, unknown", "forbidden"},
+		{"trusted", "localhost", "X-Forwarded-For", "203.0.113.9, unknown, 10.9.9.9", "forbidden"},
+		{"trusted", "localhost", "X-Forwarded-For", "", "forbidden"},
+		{"trusted", "localhost", "X-Real-Ip", "203.0.113.9", "forbidden"},
+
+		{"socket", "localhost", "", "", ""},
+		{"socket", "qwen.example", "", "", "forbidden"},
+		{"socket", "qwen.example", "X-Forwarded-For", "192.168.1.2", ""},
+		{"socket", "qwen.example", "X-Forwarded-For", "203.0.113.9", "forbidden"},
+		{"socket", "localhost", "Forwarded", "for=127.0.0.1", "forbidden"},
+		{"socket", "localhost", "X-Forwarded-For", "unix:", "forbidden"},
+	} {
+		t.Run(strings.Join([]string{tt.peer, tt.host, tt.header, tt.value}, " "), func(t *testing.T) {
+			res, body := programs[tt.peer].send("GET", "/auth", func(r *http.Request) {
+				r.Host = tt.host
+				if tt.header != "" {
+					r.Header[tt.header] = []string{tt.value}
+				}
+			})
+			if tt.code != "" {
+				wantError(t, res, body, 403, typeAuthentication, tt.code)
+			} else if res.StatusCode != 200 {
+				t.Errorf("%s %s", res.Status, body)
+			}
+		})
+	}
+	t.Run("both headers", func(t *testing.T) { // a reverse proxy that sends one may pass the client's other
+		res, body := programs["trusted"].send("GET", "/auth", func(r *http.Request) {
+			r.Header.Set("X-Forwarded-For", "192.168.1.2")
+			r.Header.Set("Forwarded", "for=203.0.113.9")
+		})
+		wantError(t, res, body, 403, typeAuthentication, "forbidden")
+	})
+}
+
+// TestAPeerOnAUnixSocketIsTrusted: it is a reverse proxy on this machine, and has no address to put into TRUSTED_PROXIES.
+func TestAPeerOnAUnixSocketIsTrusted(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {}, map[string]string{
+		"SERVER_HOST": "unix:" + filepath.Join(t.TempDir(), "s"), "RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "2"})
+	var got []int
+	for _, from := range []string{"198.51.100.1", "6.6.6.6, 198.51.100.1", "7.7.7.7, 198.51.100.1", "198.51.100.2"} {
+		res, _ := p.send("GET", "/v1/models", func(r *http.Request) {
+			r.Host = "qwen.example"
+			r.Header.Set("X-Forwarded-For", from)
+		})
+		got = append(got, res.StatusCode)
+	}
+	if diff := cmp.Diff([]int{200, 200, 429, 200}, got); diff != "" {
+		t.Errorf("statuses (-want +got):\n%s", diff)
+	}
+	p.stderr.await(t, `"client":"198.51.100.2"`)
+	p.send("GET", "/health/detailed", nil)
+	p.stderr.await(t, `"client":"unix"`)
+}
+
+func TestATrustedProxyMayHaveAZone(t *testing.T) {
+	for _, trusted := range []string{"fe80::1", "fe80::/10", "fe80::1%eth0"} {
+		cfg, err := loadConfig(lookup(map[string]string{"TRUSTED_PROXIES": trusted}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := newAccess(cfg, slog.New(slog.DiscardHandler))
+		c := a.client(&http.Request{RemoteAddr: "[fe80::1%eth0]:4711", Header: http.Header{"X-Forwarded-For": {"198.51.100.1"}}})
+		if got := c.addr.String(); got != "198.51.100.1" {
+			t.Errorf("TRUSTED_PROXIES=%s: the client is %s, want 198.51.100.1", trusted, got)
 		}
 	}
 }
@@ -367,14 +472,14 @@ func FuzzForwardedFor(f *testing.F) {
 	a := &access{trusted: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}
 	peer := netip.MustParseAddr("10.0.0.1")
 	f.Fuzz(func(t *testing.T, s string) {
-		if got := a.forwardedFor(peer, []string{s}); !got.IsValid() || got.Is4In6() || got.Zone() != "" {
+		if got, _ := a.forwardedFor(peer, []string{s}); !got.IsValid() || got.Is4In6() || got.Zone() != "" {
 			t.Errorf("%q: %v", s, got)
 		}
 		for _, end := range []string{"198.51.100.7", "198.51.100.7, 10.1.1.1"} {
-			if got := a.forwardedFor(peer, []string{s, end}); got.String() != "198.51.100.7" {
+			if got, _ := a.forwardedFor(peer, []string{s, end}); got.String() != "198.51.100.7" {
 				t.Errorf("%q before %q: %v", s, end, got)
 			}
-			if got := a.forwardedFor(peer, []string{s + "," + end}); got.String() != "198.51.100.7" {
+			if got, _ := a.forwardedFor(peer, []string{s + "," + end}); got.String() != "198.51.100.7" {
 				t.Errorf("%q before %q on a line: %v", s, end, got)
 			}
 		}

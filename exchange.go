@@ -21,7 +21,7 @@ type exchange struct {
 	w            http.ResponseWriter
 	rc           *http.ResponseController
 	ids          [1]string  // X-Request-ID, as the value of a header
-	client       netip.Addr // the client's; the zero Addr for a Unix socket's
+	client       netip.Addr // not valid where it is unknown
 	start        time.Time
 	writeTimeout time.Duration
 	http2        bool
@@ -439,11 +439,11 @@ func validRequestID(s string) bool {
 	return true
 }
 
-// clientAddr returns the address of the client's end of the connection.
+// clientAddr returns the address of the client's end of the connection, without a zone: net/netip has no prefixes with one.
 func clientAddr(r *http.Request) netip.Addr {
 	ap, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
 		return netip.Addr{} // a Unix socket's peer has none
 	}
-	return ap.Addr().Unmap()
+	return ap.Addr().Unmap().WithZone("")
 }

@@ -103,7 +103,7 @@ func (s *server) serve(x *exchange, r *http.Request) error {
 		return nil
 	}
 	rt := s.find(r)
-	if err := s.admit(x.Header(), c, rt.access); err != nil {
+	if err := s.admit(x.Header(), r, c, rt.access); err != nil {
 		return err
 	}
 	return rt.handle(x, r)
@@ -123,8 +123,8 @@ func (s *server) find(r *http.Request) *route {
 	return &s.unmatched
 }
 
-// admit reports why the client c may not use routes of the class.
-func (s *server) admit(h http.Header, c client, class accessClass) error {
+// admit reports why c, the client of r, may not use routes of the class. h, the answer's header, gets how its rate limit stands.
+func (s *server) admit(h http.Header, r *http.Request, c client, class accessClass) error {
 	if class == public {
 		return nil
 	}
@@ -136,7 +136,7 @@ func (s *server) admit(h http.Header, c client, class accessClass) error {
 	if !c.admitted {
 		return errNoKey
 	}
-	if class == private && !c.local && !s.access.required() {
+	if class == private && !s.access.required() && !s.access.isLocal(r, c) {
 		return errNotLocal
 	}
 	return nil
