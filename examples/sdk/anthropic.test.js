@@ -4,7 +4,7 @@ import { describe, test } from 'node:test'
 import Anthropic from '@anthropic-ai/sdk'
 import { zodOutputFormat } from '@anthropic-ai/sdk/helpers/zod'
 import { z } from 'zod'
-import { long, noOpenStreams, pixel, said, start, testErrors, testRateLimit, thought, weather } from './proxy.js'
+import { long, noOpenStreams, pixel, said, signIn, start, testErrors, testRateLimit, thought, weather } from './proxy.js'
 
 const proxy = await start()
 const connect = ({ origin }, options) => new Anthropic({ baseURL: origin, apiKey: 'any', ...options })
@@ -106,7 +106,7 @@ describe('anthropic', { concurrency: true }, () => {
     })
 
   test('error: after a sign-in there are no messages', async () => {
-    const anthropic = connect(await start({}, []))
+    const anthropic = connect(await start({}, signIn))
     await assert.rejects(anthropic.messages.create(question), error => error instanceof Anthropic.NotFoundError && /QWEN_API_KEY/.test(error.message))
   })
 })

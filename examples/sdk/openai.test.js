@@ -4,7 +4,7 @@ import { describe, test } from 'node:test'
 import OpenAI from 'openai'
 import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod'
 import { z } from 'zod'
-import { long, noOpenStreams, pixel, said, start, testErrors, testRateLimit, thought, weather } from './proxy.js'
+import { long, noOpenStreams, pixel, said, signIn, start, testErrors, testRateLimit, thought, weather } from './proxy.js'
 
 const proxy = await start()
 const openai = new OpenAI({ baseURL: proxy.url, apiKey: 'any' })
@@ -182,7 +182,7 @@ describe('openai', { concurrency: true }, () => {
     })
 
   test('after a sign-in', async () => {
-    const proxy = await start({}, [])
+    const proxy = await start({}, signIn)
     const openai = new OpenAI({ baseURL: proxy.url, apiKey: 'any' })
     assert.equal((await openai.chat.completions.create({ model, messages })).choices[0].message.content, said('Hello'))
     const stream = await openai.responses.stream({ model, input: 'Hello' }).finalResponse()

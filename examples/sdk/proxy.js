@@ -1,31 +1,45 @@
-// What the tests of all SDKs share: qwen-go-proxy, run as `demo`, and the errors that it answers.
+// What the tests of all SDKs share: qwen-go-proxy in front of the stand-in for Qwen, and the errors that it answers.
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import test, { after } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 
-const program = join(import.meta.dirname, 'node_modules/.bin/qwen-go-proxy')
-
-// start runs the demo, by default as with an API key and without a rate limit, until the tests of the file have ended.
-export async function start(env = {}, args = ['-key']) {
-  const demo = spawn(program, ['demo', ...args], {
-    env: { SERVER_HOST: '127.0.0.1', SERVER_PORT: '0', RATE_LIMIT_RPS: '0', ...env }, stdio: ['ignore', 'ignore', 'pipe'],
-  })
-  const ended = new Promise(resolve => demo.on('exit', resolve))
+// run runs a program until the tests of the file have ended. It returns what the pattern finds in a line of the output.
+async function run(name, args, env, output, pattern) {
+  const program = spawn(join(import.meta.dirname, 'node_modules/.bin', name), args, { env, stdio: ['ignore', 'pipe', 'pipe'] })
+  const ended = new Promise(resolve => program.on('exit', resolve))
   after(async () => {
-    demo.kill()
+    program.kill()
     assert.equal(await ended, 0)
   })
-  const origin = await new Promise((resolve, reject) => {
-    createInterface({ input: demo.stderr }).on('line', line => {
-      const url = line.match(/"msg":"listening".*"url":"([^"]+)"/)
-      if (url) resolve(url[1])
+  return new Promise((resolve, reject) => {
+    program.stdout.resume()
+    program.stderr.resume()
+    createInterface({ input: program[output] }).on('line', line => {
+      const found = line.match(pattern)
+      if (found) resolve(found[1])
     })
-    ended.then(status => reject(new Error(`the demo ended with status ${status}`)))
+    ended.then(status => reject(new Error(`${name} ended with status ${status}`)))
   })
-  while (!(await fetch(origin + '/health/ready')).ok) await sleep(100) // the sign-in approves itself
+}
+
+const qwen = await run('standin', ['-key', 'sk-test', '-approve-after', '1ms'], {}, 'stdout', /^(http:.*)/)
+const directory = mkdtempSync(join(tmpdir(), 'sdk-tests-'))
+after(() => rmSync(directory, { recursive: true }))
+
+// Two ways to Qwen: with an API key, and with a sign-in, which approves itself.
+const key = { QWEN_API_KEY: 'sk-test', API_BASE_URL: qwen + '/compatible-mode/v1' }
+export const signIn = { QWEN_OAUTH_BASE_URL: qwen, QWEN_DIR: directory }
+
+// start runs the proxy, by default with an API key, and without a rate limit.
+export async function start(env = {}, credentials = key) {
+  const origin = await run('qwen-go-proxy', [], { SERVER_HOST: '127.0.0.1', SERVER_PORT: '0', RATE_LIMIT_RPS: '0', ...credentials, ...env },
+    'stderr', /"msg":"listening".*"url":"([^"]+)"/)
+  while (!(await fetch(origin + '/health/ready')).ok) await sleep(100)
   return { origin, url: origin + '/v1' }
 }
 
