@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs coding agents against `qwen-go-proxy demo` at its default settings: a prompt, a streamed tool call that the
-# stand-in makes, the tool's result and the answer. It needs Go, curl, npm and Node 22, installs the agents into the
-# directory it is given, and prints a line for each. Agents may be named, to run those alone. Their telemetry and their
-# updates are turned off.
+# Runs coding agents against `qwen-go-proxy demo`, and those that need more than chat against qwen-go-proxy with an API key
+# of the stand-in in e2e: a prompt, a streamed tool call that the stand-in makes, the tool's result and the answer. It needs
+# Go, curl, npm and Node 22, installs the agents into the directory it is given, and prints a line for each. Agents may be
+# named, to run those alone. Their telemetry and their updates are turned off.
 set -uo pipefail
 
 usage="usage: $0 directory [qwen-code|opencode|cline|continue|codex|claude-code]..."
@@ -23,22 +23,38 @@ for agent in "${agents[@]}"; do
 done
 
 run=$(mktemp -d)
-demo=
-trap '[ -z "$demo" ] || kill "$demo"; rm -rf "$run"' EXIT
+pids=()
+stop() {
+  [ ${#pids[@]} = 0 ] || { kill "${pids[@]}"; wait "${pids[@]}"; }
+  pids=()
+}
+trap 'stop; rm -rf "$run"' EXIT
 trap 'exit 1' INT TERM
 
-# start serves a demo with the given flags, and sets url.
+# start COMMAND [VARIABLE=VALUE]... runs the proxy and sets url.
 start() {
-  SERVER_HOST=127.0.0.1 SERVER_PORT=0 "$run/qwen-go-proxy" demo "$@" 2>"$run/demo.log" &
-  demo=$!
+  env "${@:2}" SERVER_HOST=127.0.0.1 SERVER_PORT=0 "$run/qwen-go-proxy" "$1" 2>"$run/proxy.log" &
+  pids+=($!)
   url=
   for _ in $(seq 200); do
-    url=$(sed -n 's/.*"msg":"listening".*"url":"\([^"]*\)".*/\1/p' "$run/demo.log")
-    [ -n "$url" ] && curl -fsS "$url/health/ready" >/dev/null 2>&1 && return # a sign-in approves itself
+    url=$(sed -n 's/.*"msg":"listening".*"url":"\([^"]*\)".*/\1/p' "$run/proxy.log")
+    [ -n "$url" ] && curl -fsS "$url/health/ready" >/dev/null 2>&1 && return # the demo's sign-in approves itself
     sleep 0.1
   done
-  echo "the demo is not ready: $(tail -n 1 "$run/demo.log")" >&2
+  echo "the proxy is not ready: $(tail -n 1 "$run/proxy.log")" >&2
   exit 1
+}
+
+# start_with_key runs the proxy with an API key of the stand-in, which has responses and messages too.
+start_with_key() {
+  rm -f "$run/standin.url"
+  "$run/standin" -key sk-test >"$run/standin.url" &
+  pids+=($!)
+  for _ in $(seq 100); do
+    [ -s "$run/standin.url" ] && break
+    sleep 0.1
+  done
+  start serve QWEN_API_KEY=sk-test API_BASE_URL="$(cat "$run/standin.url")/compatible-mode/v1"
 }
 
 # in_home runs a command for at most five minutes, with a home and a working directory of its own and no more of the
@@ -127,7 +143,7 @@ claude-code() {
     ANTHROPIC_DEFAULT_HAIKU_MODEL=qwen3-coder-flash CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 "$bin/claude" -p --tools Read -- "$1"
 }
 
-go build -o "$run/qwen-go-proxy" . || exit 1
+go build -o "$run/" . ./e2e/standin || exit 1
 failed=0
 for agent in "${agents[@]}"; do
   bin=$dir/$agent/node_modules/.bin home=$run/$agent
@@ -141,8 +157,8 @@ for agent in "${agents[@]}"; do
     continue
   }
   case $agent in
-    claude-code) start -key ;; # /v1/messages is there with a key alone
-    *) start ;;
+    codex | claude-code) start_with_key ;;
+    *) start demo ;;
   esac
   run_agent=$agent
   [ "$agent" != continue ] || run_agent=continue_ # continue is a word of the shell
@@ -150,17 +166,15 @@ for agent in "${agents[@]}"; do
   "$run_agent" 'Say hello'
   status=$?
   for pid in $(pgrep -f -- "$home/"); do kill "$pid" 2>/dev/null; done # Cline leaves a daemon
-  calls=$(grep -c '"msg":"request".*"method":"POST".*"status":200' "$run/demo.log")
+  calls=$(grep -c '"msg":"request".*"method":"POST".*"status":200' "$run/proxy.log")
   if [ $status = 0 ] && grep -q 'stand-in for Qwen, not a model. The tool answered:' "$home/out" && [ "$calls" -ge 2 ]; then
     echo "ok   $agent: ${packages[$agent]}, $calls calls, $((SECONDS - began)) s"
   else
     echo "FAIL $agent: ${packages[$agent]}, status $status, $calls calls, $((SECONDS - began)) s"
     cat "$home/out"
-    grep '"msg":"request"' "$run/demo.log" | tail -n 5
+    grep '"msg":"request"' "$run/proxy.log" | tail -n 5
     failed=1
   fi
-  kill "$demo"
-  wait "$demo"
-  demo=
+  stop
 done
 exit $failed

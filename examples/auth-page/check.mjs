@@ -1,4 +1,4 @@
-// The /auth page in a real browser, against `qwen-go-proxy demo`: signing in, denying, and both without JavaScript. It
+// The /auth page in a real browser, with the stand-in for Qwen in e2e: signing in, denying, and both without JavaScript. It
 // needs Go and Chromium, and leaves screenshots in a temporary directory.
 import assert from 'node:assert/strict'
 import { execFileSync, spawn } from 'node:child_process'
@@ -10,8 +10,7 @@ import { chromium } from 'playwright-core'
 
 const temporary = mkdtempSync(join(tmpdir(), 'auth-page-'))
 const shots = mkdtempSync(join(tmpdir(), 'auth-page-screenshots-'))
-const program = join(temporary, 'qwen-go-proxy')
-execFileSync('go', ['build', '-o', program, '.'], { cwd: join(import.meta.dirname, '../..'), stdio: 'inherit' })
+execFileSync('go', ['build', '-o', temporary + '/', '.', './e2e/standin'], { cwd: join(import.meta.dirname, '../..'), stdio: 'inherit' })
 
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM ?? execFileSync('which', ['chromium'], { encoding: 'utf8' }).trim(),
@@ -19,20 +18,33 @@ const browser = await chromium.launch({
     '--disable-background-networking', '--disable-component-update', '--disable-sync'],
 })
 
-// check runs one scenario in a new context, on a demo of its own: that approves its sign-in by itself after 5 s, so a
-// scenario that decides otherwise must be quick.
+// run starts a program, and returns how to end it and what the pattern finds in a line of its output.
+async function run(name, args, env, output, pattern) {
+  const program = spawn(join(temporary, name), args, { env, stdio: ['ignore', 'pipe', 'pipe'] })
+  const ended = new Promise(resolve => program.on('exit', resolve))
+  const found = await new Promise((resolve, reject) => {
+    program.stdout.resume()
+    program.stderr.resume()
+    createInterface({ input: program[output] }).on('line', line => {
+      const match = line.match(pattern)
+      if (match) resolve(match[1])
+    })
+    ended.then(status => reject(new Error(`${name} ended with status ${status}`)))
+  })
+  return { found, end: async () => { program.kill(); await ended } }
+}
+
+const qwen = await run('standin', ['-approve-after', '5s'], {}, 'stdout', /^(http:.*)/)
+
+// check runs one scenario in a new context, on a proxy of its own. Its sign-in approves itself after 5 s, so a scenario that
+// decides otherwise must be quick.
 async function check(name, options, scenario) {
-  const demo = spawn(program, ['demo'], { env: { SERVER_HOST: '127.0.0.1', SERVER_PORT: '0' }, stdio: ['ignore', 'ignore', 'pipe'] })
-  const ended = new Promise(resolve => demo.on('exit', resolve))
+  const proxy = await run('qwen-go-proxy', [], {
+    SERVER_HOST: '127.0.0.1', SERVER_PORT: '0', QWEN_OAUTH_BASE_URL: qwen.found, QWEN_DIR: mkdtempSync(join(temporary, 'credentials-')),
+  }, 'stderr', /"msg":"listening".*"url":"([^"]+)"/)
+  const origin = proxy.found
   const context = await browser.newContext(options)
   try {
-    const origin = await new Promise((resolve, reject) => {
-      createInterface({ input: demo.stderr }).on('line', line => {
-        const url = line.match(/"msg":"listening".*"url":"([^"]+)"/)
-        if (url) resolve(url[1])
-      })
-      ended.then(status => reject(new Error(`the demo ended with status ${status}`)))
-    })
     const faults = []
     const page = await context.newPage()
     page.on('console', m => faults.push(`console: ${m.text()}`)) // CSP violations too
@@ -44,8 +56,7 @@ async function check(name, options, scenario) {
     console.log(`ok   ${name}`)
   } finally {
     await context.close()
-    demo.kill()
-    await ended
+    await proxy.end()
   }
 }
 
@@ -111,7 +122,7 @@ try {
     await heading(page, 'Sign in to Qwen')
     assert.notEqual(await page.locator('.code').textContent(), code)
     await page.getByText(/^14:5[0-8] left$/).waitFor() // it counts down
-    await heading(page, 'Signed in') // the demo approves
+    await heading(page, 'Signed in') // the stand-in approves
   })
 
   await check('the proxy goes away and comes back', {}, async (page, origin, faults) => {
@@ -159,6 +170,7 @@ try {
   }
 } finally {
   await browser.close()
+  await qwen.end()
   rmSync(temporary, { recursive: true })
   console.log(`screenshots: ${shots}`)
 }

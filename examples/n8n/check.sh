@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Imports the workflows beside this file into a real n8n, runs each against `qwen-go-proxy demo`, and looks at what
-# comes of it:
+# Imports the workflows beside this file into a real n8n, runs each against qwen-go-proxy in front of the stand-in for Qwen in
+# e2e, and looks at what comes of it:
 #
 #	examples/n8n/check.sh [directory]
 #
@@ -43,15 +43,24 @@ n8n=(env N8N_USER_FOLDER="$work" N8N_LISTEN_ADDRESS=127.0.0.1 N8N_PORT="$n8n_por
   N8N_VERSION_NOTIFICATIONS_ENABLED=false N8N_TEMPLATES_ENABLED=false N8N_HIRING_BANNER_ENABLED=false
   N8N_DYNAMIC_BANNERS_ENABLED=false NO_COLOR=1 node "$install/node_modules/n8n/bin/n8n")
 
-# proxy NAME VARIABLE=VALUE… COMMAND starts a proxy, with a log of that name, and sets port to its port.
+# await FILE waits until there is something in a file.
+await() {
+  for _ in $(seq 100); do
+    [ -s "$1" ] && return
+    sleep 0.1
+  done
+  echo "$1 stays empty"
+  exit 1
+}
+
+# proxy NAME VARIABLE=VALUE… starts a proxy, with a log of that name, and sets port to its port.
 proxy() {
   local log=$work/$1.log
   : >"$log"
-  env -i PATH="$PATH" SERVER_HOST=127.0.0.1 SERVER_PORT=0 "${@:2:$#-2}" "$work/qwen-go-proxy" "${@: -1}" 2>"$log" &
+  env -i PATH="$PATH" SERVER_HOST=127.0.0.1 SERVER_PORT=0 QWEN_API_KEY=sk-test "${@:2}" "$work/qwen-go-proxy" 2>"$log" &
   pids+=($!)
   for _ in $(seq 300); do
     port=$(sed -n 's/.*"msg":"listening".*"address":"[^"]*:\([0-9]*\)".*/\1/p' "$log")
-    # The demo's sign-in approves itself.
     [ -n "$port" ] && curl -fsS -o "$work/ready" "http://localhost:$port/health/ready" 2>/dev/null && return
     sleep 0.1
   done
@@ -94,35 +103,39 @@ check() {
   fi
 }
 
-(cd ../.. && go build -o "$work/qwen-go-proxy" .)
+(cd ../.. && go build -o "$work/" . ./e2e/standin)
 mkdir "$work/workflows"
 intro="This is qwen-go-proxy's stand-in for Qwen, not a model."
 
-proxy demo demo
-demo=$port
-proxy limited RATE_LIMIT_RPS=0.25 RATE_LIMIT_BURST=1 demo # a request every four seconds
+"$work/standin" -key sk-test >"$work/standin.url" &
+pids+=($!)
+await "$work/standin.url"
+api=$(cat "$work/standin.url")/compatible-mode/v1
+proxy plain API_BASE_URL="$api"
+plain=$port
+proxy limited API_BASE_URL="$api" RATE_LIMIT_RPS=0.25 RATE_LIMIT_BURST=1 # a request every four seconds
 limited=$port
 node -e '
   const s = require("http").createServer((_, res) => res.writeHead(404).end("404 page not found"));
   s.listen(0, "127.0.0.1", () => console.log(s.address().port));
 ' >"$work/lacking.port" &
 pids+=($!)
-until [ -s "$work/lacking.port" ]; do sleep 0.1; done
-proxy lacking QWEN_API_KEY=none API_BASE_URL="http://localhost:$(cat "$work/lacking.port")" serve # has no /responses
+await "$work/lacking.port"
+proxy lacking API_BASE_URL="http://localhost:$(cat "$work/lacking.port")" # has no /responses
 lacking=$port
 
-workflow 1-first-request.json first "$demo"
+workflow 1-first-request.json first "$plain"
 # For the check, the caller says which model; the stand-in's error-502 fails.
 workflow 2-webhook-chatbot.json chat "$limited" "s/model: 'qwen3-coder-plus'/model: \$json.body.model ?? 'qwen3-coder-plus'/"
-workflow 3-content-moderation.json moderation "$demo"
+workflow 3-content-moderation.json moderation "$plain"
 # The stand-in judges nothing. Asked by a schema instead, it gives the one verdict that this allows for.
-workflow 3-content-moderation.json verdicts "$demo" "s/type: 'json_object'/type: 'json_schema', json_schema: { name: 'verdict', \
+workflow 3-content-moderation.json verdicts "$plain" "s/type: 'json_object'/type: 'json_schema', json_schema: { name: 'verdict', \
 schema: { type: 'object', required: ['verdict'], properties: { verdict: { enum: [\$itemIndex ? 'block' : 'allow'] } } } }/"
-workflow 4-llm-chain.json chain "$demo"
-workflow 4-llm-chain.json chain-responses "$demo" '/"responsesApiEnabled": false,/d' # it is on by default
+workflow 4-llm-chain.json chain "$plain"
+workflow 4-llm-chain.json chain-responses "$plain" '/"responsesApiEnabled": false,/d' # it is on by default
 workflow 4-llm-chain.json chain-lacking "$lacking" '/"responsesApiEnabled": false,/d' 's/"qwenGoProxy"/"lacking"/'
-workflow 5-agent-with-tool.json agent "$demo"
-workflow 5-agent-with-tool.json agent-responses "$demo" '/"responsesApiEnabled": false,/d'
+workflow 5-agent-with-tool.json agent "$plain"
+workflow 5-agent-with-tool.json agent-responses "$plain" '/"responsesApiEnabled": false,/d'
 
 echo 'importing credentials and workflows'
 # import runs an import of n8n's, which exits with status 0 even where it failed.
@@ -131,7 +144,7 @@ import() {
   grep -q '^Successfully imported' "$work/import.log" || { cat "$work/import.log"; exit 1; }
 }
 import import:workflow --separate --input="$work/workflows"
-sed "s/localhost:8080/localhost:$demo/" credentials.json >"$work/credentials.json"
+sed "s/localhost:8080/localhost:$plain/" credentials.json >"$work/credentials.json"
 import import:credentials --input="$work/credentials.json"
 sed -e "s/localhost:8080/localhost:$lacking/" -e 's/"qwenGoProxy"/"lacking"/' credentials.json >"$work/credentials.json"
 import import:credentials --input="$work/credentials.json"
