@@ -189,8 +189,8 @@ func (c *completion) response(chat []byte) ([]byte, error) {
 // chunks. Read returns as soon as one event has come in whole and never waits for a second one. [DONE],
 // error events, comments and fields other than data pass; lines end in \n then, whatever they ended in.
 //
-// After the events before it, an error of r is returned as it is, and data that isn't a chat completion
-// chunk, or an event of more than maxEventBytes, is an error that quotes nothing of the stream. The last
+// After the events before it, an error of r is returned as it is. Data that isn't a chat completion chunk is an error,
+// but passes after [DONE]. An event of more than maxEventBytes is an error. Neither quotes anything of the stream. The last
 // event need not have its blank line.
 func (c *completion) stream(r io.Reader) io.Reader {
 	return &completionStream{completion: c, r: r, echoed: make(map[int]bool)}
@@ -209,6 +209,7 @@ type completionStream struct {
 	started bool         // the first line is over, before which a byte order mark may stand
 	afterCR bool         // the last line ended in \r: a \n right behind it belongs to it
 	echoed  map[int]bool // the choices that have had their prompt, by index
+	done    bool         // [DONE] has come
 
 	out bytes.Buffer // translated events
 	err error        // what follows them
@@ -296,12 +297,14 @@ func (s *completionStream) translate(event []byte) error {
 	var a chatAnswer
 	err := json.Unmarshal(data, &a)
 	// An error counts whatever else is wrong with the chunk: one that has decoded is there beside err.
-	if len(data) == 0 || string(data) == "[DONE]" || present(a.Error) {
+	isChunk := err == nil && (a.Choices != nil || present(a.Usage))
+	s.done = s.done || string(data) == "[DONE]"
+	if len(data) == 0 || present(a.Error) || s.done && !isChunk {
 		s.out.Write(event)
 		s.out.WriteByte('\n')
 		return nil
 	}
-	if err != nil || a.Choices == nil && !present(a.Usage) {
+	if !isChunk {
 		return errors.New("the stream has data that is not a chat completion chunk")
 	}
 	keep := present(a.Usage)

@@ -326,6 +326,12 @@ data: {"id":"chatcmpl-1","created":1,"choices":null,"usage":{"a":3}}
 		err:  "the stream has data that is not a chat completion chunk",
 	},
 	{
+		name: "data after [DONE] passes, translated where it is a chunk",
+		in: "data: [DONE]\n\ndata: x\n\ndata: {\"trace\":1}\n\ndata: [DONE]\n\n" +
+			`data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[],"usage":{"a":1}}` + "\n\n",
+		want: "data: [DONE]\n\ndata: x\n\ndata: {\"trace\":1}\n\ndata: [DONE]\n\n" + textChunk(`"choices":[],"usage":{"a":1}`),
+	},
+	{
 		name: "the last event without its blank line",
 		in:   ": c\n\ndata: [DONE]\n",
 		want: ": c\n\ndata: [DONE]\n\n",
