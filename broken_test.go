@@ -50,7 +50,7 @@ func startCutAPI(t *testing.T, answer string, reset bool) *cutAPI {
 	return a
 }
 
-// TestAStreamCutAnywhereNeverLooksWhole cuts a stream of three events at every byte.
+// TestAStreamCutAnywhereNeverLooksWhole cuts a stream of three events at every byte. Nothing follows a [DONE].
 func TestAStreamCutAnywhereNeverLooksWhole(t *testing.T) {
 	const events = "data: {\"choices\":[{\"delta\":{\"content\":\"1\"}}]}\n\ndata: {\"choices\":[{\"delta\":{\"content\":\"2\"}}]}\n\ndata: [DONE]\n\n"
 	chunked := "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -61,6 +61,7 @@ func TestAStreamCutAnywhereNeverLooksWhole(t *testing.T) {
 	answers := map[string]string{
 		"chunked":        chunked + "0\r\n\r\n", // cut before its last bytes, the last chunk is missing
 		"Content-Length": announced,             // cut, it is short
+		"connection":     "HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + strings.TrimSuffix(events, "\n\n"),
 	}
 	for name, answer := range answers {
 		for _, reset := range []bool{false, true} {
@@ -92,8 +93,9 @@ func TestAStreamCutAnywhereNeverLooksWhole(t *testing.T) {
 							if res.StatusCode == 200 && err == nil {
 								t.Errorf("cut at %d of %d: a clean end: %q", n, len(answer), body)
 							}
-							if res.StatusCode == 200 && !bytes.Contains(body, []byte(`data: {"error":`)) {
-								t.Errorf("cut at %d of %d: no error event: %q, %v", n, len(answer), body, err)
+							done, failed := bytes.Contains(body, []byte("data: [DONE]")), bytes.Contains(body, []byte(`data: {"error":`))
+							if res.StatusCode == 200 && done == failed {
+								t.Errorf("cut at %d of %d: want an error event or [DONE]: %q, %v", n, len(answer), body, err)
 							}
 						}
 					})
@@ -132,7 +134,8 @@ func TestAStreamCutByHTTP2NeverLooksWhole(t *testing.T) {
 		}
 		body, err := io.ReadAll(res.Body)
 		res.Body.Close()
-		if err == nil || !bytes.HasPrefix(body, []byte(events[:n])) || !bytes.Contains(body, []byte(`data: {"error":`)) {
+		done, failed := strings.Contains(events[:n], "data: [DONE]"), bytes.Contains(body, []byte(`data: {"error":`))
+		if err == nil || !bytes.HasPrefix(body, []byte(events[:n])) || done == failed {
 			t.Errorf("cut at %d: %q, %v", n, body, err)
 		}
 	}

@@ -504,7 +504,7 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 	}
 	res.Trailer = nil // else ReverseProxy announces its names; Read drops the values
 	res.Body = &upstreamBody{ReadCloser: res.Body, x: c.x, silence: c.silence, limit: p.cfg.idleTimeout}
-	body := &responseBody{call: c, res: res, src: res.Body}
+	body := &responseBody{call: c, res: res, src: res.Body, delimited: endsWithConnection(res) && !isCompressed(h)}
 	if res.StatusCode != http.StatusOK {
 		return p.failure(c, res)
 	}
@@ -519,6 +519,11 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 		// A comment or an error event may come on top of what is announced.
 		h.Del("Content-Length")
 		c.x.stream(p.cfg.keepAlive)
+		if c.path == pathChat {
+			body.ending = &doneEnding{}
+		} else {
+			body.delimited = false // other streams have ends of their own
+		}
 		if c.completion != nil {
 			body.translated = c.completion.stream(body.src)
 		}
@@ -526,6 +531,9 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 		p.metrics.streams.Add(1)
 		body.onClose = func() { p.metrics.streams.Add(-1) }
 		return nil
+	}
+	if body.delimited {
+		body.ending = &jsonEnding{}
 	}
 	if c.completion != nil {
 		return p.translate(c, res, body)

@@ -1101,7 +1101,7 @@ func BenchmarkEvent(b *testing.B) {
 		io.Copy(io.Discard, r.Body)
 		r.Body.Close()
 		return &http.Response{StatusCode: 200, Status: "200 OK", Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-			Header: http.Header{"Content-Type": {"text/event-stream"}}, Body: events, ContentLength: -1, Request: r}, nil
+			Header: http.Header{"Content-Type": {"text/event-stream"}}, Body: events, ContentLength: -1, TransferEncoding: []string{"chunked"}, Request: r}, nil
 	})
 	benchHandlers(b, upstream, func(b *testing.B, serve func()) {
 		events.n = b.N

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -33,14 +34,17 @@ func (b *upstreamBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// A responseBody is Qwen's answer on its way through ReverseProxy. It passes every byte as it came, and sees to it that an answer that breaks off does not look whole: an event stream
-// gets an error event, and Read's error makes ReverseProxy cut the client's connection short.
+// A responseBody is Qwen's answer on its way through ReverseProxy. It passes every byte as it came. An answer that breaks
+// off must not look whole: an event stream gets an error event, unless its last event has passed, and Read's error makes
+// ReverseProxy cut the client's connection short.
 type responseBody struct {
 	call       *call
 	res        *http.Response
 	src        io.ReadCloser
 	translated io.Reader // src as a text completion; nil where bytes pass as they are
 	sse        bool
+	ending     ending // sees each byte that passes; nil where nobody asks
+	delimited  bool   // the connection's end alone ends the answer: it is broken where ending has not seen its end
 	pending    []byte // to be read before src: what peek read, or the error event
 	err        error  // how src ended; nil while it has not
 	onClose    func() // runs at Close; nil for nothing
@@ -62,8 +66,14 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	} else {
 		n, err = b.src.Read(p)
 	}
+	if b.ending != nil {
+		b.ending.follow(p[:n])
+	}
 	if err == nil {
 		return n, nil
+	}
+	if err == io.EOF && b.delimited && !b.ending.seen() {
+		err = io.ErrUnexpectedEOF
 	}
 	if b.err = err; err == io.EOF {
 		b.res.Trailer = nil // no header of the upstream's passes that is not on the list
@@ -72,7 +82,7 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	e := b.broken(err)
 	b.err = e
 	b.call.x.fail(e)
-	if b.sse && e.status != statusClientClosedRequest {
+	if b.sse && !(b.ending != nil && b.ending.seen()) && e.status != statusClientClosedRequest {
 		// A blank line goes first: the event must not join a line that was cut.
 		b.pending = append([]byte("\n\n"), b.call.errorEvent(e)...)
 	}
@@ -130,17 +140,82 @@ func (b *responseBody) peek(buffers *copyBuffers, limit time.Duration) error {
 	began, n := time.Now(), 0
 	for n < len(buf) && b.err == nil && time.Since(began) < limit {
 		m, err := b.Read(buf[n:])
-		if n += m; err != nil && err != io.EOF {
+		n += m
+		start := bytes.TrimLeft(buf[:n], " \t\r\n")
+		switch {
+		case len(start) > 0 && start[0] != '{' && start[0] != '[', len(start) == 0 && err == io.EOF:
+			return notAnAnswer(b.res.StatusCode, nil)
+		case err != nil && err != io.EOF:
 			return err
 		}
 	}
-	start := bytes.TrimLeft(buf[:n], " \t\r\n")
-	if len(start) == 0 && b.err == io.EOF || len(start) > 0 && start[0] != '{' && start[0] != '[' {
-		return notAnAnswer(b.res.StatusCode, nil)
+	if b.delimited && b.err == io.EOF && !json.Valid(buf[:n]) {
+		return b.broken(io.ErrUnexpectedEOF)
 	}
 	b.pending = buf[:n]
 	if b.err == nil && n < len(buf) {
 		b.res.ContentLength = -1 // ReverseProxy passes each piece on at once then
 	}
 	return nil
+}
+
+// endsWithConnection reports whether nothing but the connection's end tells the end of an answer (RFC 9112 §6.3, rule 8).
+// Call it before anything changes res.
+func endsWithConnection(res *http.Response) bool {
+	return res.ProtoMajor == 1 && res.ContentLength < 0 && len(res.TransferEncoding) == 0
+}
+
+// An ending tells from an answer that passes in pieces whether it has come to its end.
+type ending interface {
+	follow(p []byte) // p has passed
+	seen() bool      // reports whether the end has passed
+}
+
+// A doneEnding looks for the line data: [DONE], the end of a chat completion's stream.
+type doneEnding struct {
+	line []byte // the beginning of the line under way
+	done bool
+}
+
+func (e *doneEnding) seen() bool { return e.done }
+
+func (e *doneEnding) follow(p []byte) {
+	for !e.done && len(p) > 0 {
+		line, rest, ended := bytes.Cut(p, []byte("\n"))
+		if len(e.line) < 16 {
+			e.line = append(e.line, line[:min(len(line), 16)]...)
+			data, ok := bytes.CutPrefix(e.line, []byte("data:"))
+			e.done = ok && string(bytes.TrimSpace(data)) == "[DONE]"
+		}
+		if p = rest; ended {
+			e.line = e.line[:0]
+		}
+	}
+}
+
+// A jsonEnding looks for the end of a JSON object or array, which it takes for correct.
+type jsonEnding struct {
+	open            int // brackets that are not closed yet
+	quoted, escaped bool
+	closed          bool // the first bracket has been closed
+}
+
+func (e *jsonEnding) seen() bool { return e.closed }
+
+func (e *jsonEnding) follow(p []byte) {
+	for _, c := range p {
+		switch {
+		case e.escaped:
+			e.escaped = false
+		case e.quoted:
+			e.escaped, e.quoted = c == '\\', c != '"'
+		case c == '"':
+			e.quoted = true
+		case c == '{', c == '[':
+			e.open++
+		case c == '}', c == ']':
+			e.open--
+			e.closed = e.open == 0
+		}
+	}
 }

@@ -198,3 +198,67 @@ func TestOurCredentialsComeBackToNobody(t *testing.T) {
 		})
 	}
 }
+
+// TestAnswersThatEndWithTheConnection: nobody but the answer itself can tell whether it is whole.
+func TestAnswersThatEndWithTheConnection(t *testing.T) {
+	t.Parallel()
+	const chunk = "data: {\"choices\":[{\"delta\":{\"content\":\"[DONE]\"}}]}\n\n"
+	long := `{"a":"` + strings.Repeat(`}]\\\"`, 20000) + `","b":[{}]`
+	for _, tt := range []struct {
+		name, path, contentType, body string
+		code                          string // of an error in its place, or "cut", or "" where it is whole
+	}{
+		{"JSON", "chat/completions", "application/json", ` {"a":[1]} `, ""},
+		{"JSON cut short", "chat/completions", "application/json", `{"a":[1]`, "upstream_broken"},
+		{"JSON cut short in a string", "chat/completions", "application/json", `{"a":"}`, "upstream_broken"},
+		{"JSON that does not parse", "chat/completions", "application/json", `{"a":}`, "upstream_broken"},
+		{"HTML", "chat/completions", "text/html", "<html>", "bad_upstream_answer"},
+		{"nothing", "chat/completions", "application/json", "", "upstream_broken"},
+		{"JSON of an embedding cut short", "embeddings", "application/json", `{"a":[1]`, "upstream_broken"},
+		{"JSON of a text completion cut short", "completions", "application/json", `{"choices":[`, "upstream_broken"},
+		{"long JSON", "chat/completions", "application/json", long + "}\n", ""},
+		{"long JSON cut short", "chat/completions", "application/json", long, "cut"},
+		{"long JSON cut short in a string", "chat/completions", "application/json", long[:100000], "cut"},
+		{"a stream", "chat/completions", "text/event-stream", chunk + "data: [DONE]\n\n", ""},
+		{"a stream with CRLF", "chat/completions", "text/event-stream", "data: 1\r\n\r\ndata:[DONE]\r\n\r\n", ""},
+		{"a stream without its last line end", "chat/completions", "text/event-stream", chunk + "data: [DONE]", ""},
+		{"a stream without [DONE]", "chat/completions", "text/event-stream", chunk, "cut"},
+		{"a stream cut within [DONE]", "chat/completions", "text/event-stream", chunk + "data: [DON", "cut"},
+		{"a stream without anything", "chat/completions", "text/event-stream", "", "cut"},
+		{"a stream of a text completion", "completions", "text/event-stream", chunk + "data: [DONE]\n\n", ""},
+		{"a stream of a text completion without [DONE]", "completions", "text/event-stream", chunk, "cut"},
+		{"a stream of another kind", "responses", "text/event-stream", "event: response.completed\ndata: {}\n\n", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			for _, protocol := range []string{"1.0", "1.1"} {
+				p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": rawAPI(t,
+					"HTTP/"+protocol+" 200 OK\r\nContent-Type: "+tt.contentType+"\r\n\r\n"+tt.body)})
+				request := map[string]string{"completions": `{"prompt":"x"}`, "embeddings": `{"input":"x"}`}[tt.path]
+				if request == "" {
+					request = `{"messages":[]}`
+				}
+				res, err := http.Post(p.url+"/v1/"+tt.path, "application/json", strings.NewReader(request))
+				if err != nil {
+					t.Fatal(err)
+				}
+				body, err := io.ReadAll(res.Body)
+				res.Body.Close()
+				switch failed := strings.Contains(string(body), `{"error":`); tt.code {
+				case "":
+					if err != nil || res.StatusCode != 200 || failed || tt.path != "completions" && string(body) != tt.body {
+						t.Errorf("HTTP/%s: %s, %v: %d bytes %.200q", protocol, res.Status, err, len(body), body)
+					}
+				case "cut":
+					if err == nil || res.StatusCode != 200 || failed != (tt.contentType == "text/event-stream") {
+						t.Errorf("HTTP/%s: %s, %v: %d bytes %.200q", protocol, res.Status, err, len(body), body)
+					}
+				case "upstream_broken":
+					wantError(t, res, string(body), 502, typeStreaming, tt.code)
+				default:
+					wantError(t, res, string(body), 502, typeNetwork, tt.code)
+				}
+			}
+		})
+	}
+}
