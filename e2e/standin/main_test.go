@@ -24,12 +24,12 @@ func TestRunServesUntilItIsEnded(t *testing.T) {
 	if err != nil {
 		t.Fatalf("no URL: %v, exit status %d, %s", err, <-ended, &stderr)
 	}
-	c := &standInClient{t: t, client: http.DefaultClient, base: strings.TrimSuffix(base, "\n"), token: "sk-test"}
+	c := &client{t: t, client: http.DefaultClient, base: strings.TrimSuffix(base, "\n"), token: "sk-test"}
 	if status, answer := c.post("/compatible-mode/v1/chat/completions", `{"model":"m","messages":[{"role":"user","content":"Hi"}]}`); status != http.StatusOK {
 		t.Errorf("chat: %d %v", status, answer)
 	}
 	device := c.authorize()
-	diffStandIn(t, "interval and life of the device code", []any{7.0, 60.0}, []any{device["interval"], device["expires_in"]})
+	wantEqual(t, "interval and life of the device code", []any{7.0, 60.0}, []any{device["interval"], device["expires_in"]})
 
 	r, err := http.NewRequest("POST", c.base+"/v1/chat/completions", strings.NewReader(`{"model":"m","messages":[{}],"stream":true}`))
 	if err != nil {

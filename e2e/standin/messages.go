@@ -8,16 +8,16 @@ import (
 	"strings"
 )
 
-// A standInMessages is a request of Anthropic's Messages API: the members that the stand-in heeds.
-type standInMessages struct {
-	Model         string            `json:"model"`
-	System        standInContent    `json:"system"`
-	Messages      []standInMessage  `json:"messages"`
-	MaxTokens     int               `json:"max_tokens"`
-	StopSequences []string          `json:"stop_sequences"`
-	Stream        bool              `json:"stream"`
-	Tools         []standInTool     `json:"tools"`
-	ToolChoice    standInToolChoice `json:"tool_choice"`
+// A messagesRequest is a request of Anthropic's Messages API, with the members that the stand-in reads.
+type messagesRequest struct {
+	Model         string         `json:"model"`
+	System        chatContent    `json:"system"`
+	Messages      []chatMessage  `json:"messages"`
+	MaxTokens     int            `json:"max_tokens"`
+	StopSequences []string       `json:"stop_sequences"`
+	Stream        bool           `json:"stream"`
+	Tools         []functionTool `json:"tools"`
+	ToolChoice    toolChoice     `json:"tool_choice"`
 	Thinking      struct {
 		Type string `json:"type"`
 	} `json:"thinking"`
@@ -30,12 +30,12 @@ type standInMessages struct {
 }
 
 // chat returns the same request as one for a chat completion.
-func (req *standInMessages) chat() *standInChat {
-	c := &standInChat{Model: req.Model, N: 1, MaxTokens: req.MaxTokens, MaxCompletionTokens: math.MaxInt, Stop: req.StopSequences,
+func (req *messagesRequest) chat() *chatRequest {
+	c := &chatRequest{Model: req.Model, N: 1, MaxTokens: req.MaxTokens, MaxCompletionTokens: math.MaxInt, Stop: req.StopSequences,
 		Stream: req.Stream, EnableThinking: req.Thinking.Type != "" && req.Thinking.Type != "disabled", Tools: req.Tools, ToolChoice: req.ToolChoice,
-		Messages: []standInMessage{{Role: "system", Content: req.System}}}
+		Messages: []chatMessage{{Role: "system", Content: req.System}}}
 	for _, m := range req.Messages {
-		if m.Content.result { // what a tool answered comes as from the user
+		if m.Content.result { // a tool's result has the role user here
 			m.Role = "tool"
 		}
 		c.Messages = append(c.Messages, m)
@@ -46,7 +46,7 @@ func (req *standInMessages) chat() *standInChat {
 }
 
 // readMessages reads a request of the Messages API.
-func (s *standIn) readMessages(w http.ResponseWriter, r *http.Request, req *standInMessages) *apiError {
+func (s *standIn) readMessages(w http.ResponseWriter, r *http.Request, req *messagesRequest) *apiError {
 	if failure := s.read(w, r, req); failure != nil {
 		return failure
 	}
@@ -61,7 +61,7 @@ func (s *standIn) readMessages(w http.ResponseWriter, r *http.Request, req *stan
 
 // messages answers a request of the Messages API.
 func (s *standIn) messages(w http.ResponseWriter, r *http.Request) *apiError {
-	req := &standInMessages{}
+	req := &messagesRequest{}
 	if failure := s.readMessages(w, r, req); failure != nil {
 		return failure
 	}
@@ -85,28 +85,28 @@ func (s *standIn) messages(w http.ResponseWriter, r *http.Request) *apiError {
 	message["content"] = content
 	message["stop_reason"], message["stop_sequence"] = answer.stopReason()
 	message["usage"] = object{"input_tokens": c.promptTokens(), "output_tokens": answer.tokens()}
-	writeStandIn(w, http.StatusOK, message)
+	writeJSON(w, http.StatusOK, message)
 	return nil
 }
 
 // countTokens answers how many tokens a request of the Messages API has.
 func (s *standIn) countTokens(w http.ResponseWriter, r *http.Request) *apiError {
-	req := &standInMessages{}
+	req := &messagesRequest{}
 	if failure := s.readMessages(w, r, req); failure != nil {
 		return failure
 	}
-	writeStandIn(w, http.StatusOK, object{"input_tokens": req.chat().promptTokens()})
+	writeJSON(w, http.StatusOK, object{"input_tokens": req.chat().promptTokens()})
 	return nil
 }
 
 // messageBegun returns the message as it is before it has any content.
-func (c *standInChat) messageBegun() object {
+func (c *chatRequest) messageBegun() object {
 	return object{"id": "msg_" + rand.Text(), "type": "message", "role": "assistant", "model": c.Model, "content": []object{},
 		"stop_reason": nil, "stop_sequence": nil, "usage": object{"input_tokens": c.promptTokens(), "output_tokens": 0}}
 }
 
 // stopReason returns the stop_reason and the stop_sequence.
-func (a *standInAnswer) stopReason() (reason string, sequence any) {
+func (a *chatAnswer) stopReason() (reason string, sequence any) {
 	switch {
 	case a.stop != "":
 		return "stop_sequence", a.stop
@@ -118,34 +118,34 @@ func (a *standInAnswer) stopReason() (reason string, sequence any) {
 	return "end_turn", nil
 }
 
-// A standInBlock is a block of a message's content.
-type standInBlock struct {
+// A messageBlock is a block of a message's content.
+type messageBlock struct {
 	begun  object // as it is before its pieces
 	pieces []string
 	delta  string       // the type of the deltas that bring the pieces
-	member string       // of those deltas, that holds the piece
-	fill   func(object) // makes of begun the whole block
+	member string       // of those deltas that holds the piece
+	fill   func(object) // turns begun into the whole block
 }
 
-// standInSignature stands for the proof that a model's thoughts are its own.
-const standInSignature = "c3RhbmQtaW4="
+// thoughtSignature stands for the proof that a model's thoughts are its own.
+const thoughtSignature = "c3RhbmQtaW4="
 
 // blocks returns the answer as the blocks of a message.
-func (a *standInAnswer) blocks() []standInBlock {
-	var blocks []standInBlock
+func (a *chatAnswer) blocks() []messageBlock {
+	var blocks []messageBlock
 	if len(a.thoughts) > 0 {
-		blocks = append(blocks, standInBlock{
+		blocks = append(blocks, messageBlock{
 			begun: object{"type": "thinking", "thinking": "", "signature": ""}, pieces: a.thoughts, delta: "thinking_delta", member: "thinking",
-			fill: func(b object) { b["thinking"], b["signature"] = strings.Join(a.thoughts, ""), standInSignature },
+			fill: func(b object) { b["thinking"], b["signature"] = strings.Join(a.thoughts, ""), thoughtSignature },
 		})
 	}
 	if a.tool == "" {
-		return append(blocks, standInBlock{
+		return append(blocks, messageBlock{
 			begun: object{"type": "text", "text": ""}, pieces: a.pieces, delta: "text_delta", member: "text",
 			fill: func(b object) { b["text"] = a.text() },
 		})
 	}
-	return append(blocks, standInBlock{
+	return append(blocks, messageBlock{
 		begun:  object{"type": "tool_use", "id": a.callID, "name": a.tool, "input": object{}},
 		pieces: a.pieces, delta: "input_json_delta", member: "partial_json",
 		fill: func(b object) { b["input"] = json.RawMessage(a.text()) },
@@ -153,7 +153,7 @@ func (a *standInAnswer) blocks() []standInBlock {
 }
 
 // streamMessage sends the answer as the events of the Messages API.
-func (c *standInChat) streamMessage(events *standInStream, answer *standInAnswer) {
+func (c *chatRequest) streamMessage(events *eventStream, answer *chatAnswer) {
 	send := func(name string, event object) {
 		event["type"] = name
 		events.send(name, event)
@@ -166,7 +166,7 @@ func (c *standInChat) streamMessage(events *standInStream, answer *standInAnswer
 			send("content_block_delta", object{"index": i, "delta": object{"type": b.delta, b.member: piece}})
 		}
 		if b.delta == "thinking_delta" {
-			send("content_block_delta", object{"index": i, "delta": object{"type": "signature_delta", "signature": standInSignature}})
+			send("content_block_delta", object{"index": i, "delta": object{"type": "signature_delta", "signature": thoughtSignature}})
 		}
 		send("content_block_stop", object{"index": i})
 	}

@@ -6,12 +6,12 @@ import (
 	"testing"
 )
 
-func TestStandInMessages(t *testing.T) {
+func TestMessages(t *testing.T) {
 	const tool = `"tools":[{"name":"now","input_schema":{"type":"object","required":["zone"],"properties":{"zone":{"type":"string"}}}}]`
 	const hi = `"messages":[{"role":"user","content":"Hi"}],"max_tokens":100`
 	const hiAnswer = `This is qwen-go-proxy's stand-in for Qwen, not a model. You said: "Hi"`
 	text := func(s string) object { return object{"type": "text", "text": s} }
-	thinking := object{"type": "thinking", "thinking": standInThought, "signature": standInSignature}
+	thinking := object{"type": "thinking", "thinking": thought, "signature": thoughtSignature}
 	call := object{"type": "tool_use", "name": "now", "input": object{"zone": "Hi"}}
 	for _, test := range []struct {
 		name, body   string
@@ -39,19 +39,19 @@ func TestStandInMessages(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			s := newStandIn()
 			s.wordDelay = 0
-			c := serveStandIn(t, s)
+			c := newClient(t, s)
 			c.signIn()
 			status, whole := c.post("/apps/anthropic/v1/messages", `{"model":"m",`+test.body+`}`)
 			if status != http.StatusOK {
 				t.Fatalf("%d %v", status, whole)
 			}
 			withoutIDs(whole)
-			diffStandIn(t, "message", []any{"message", "assistant", "m", test.content, test.reason, test.stop},
+			wantEqual(t, "message", []any{"message", "assistant", "m", test.content, test.reason, test.stop},
 				[]any{whole["type"], whole["role"], whole["model"], whole["content"], whole["stop_reason"], whole["stop_sequence"]})
 
 			resp, stream := c.do("POST", "/apps/anthropic/v1/messages", "application/json", `{"model":"m","stream":true,`+test.body+`}`)
-			diffStandIn(t, "Content-Type", "text/event-stream;charset=UTF-8", resp.Header.Get("Content-Type"))
-			diffStandIn(t, "the stream's message", any(whole), withoutIDs(streamedMessage(t, stream)))
+			wantEqual(t, "Content-Type", "text/event-stream;charset=UTF-8", resp.Header.Get("Content-Type"))
+			wantEqual(t, "the stream's message", any(whole), withoutIDs(streamedMessage(t, stream)))
 		})
 	}
 }
@@ -59,7 +59,7 @@ func TestStandInMessages(t *testing.T) {
 // streamedMessage returns the message that a stream's events make.
 func streamedMessage(t testing.TB, stream string) object {
 	t.Helper()
-	events := standInNamedEvents(t, stream)
+	events := namedEvents(t, stream)
 	if first, last := events[0]["type"], events[len(events)-1]["type"]; first != "message_start" || last != "message_stop" {
 		t.Fatalf("the stream begins with %v and ends with %v", first, last)
 	}
@@ -73,7 +73,7 @@ func streamedMessage(t testing.TB, stream string) object {
 			if name != "content_block_start" {
 				index--
 			}
-			diffStandIn(t, name+" index", any(index), event["index"])
+			wantEqual(t, name+" index", any(index), event["index"])
 			if (block == nil) != (name == "content_block_start") {
 				t.Fatalf("%s in the wrong place:\n%s", name, stream)
 			}
@@ -105,15 +105,15 @@ func streamedMessage(t testing.TB, stream string) object {
 	return message
 }
 
-func TestStandInCountsTokens(t *testing.T) {
-	c := serveStandIn(t, newStandIn())
+func TestCountsTokens(t *testing.T) {
+	c := newClient(t, newStandIn())
 	c.signIn()
 	status, answer := c.post("/apps/anthropic/v1/messages/count_tokens", `{"model":"m","system":"Be brief.","messages":[{"role":"user","content":"Hi"}]}`)
-	diffStandIn(t, "count", []any{200, object{"input_tokens": 3.0}}, []any{status, answer})
+	wantEqual(t, "count", []any{200, object{"input_tokens": 3.0}}, []any{status, answer})
 }
 
-func TestStandInRefusesBadMessages(t *testing.T) {
-	c := serveStandIn(t, newStandIn())
+func TestRefusesBadMessages(t *testing.T) {
+	c := newClient(t, newStandIn())
 	c.signIn()
 	for _, test := range []struct {
 		name, path, body string
@@ -135,7 +135,7 @@ func TestStandInRefusesBadMessages(t *testing.T) {
 			c.t = t
 			resp, body := c.do("POST", "/apps/anthropic/v1/"+test.path, "application/json", test.body)
 			answer := parseObject(t, body)
-			diffStandIn(t, "refusal", []any{test.status, "error", test.want, resp.Header.Get("X-Request-Id")},
+			wantEqual(t, "refusal", []any{test.status, "error", test.want, resp.Header.Get("X-Request-Id")},
 				[]any{resp.StatusCode, answer["type"], dig(answer, "error", "type"), answer["request_id"]})
 			if message, _ := dig(answer, "error", "message").(string); message == "" {
 				t.Error("no message")
@@ -145,7 +145,7 @@ func TestStandInRefusesBadMessages(t *testing.T) {
 }
 
 // Whatever is sent, the answer is a message, a stream that makes one, or an error.
-func FuzzStandInMessages(f *testing.F) {
+func FuzzMessages(f *testing.F) {
 	for _, seed := range []string{
 		`{"model":"m","messages":[{"role":"user","content":"Hi"}],"max_tokens":10}`,
 		`{"model":"m","messages":[{"content":[{"type":"tool_result","content":"x"}]}],"max_tokens":10,"stream":true,"thinking":{"type":"enabled"}}`,
@@ -155,7 +155,7 @@ func FuzzStandInMessages(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	c := fuzzedStandIn(f)
+	c := newFuzzClient(f)
 	f.Fuzz(func(t *testing.T, body []byte) {
 		c := *c
 		c.t = t

@@ -11,16 +11,16 @@ import (
 	"time"
 )
 
-// A standInResponses is a request of OpenAI's Responses API: the members that the stand-in heeds.
-type standInResponses struct {
-	Model           string            `json:"model"`
-	Instructions    string            `json:"instructions"`
-	Input           standInInput      `json:"input"`
-	MaxOutputTokens int               `json:"max_output_tokens"`
-	Stream          bool              `json:"stream"`
-	EnableThinking  bool              `json:"enable_thinking"`
-	Tools           []standInTool     `json:"tools"`
-	ToolChoice      standInToolChoice `json:"tool_choice"`
+// A responsesRequest is a request of OpenAI's Responses API, with the members that the stand-in reads.
+type responsesRequest struct {
+	Model           string         `json:"model"`
+	Instructions    string         `json:"instructions"`
+	Input           responsesInput `json:"input"`
+	MaxOutputTokens int            `json:"max_output_tokens"`
+	Stream          bool           `json:"stream"`
+	EnableThinking  bool           `json:"enable_thinking"`
+	Tools           []functionTool `json:"tools"`
+	ToolChoice      toolChoice     `json:"tool_choice"`
 	Text            struct {
 		Format struct {
 			Type   string `json:"type"`
@@ -29,41 +29,41 @@ type standInResponses struct {
 	} `json:"text"`
 }
 
-// A standInInput is the input of a response: a string, or an array of messages, calls and their outputs.
-type standInInput []standInMessage
+// A responsesInput is the input of a response: a string, or an array of messages, calls and their outputs.
+type responsesInput []chatMessage
 
-func (in *standInInput) UnmarshalJSON(b []byte) error {
+func (in *responsesInput) UnmarshalJSON(b []byte) error {
 	var text *string
 	if json.Unmarshal(b, &text) == nil {
 		if text != nil {
-			*in = standInInput{{Role: "user", Content: standInContent{text: *text}}}
+			*in = responsesInput{{Role: "user", Content: chatContent{text: *text}}}
 		}
 		return nil
 	}
 	var items []struct {
-		Type   string         `json:"type"`
-		Output standInContent `json:"output"`
-		standInMessage
+		Type   string      `json:"type"`
+		Output chatContent `json:"output"`
+		chatMessage
 	}
 	if json.Unmarshal(b, &items) != nil {
 		return errors.New("input must be a string or an array of items")
 	}
 	for _, item := range items {
 		if item.Type == "function_call_output" {
-			item.standInMessage = standInMessage{Role: "tool", Content: item.Output}
+			item.chatMessage = chatMessage{Role: "tool", Content: item.Output}
 		}
-		*in = append(*in, item.standInMessage)
+		*in = append(*in, item.chatMessage)
 	}
 	return nil
 }
 
 // chat returns the same request as one for a chat completion.
-func (req *standInResponses) chat() *standInChat {
-	c := &standInChat{Model: req.Model, Messages: req.Input, N: 1, MaxTokens: req.MaxOutputTokens, MaxCompletionTokens: math.MaxInt,
+func (req *responsesRequest) chat() *chatRequest {
+	c := &chatRequest{Model: req.Model, Messages: req.Input, N: 1, MaxTokens: req.MaxOutputTokens, MaxCompletionTokens: math.MaxInt,
 		Stream: req.Stream, EnableThinking: req.EnableThinking, Tools: req.Tools, ToolChoice: req.ToolChoice}
 	if req.Instructions != "" {
-		system := standInMessage{Role: "system", Content: standInContent{text: req.Instructions}}
-		c.Messages = append([]standInMessage{system}, c.Messages...)
+		system := chatMessage{Role: "system", Content: chatContent{text: req.Instructions}}
+		c.Messages = append([]chatMessage{system}, c.Messages...)
 	}
 	c.ResponseFormat.Type = req.Text.Format.Type
 	c.ResponseFormat.JSONSchema.Schema = req.Text.Format.Schema
@@ -72,7 +72,7 @@ func (req *standInResponses) chat() *standInChat {
 
 // responses answers a request of the Responses API.
 func (s *standIn) responses(w http.ResponseWriter, r *http.Request) *apiError {
-	req := &standInResponses{MaxOutputTokens: math.MaxInt}
+	req := &responsesRequest{MaxOutputTokens: math.MaxInt}
 	if failure := s.read(w, r, req); failure != nil {
 		return failure
 	}
@@ -93,35 +93,35 @@ func (s *standIn) responses(w http.ResponseWriter, r *http.Request) *apiError {
 	if req.Stream {
 		res.stream(s.newStream(w, r, c.Model))
 	} else {
-		writeStandIn(w, http.StatusOK, res.done())
+		writeJSON(w, http.StatusOK, res.done())
 	}
 	return nil
 }
 
-// A standInResponse is a response of the Responses API.
-type standInResponse struct {
-	items  []standInItem
+// A response is a response of the Responses API.
+type response struct {
+	items  []responseItem
 	begun  object // as it is before it has any output
 	status string // that it ends with, also the name of the last event
-	ending object // the members of begun that are others at the end, but for the output
+	ending object // the members of begun that change at the end, except the output
 }
 
-// A standInItem is an item of a response's output.
-type standInItem struct {
+// A responseItem is an item of a response's output.
+type responseItem struct {
 	pieces []string
 	delta  string // the events that bring the pieces are response.….delta, and response.….done the last
 	whole  string // the member that holds the whole text at the end
-	part   string // the part's events are response.….added and response.….done; "" where the item has none
-	index  string // the member that numbers the parts; "" where the item has none
+	part   string // the part's events are response.….added and response.….done; "" if the item has none
+	index  string // the member that numbers the parts; "" if the item has none
 
-	// of returns the item as it is with a text, and its part.
+	// of returns the item with the given status and text, and its part.
 	of func(status, text string) (item, part object)
 }
 
 // response returns answer in the shape of the Responses API.
-func (c *standInChat) response(req *standInResponses, answer *standInAnswer) *standInResponse {
+func (c *chatRequest) response(req *responsesRequest, answer *chatAnswer) *response {
 	prompt := c.promptTokens()
-	res := &standInResponse{
+	res := &response{
 		begun: object{
 			"id": "resp_" + rand.Text(), "object": "response", "created_at": time.Now().Unix(), "status": "in_progress", "model": c.Model,
 			"output": []object{}, "error": nil, "incomplete_details": nil, "instructions": nil, "metadata": object{}, "usage": nil,
@@ -145,7 +145,7 @@ func (c *standInChat) response(req *standInResponses, answer *standInAnswer) *st
 
 	if len(answer.thoughts) > 0 {
 		id := "rs_" + rand.Text()
-		res.items = append(res.items, standInItem{
+		res.items = append(res.items, responseItem{
 			pieces: answer.thoughts, delta: "reasoning_summary_text", whole: "text", part: "reasoning_summary_part", index: "summary_index",
 			of: func(_, text string) (item, part object) {
 				part = object{"type": "summary_text", "text": text}
@@ -155,7 +155,7 @@ func (c *standInChat) response(req *standInResponses, answer *standInAnswer) *st
 	}
 	if answer.tool != "" {
 		id := "fc_" + rand.Text()
-		res.items = append(res.items, standInItem{
+		res.items = append(res.items, responseItem{
 			pieces: answer.pieces, delta: "function_call_arguments", whole: "arguments",
 			of: func(status, text string) (item, part object) {
 				return object{"id": id, "type": "function_call", "status": status, "call_id": answer.callID, "name": answer.tool, "arguments": text}, nil
@@ -163,7 +163,7 @@ func (c *standInChat) response(req *standInResponses, answer *standInAnswer) *st
 		})
 	} else {
 		id := "msg_" + rand.Text()
-		res.items = append(res.items, standInItem{
+		res.items = append(res.items, responseItem{
 			pieces: answer.pieces, delta: "output_text", whole: "text", part: "content_part", index: "content_index",
 			of: func(status, text string) (item, part object) {
 				part = object{"type": "output_text", "text": text, "annotations": []object{}, "logprobs": []object{}}
@@ -183,7 +183,7 @@ func partsOf(part object, text string) []object {
 }
 
 // done returns the whole response.
-func (res *standInResponse) done() object {
+func (res *response) done() object {
 	done := maps.Clone(res.begun)
 	maps.Copy(done, res.ending)
 	var output []object
@@ -196,7 +196,7 @@ func (res *standInResponse) done() object {
 }
 
 // stream sends the response as the events of the Responses API.
-func (res *standInResponse) stream(events *standInStream) {
+func (res *response) stream(events *eventStream) {
 	sequence := 0
 	send := func(name string, members ...object) {
 		event := object{"type": "response." + name, "sequence_number": sequence}

@@ -6,8 +6,8 @@ import (
 	"testing"
 )
 
-// standInNamedEvents returns the data of each event of a stream whose events have names, which the data says too.
-func standInNamedEvents(t testing.TB, stream string) []object {
+// namedEvents returns the data of each event of a stream whose events have names, which the data says too.
+func namedEvents(t testing.TB, stream string) []object {
 	t.Helper()
 	var events []object
 	for event := range strings.SplitSeq(strings.TrimSuffix(stream, "\n\n"), "\n\n") {
@@ -16,7 +16,7 @@ func standInNamedEvents(t testing.TB, stream string) []object {
 			t.Fatalf("not an event: %q", event)
 		}
 		o := parseObject(t, data)
-		diffStandIn(t, "name", name, "event: "+o["type"].(string))
+		wantEqual(t, "name", name, "event: "+o["type"].(string))
 		events = append(events, o)
 	}
 	return events
@@ -41,14 +41,14 @@ func withoutIDs(v any) any {
 	return v
 }
 
-func TestStandInResponses(t *testing.T) {
+func TestResponses(t *testing.T) {
 	const now = `"tools":[{"type":"function","name":"now","parameters":{"type":"object","required":["zone"],"properties":{"zone":{"type":"string"}}}}]`
 	const hi = `This is qwen-go-proxy's stand-in for Qwen, not a model. You said: "Hi"`
 	message := func(text, status string) object {
 		return object{"type": "message", "role": "assistant", "status": status,
 			"content": []any{object{"type": "output_text", "text": text, "annotations": []any{}, "logprobs": []any{}}}}
 	}
-	thinking := object{"type": "reasoning", "summary": []any{object{"type": "summary_text", "text": standInThought}}}
+	thinking := object{"type": "reasoning", "summary": []any{object{"type": "summary_text", "text": thought}}}
 	call := object{"type": "function_call", "status": "completed", "name": "now", "arguments": `{"zone":"Hi"}`}
 	for _, test := range []struct {
 		name   string
@@ -87,7 +87,7 @@ func TestStandInResponses(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			s := newStandIn()
 			s.wordDelay = 0
-			c := serveStandIn(t, s)
+			c := newClient(t, s)
 			c.signIn()
 			status, whole := c.post("/v1/responses", `{"model":"m",`+test.body+`}`)
 			if status != http.StatusOK {
@@ -97,15 +97,15 @@ func TestStandInResponses(t *testing.T) {
 				t.Errorf("id %q", id)
 			}
 			withoutIDs(whole)
-			diffStandIn(t, "response", []any{"response", "m", test.status, test.output},
+			wantEqual(t, "response", []any{"response", "m", test.status, test.output},
 				[]any{whole["object"], whole["model"], whole["status"], whole["output"]})
 
 			resp, stream := c.do("POST", "/v1/responses", "application/json", `{"model":"m",`+strings.Replace(test.body, `,"stream":null`, "", 1)+`,"stream":true}`)
-			diffStandIn(t, "Content-Type", "text/event-stream;charset=UTF-8", resp.Header.Get("Content-Type"))
+			wantEqual(t, "Content-Type", "text/event-stream;charset=UTF-8", resp.Header.Get("Content-Type"))
 			var names []string
 			deltas, last := "", object(nil)
-			for i, event := range standInNamedEvents(t, stream) {
-				diffStandIn(t, "sequence_number", any(float64(i)), event["sequence_number"])
+			for i, event := range namedEvents(t, stream) {
+				wantEqual(t, "sequence_number", any(float64(i)), event["sequence_number"])
 				name := strings.TrimPrefix(event["type"].(string), "response.")
 				if len(names) == 0 || names[len(names)-1] != name {
 					names = append(names, name)
@@ -114,22 +114,22 @@ func TestStandInResponses(t *testing.T) {
 				case kind == "delta":
 					deltas += event["delta"].(string)
 				case event["text"] != nil:
-					diffStandIn(t, name, any(deltas), event["text"])
+					wantEqual(t, name, any(deltas), event["text"])
 					deltas = ""
 				case event["arguments"] != nil:
-					diffStandIn(t, name, any(deltas), event["arguments"])
+					wantEqual(t, name, any(deltas), event["arguments"])
 					deltas = ""
 				}
 				last = event
 			}
-			diffStandIn(t, "events", "created in_progress "+test.events+" "+test.status, strings.Join(names, " "))
-			diffStandIn(t, "the last event's response", any(whole), withoutIDs(last["response"]))
+			wantEqual(t, "events", "created in_progress "+test.events+" "+test.status, strings.Join(names, " "))
+			wantEqual(t, "the last event's response", any(whole), withoutIDs(last["response"]))
 		})
 	}
 }
 
-func TestStandInRefusesBadResponses(t *testing.T) {
-	c := serveStandIn(t, newStandIn())
+func TestRefusesBadResponses(t *testing.T) {
+	c := newClient(t, newStandIn())
 	c.signIn()
 	for _, test := range []struct {
 		name, body  string
@@ -147,13 +147,13 @@ func TestStandInRefusesBadResponses(t *testing.T) {
 			c := *c
 			c.t = t
 			status, answer := c.post("/v1/responses", test.body)
-			diffStandIn(t, "refusal", []any{400, test.code, test.param}, []any{status, dig(answer, "error", "code"), dig(answer, "error", "param")})
+			wantEqual(t, "refusal", []any{400, test.code, test.param}, []any{status, dig(answer, "error", "code"), dig(answer, "error", "param")})
 		})
 	}
 }
 
 // Whatever is sent, the answer is a response, a stream that ends with one, or an error.
-func FuzzStandInResponses(f *testing.F) {
+func FuzzResponses(f *testing.F) {
 	for _, seed := range []string{
 		`{"model":"m","input":"Hi","instructions":"x"}`,
 		`{"model":"m","input":[{"role":"user","content":[{"type":"input_text","text":"Hi"}]}],"stream":true,"enable_thinking":true}`,
@@ -164,7 +164,7 @@ func FuzzStandInResponses(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	c := fuzzedStandIn(f)
+	c := newFuzzClient(f)
 	f.Fuzz(func(t *testing.T, body []byte) {
 		c := *c
 		c.t = t
@@ -180,7 +180,7 @@ func FuzzStandInResponses(f *testing.F) {
 		}
 		response := any(nil)
 		if strings.HasPrefix(resp.Header.Get("Content-Type"), "text/event-stream") {
-			events := standInNamedEvents(t, answer)
+			events := namedEvents(t, answer)
 			response = events[len(events)-1]["response"]
 		} else {
 			response = parseObject(t, answer)

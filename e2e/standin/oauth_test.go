@@ -1,0 +1,262 @@
+package main
+
+import (
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestSignIn(t *testing.T) {
+	s := newStandIn()
+	c := newClient(t, s)
+	device := c.authorize()
+	code := device["user_code"].(string)
+	if len(code) != 9 || strings.Trim(code, "BCDFGHJKLMNPQRSTVWXZ-") != "" || code[4] != '-' {
+		t.Errorf("user code %q is not of the form BCDF-GHJK", code)
+	}
+	if c := device["device_code"].(string); len(c) < 22 {
+		t.Errorf("device code %q can be guessed", c)
+	}
+	delete(device, "user_code")
+	deviceCode := device["device_code"]
+	delete(device, "device_code")
+	wantEqual(t, "device authorization", object{
+		"verification_uri":          c.base + "/authorize",
+		"verification_uri_complete": c.base + "/authorize?user_code=" + code + "&client=qwen-code",
+		"expires_in":                900.0,
+		"interval":                  2.0,
+	}, device)
+
+	device = object{"device_code": deviceCode, "user_code": code}
+	status, answer := c.poll(device)
+	wantEqual(t, "pending", []any{400, "authorization_pending"}, []any{status, answer["error"]})
+	if status, page := c.decide(device, "approve"); status != 200 || !strings.Contains(page, "Approved.") {
+		t.Errorf("approving: %d\n%s", status, page)
+	}
+	status, tokens := c.poll(device)
+	if status != http.StatusOK || tokens["access_token"] == "" || tokens["refresh_token"] == "" {
+		t.Fatalf("redeeming: %d %v", status, tokens)
+	}
+	delete(tokens, "access_token")
+	delete(tokens, "refresh_token")
+	wantEqual(t, "tokens", object{"token_type": "Bearer", "expires_in": 3600.0, "resource_url": c.base, "scope": "openid"}, tokens)
+	status, answer = c.poll(device)
+	wantEqual(t, "redeeming twice", []any{400, "invalid_grant"}, []any{status, answer["error"]})
+	if d := cmp.Diff(requestCounts{deviceAuthorizations: 1, polls: 3, signIns: 1}, s.counts(),
+		cmp.AllowUnexported(requestCounts{})); d != "" {
+		t.Errorf("counts (-want +got):\n%s", d)
+	}
+}
+
+func TestRefusesBadOAuthRequests(t *testing.T) {
+	c := newClient(t, newStandIn())
+	challenge := strings.Repeat("c", 43)
+	device := c.authorize()["device_code"].(string)
+	const deviceGrant = "urn:ietf:params:oauth:grant-type:device_code"
+	for _, test := range []struct {
+		name   string
+		path   string
+		form   []string
+		status int
+		want   string
+	}{
+		{"no client", "/api/v1/oauth2/device/code",
+			[]string{"code_challenge", challenge, "code_challenge_method", "S256"}, 400, "invalid_request"},
+		{"no challenge", "/api/v1/oauth2/device/code",
+			[]string{"client_id", "c", "code_challenge_method", "S256"}, 400, "invalid_request"},
+		{"plain challenge", "/api/v1/oauth2/device/code",
+			[]string{"client_id", "c", "code_challenge", challenge, "code_challenge_method", "plain"}, 400, "invalid_request"},
+		{"no grant type", "/api/v1/oauth2/token", nil, 400, "unsupported_grant_type"},
+		{"another grant type", "/api/v1/oauth2/token", []string{"grant_type", "password"}, 400, "unsupported_grant_type"},
+		{"unknown device code", "/api/v1/oauth2/token",
+			[]string{"grant_type", deviceGrant, "client_id", "client", "device_code", "x", "code_verifier", verifier},
+			401, "invalid_grant"},
+		{"another verifier", "/api/v1/oauth2/token",
+			[]string{"grant_type", deviceGrant, "client_id", "client", "device_code", device, "code_verifier", "x"},
+			400, "invalid_grant"},
+		{"another client", "/api/v1/oauth2/token",
+			[]string{"grant_type", deviceGrant, "client_id", "x", "device_code", device, "code_verifier", verifier},
+			400, "invalid_grant"},
+		{"unknown refresh token", "/api/v1/oauth2/token",
+			[]string{"grant_type", "refresh_token", "client_id", "client", "refresh_token", "x"}, 400, "invalid_grant"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := *c
+			c.t = t
+			status, answer := c.form(test.path, test.form...)
+			wantEqual(t, "refusal", []any{test.status, test.want}, []any{status, answer["error"]})
+			if answer["error_description"] == "" {
+				t.Error("no error_description")
+			}
+		})
+	}
+
+	resp, body := c.do("POST", "/api/v1/oauth2/device/code", "application/json", `{"client_id":"client"}`)
+	if resp.StatusCode != 400 || parseObject(t, body)["error"] != "invalid_request" {
+		t.Errorf("JSON for a form: %d %s", resp.StatusCode, body)
+	}
+}
+
+func TestPolling(t *testing.T) {
+	type poll struct {
+		after time.Duration // since the poll before
+		want  string        // the error; "" for tokens
+	}
+	for _, test := range []struct {
+		name  string
+		setup func(*standIn)
+		polls []poll
+	}{
+		{"a sign-in approves itself", func(s *standIn) {},
+			[]poll{{0, "authorization_pending"}, {2 * time.Second, "authorization_pending"}, {3 * time.Second, ""}}},
+		{"a poll too early is told once", func(s *standIn) {},
+			[]poll{{0, "authorization_pending"}, {1899 * time.Millisecond, "slow_down"}, {1900 * time.Millisecond, "authorization_pending"}}},
+		{"without an interval none is too early", func(s *standIn) { s.interval = 0 },
+			[]poll{{0, "authorization_pending"}, {0, "authorization_pending"}, {5 * time.Second, ""}}},
+		{"only the page approves", func(s *standIn) { s.approveAfter = 0 },
+			[]poll{{14 * time.Minute, "authorization_pending"}, {time.Minute, "expired_token"}}},
+		{"a code expires unredeemed", func(s *standIn) { s.codeLife = 10 * time.Second },
+			[]poll{{9 * time.Second, ""}, {9 * time.Second, "invalid_grant"}}},
+		{"a code that is approved too late", func(s *standIn) {},
+			[]poll{{15 * time.Minute, "expired_token"}}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newStandIn()
+				test.setup(s)
+				c := newBubbleClient(t, s)
+				device := c.authorize()
+				var want, got []string
+				for _, poll := range test.polls {
+					time.Sleep(poll.after)
+					_, answer := c.poll(device)
+					code, _ := answer["error"].(string)
+					want, got = append(want, poll.want), append(got, code)
+				}
+				wantEqual(t, "answers", want, got)
+			})
+		})
+	}
+}
+
+func TestAnnouncesNoInterval(t *testing.T) {
+	s := newStandIn()
+	s.interval = 0
+	if device := newClient(t, s).authorize(); device["interval"] != nil {
+		t.Errorf("interval %v announced", device["interval"])
+	}
+}
+
+func TestRotatesRefreshTokens(t *testing.T) {
+	s := newStandIn()
+	c := newClient(t, s)
+	first := c.signIn()
+	status, second := c.refresh(first["refresh_token"])
+	if status != http.StatusOK || second["refresh_token"] == first["refresh_token"] || second["access_token"] == first["access_token"] {
+		t.Fatalf("refresh: %d %v", status, second)
+	}
+	status, answer := c.refresh(first["refresh_token"])
+	wantEqual(t, "replay", []any{400, "invalid_grant"}, []any{status, answer["error"]})
+	for _, tokens := range []object{first, second} {
+		c.token = tokens["access_token"].(string)
+		if resp, body := c.do("GET", "/v1/models", "", ""); resp.StatusCode != http.StatusOK {
+			t.Errorf("an access token that has not expired: %d %s", resp.StatusCode, body)
+		}
+	}
+	if status, third := c.refresh(second["refresh_token"]); status != http.StatusOK {
+		t.Errorf("refresh after a replay: %d %v", status, third)
+	}
+	status, answer = c.form("/api/v1/oauth2/token", "grant_type", "refresh_token", "client_id", "another",
+		"refresh_token", c.signIn()["refresh_token"].(string))
+	wantEqual(t, "another client", []any{400, "invalid_grant"}, []any{status, answer["error"]})
+	if d := cmp.Diff(requestCounts{deviceAuthorizations: 2, polls: 2, signIns: 2, refreshes: 2, refreshesRefused: 2, replays: 1},
+		s.counts(), cmp.AllowUnexported(requestCounts{})); d != "" {
+		t.Errorf("counts (-want +got):\n%s", d)
+	}
+}
+
+func TestRedeemsARefreshTokenOnce(t *testing.T) {
+	s := newStandIn()
+	c := newClient(t, s)
+	token := c.signIn()["refresh_token"]
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() { c.refresh(token) })
+	}
+	all.Wait()
+	if got := s.counts(); got.refreshes != 1 || got.replays != 7 {
+		t.Errorf("8 refreshes with one token: %+v", got)
+	}
+}
+
+func TestTokensExpire(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newStandIn()
+		c := newBubbleClient(t, s)
+		tokens := c.signIn()
+		time.Sleep(s.tokenLife - time.Nanosecond)
+		if resp, body := c.do("GET", "/v1/models", "", ""); resp.StatusCode != http.StatusOK {
+			t.Fatalf("just before expiry: %d %s", resp.StatusCode, body)
+		}
+		time.Sleep(time.Nanosecond)
+		if resp, body := c.do("GET", "/v1/models", "", ""); resp.StatusCode != http.StatusUnauthorized {
+			t.Fatalf("at expiry: %d %s", resp.StatusCode, body)
+		}
+		if status, answer := c.refresh(tokens["refresh_token"]); status != http.StatusOK {
+			t.Errorf("refresh after expiry: %d %v", status, answer)
+		}
+	})
+}
+
+func TestPage(t *testing.T) {
+	s := newStandIn()
+	c := newClient(t, s)
+	device := c.authorize()
+	code := device["user_code"].(string)
+	for _, test := range []struct {
+		name   string
+		path   string
+		status int
+		want   []string
+	}{
+		{"no code", "/authorize", 200, []string{`name="user_code" placeholder`, "stand-in for Qwen", "No account is involved"}},
+		{"a code that waits", "/authorize?user_code=" + code + "&client=qwen-code", 200,
+			[]string{code, `value="approve"`, `value="deny"`, "stand-in for Qwen", "No account is involved", "approves itself 5s after"}},
+		{"as people type it", "/authorize?user_code=" + strings.ToLower(strings.Replace(code, "-", "+", 1)), 200, []string{code, `value="approve"`}},
+		{"unknown code", "/authorize?user_code=%3Cb%3E", 404, []string{"No sign-in has the code &lt;b&gt;", `name="user_code" placeholder`}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := *c
+			c.t = t
+			resp, body := c.do("GET", test.path, "", "")
+			if resp.StatusCode != test.status {
+				t.Errorf("status %d, want %d", resp.StatusCode, test.status)
+			}
+			for _, want := range test.want {
+				if !strings.Contains(body, want) {
+					t.Errorf("%q is not in\n%s", want, body)
+				}
+			}
+		})
+	}
+
+	if status, _ := c.decide(device, "maybe"); status != http.StatusBadRequest {
+		t.Errorf("another decision: %d", status)
+	}
+	if status, _ := c.decide(object{"user_code": "XXXX"}, "approve"); status != http.StatusNotFound {
+		t.Errorf("approving an unknown code: %d", status)
+	}
+	if status, page := c.decide(device, "deny"); status != 200 || !strings.Contains(page, "Denied.") {
+		t.Errorf("denying: %d\n%s", status, page)
+	}
+	if _, page := c.decide(device, "approve"); !strings.Contains(page, "Denied.") {
+		t.Errorf("approving what is denied:\n%s", page)
+	}
+	status, answer := c.poll(device)
+	wantEqual(t, "denied", []any{400, "access_denied"}, []any{status, answer["error"]})
+}
