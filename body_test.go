@@ -9,88 +9,231 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/iotest"
 	"time"
 )
+
+func testBodies(largest, memory int64) *bodyReader {
+	b := newBodyReader(&config{maxBody: largest, maxBuffered: memory, readTimeout: time.Minute})
+	return &b
+}
 
 // readBody has b read a body that comes from r.
 func readBody(b *bodyReader, r io.Reader) (*requestBody, error) {
 	return b.read(&discard{http.Header{}}, httptest.NewRequest("POST", "/", r))
 }
 
-func TestBodiesShareABudget(t *testing.T) {
-	b := &bodyReader{max: 40000, budget: 50000, timeout: time.Minute}
-	text := strings.Repeat("x", 30000)
-	r, w := io.Pipe()
-	var first *requestBody
-	var firstErr error
-	var reading sync.WaitGroup
-	reading.Go(func() { first, firstErr = readBody(b, r) })
-	io.WriteString(w, text) // returns when it has been read: 32768 bytes are in use then
-
-	_, err := readBody(b, strings.NewReader(text))
-	if e, ok := errors.AsType[*apiError](err); !ok || e.status != http.StatusServiceUnavailable || e.retryAfter == 0 {
-		t.Errorf("over the budget: %v, want a 503 with Retry-After", err)
-	}
-	w.Close()
-	reading.Wait()
-	if firstErr != nil || string(first.data) != text {
-		t.Fatalf("the one that was there first: %v", firstErr)
-	}
-	first.release()
-	second, err := readBody(b, strings.NewReader(text))
-	if err != nil {
-		t.Fatalf("after the first is gone: %v", err)
-	}
-	second.release()
-	if n := b.held.Load(); n != 0 {
-		t.Errorf("%d bytes are still charged", n)
+// wantHeld checks what is charged.
+func wantHeld(t *testing.T, b *bodyReader, least, most int64) {
+	t.Helper()
+	if n := b.memory.held.Load(); n < least || n > most {
+		t.Errorf("%d bytes are charged, want %d to %d", n, least, most)
 	}
 }
 
-// TestABodyOutlivesItsHandler: a transport may read on, or close in the middle of a read, when the handler is
-// through and its buffer would go to the next request.
-func TestABodyOutlivesItsHandler(t *testing.T) {
-	b := &bodyReader{max: 1 << 20, budget: 1 << 30, timeout: time.Minute}
-	var wg sync.WaitGroup
-	for i := range 50 {
-		text := strings.Repeat(string(rune('a'+i%26)), maxCopied+1+i*1000)
+func isOverloaded(err error) bool {
+	e, ok := errors.AsType[*apiError](err)
+	return ok && e.status == http.StatusServiceUnavailable && e.retryAfter > 0
+}
+
+func TestBodiesShareABudget(t *testing.T) {
+	b := testBodies(1<<20, 8<<20)
+	large := strings.Repeat("x", 1<<20)
+	small := large[:smallShare]
+	var held []*requestBody
+	for {
+		body, err := readBody(b, strings.NewReader(large))
+		if isOverloaded(err) {
+			break
+		} else if err != nil || len(held) == 8 {
+			t.Fatalf("after %d bodies of 1 MiB: %v", len(held), err)
+		}
+		held = append(held, body)
+	}
+	if len(held) != 6 {
+		t.Errorf("%d large bodies fit into seven eighths of 8 MiB, want 6", len(held))
+	}
+	beside := 0
+	for ; beside < 100; beside++ {
+		body, err := readBody(b, iotest.OneByteReader(strings.NewReader(small)))
+		if isOverloaded(err) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, body)
+	}
+	if beside < 5 {
+		t.Errorf("%d small bodies fit beside the large ones, want 5 at least", beside)
+	}
+	wantHeld(t, b, 7<<20, 8<<20)
+	for _, body := range held {
+		body.release()
+		body.release()
+	}
+	wantHeld(t, b, 0, 0)
+}
+
+// TestALargestBodyAlwaysFits: MAX_BUFFERED_BYTES may be as small as MAX_BODY_BYTES.
+func TestALargestBodyAlwaysFits(t *testing.T) {
+	for _, size := range []int{0, 1, smallBody - 1, smallBody, smallBody + 1, smallShare, smallShare + 1, spareSize - 1, spareSize, spareSize + 1, 1000000} {
+		b := testBodies(int64(size), int64(size))
+		text := strings.Repeat("x", size)
+		for name, r := range map[string]io.Reader{
+			"announced":     strings.NewReader(text),
+			"not announced": struct{ io.Reader }{strings.NewReader(text)},
+			"in halves":     iotest.DataErrReader(iotest.HalfReader(strings.NewReader(text))),
+		} {
+			body, err := readBody(b, r)
+			if err != nil || string(body.data) != text {
+				t.Errorf("%d bytes, %s: %v", size, name, err)
+				continue
+			}
+			body.release()
+			if _, err := readBody(b, io.MultiReader(strings.NewReader(text), strings.NewReader("y"))); err == nil {
+				t.Errorf("%d bytes and one more are taken", size)
+			}
+			wantHeld(t, b, 0, 0)
+		}
+	}
+}
+
+func TestEditsOfABody(t *testing.T) {
+	for _, size := range []int{10, smallBody - 1, 100000} {
+		b := testBodies(1<<20, 1<<20)
+		text := "0123456789" + strings.Repeat("x", size-10)
 		body, err := readBody(b, strings.NewReader(text))
 		if err != nil {
 			t.Fatal(err)
 		}
+		body.replace(4, 6, []byte("FOUR"))
+		body.replace(size, size, []byte("the "))
+		body.replace(size, size, []byte("end"))
+		body.replace(0, 1, nil)
+		body.replace(0, 0, []byte("first"))
+		body.seal()
+		want := "first123FOUR6789" + text[10:] + "the end"
+		if body.size != int64(len(want)) {
+			t.Errorf("%d bytes, want %d", body.size, len(want))
+		}
+		for range 2 {
+			r := body.open()
+			if err := iotest.TestReader(struct{ io.Reader }{r}, []byte(want)); err != nil {
+				t.Errorf("of %d bytes: %v", size, err)
+			}
+			r.Close()
+		}
+		body.release()
+	}
+}
+
+// TestABodyOutlivesItsHandler: a transport may read on, or close in the middle of a read, when the handler has
+// returned and the memory goes to the next request.
+func TestABodyOutlivesItsHandler(t *testing.T) {
+	b := testBodies(1<<20, 1<<30)
+	var wg sync.WaitGroup
+	for i := range 200 {
+		letter := byte('a' + i%26)
+		body, err := readBody(b, bytes.NewReader(bytes.Repeat([]byte{letter}, smallBody+1+i%100*5000)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		body.seal()
 		whole, closed := body.open(), body.open()
 		wg.Go(func() {
 			defer whole.Close()
-			var got bytes.Buffer
-			if _, err := io.Copy(&got, struct{ io.Reader }{whole}); err != nil || got.String() != text {
-				t.Errorf("read %d bytes of another body, or %v", got.Len(), err)
+			got, err := io.ReadAll(whole)
+			if n := len(bytes.Trim(got, string(letter))); n != 0 {
+				t.Errorf("%d bytes of another body", n)
+			}
+			if err == nil && len(got) != int(body.size) {
+				t.Errorf("%d bytes of %d look whole", len(got), body.size)
 			}
 		})
 		wg.Go(func() { io.Copy(io.Discard, closed) })
 		wg.Go(func() { closed.Close(); closed.Close() })
-		body.release()
+		wg.Go(func() {
+			body.answer()
+			body.release()
+		})
+		if i%10 == 0 {
+			wg.Wait()
+		}
 	}
 	wg.Wait()
-	if n := b.held.Load(); n != 0 {
-		t.Errorf("%d bytes are still charged", n)
+	wantHeld(t, b, 0, 0)
+	if len(b.memory.spares) != maxSpares {
+		t.Errorf("%d spares came back, want %d", len(b.memory.spares), maxSpares)
+	}
+}
+
+func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
+	b := testBodies(1<<20, 1<<30)
+	for _, size := range []int{100, 10000, 1 << 20} {
+		text := strings.Repeat("x", size)
+		open := func() (*requestBody, io.ReadCloser) {
+			body, err := readBody(b, strings.NewReader(text))
+			if err != nil {
+				t.Fatal(err)
+			}
+			body.seal()
+			return body, body.open()
+		}
+		// All of it is with Qwen, but for a last Read by the transport and its Close.
+		body, r := open()
+		if _, err := io.ReadFull(r, make([]byte, size)); err != nil {
+			t.Fatal(err)
+		}
+		wantHeld(t, b, 1, 2<<20)
+		body.answer()
+		wantHeld(t, b, 0, 0)
+		if n, err := r.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+			t.Errorf("after the end: %d, %v", n, err)
+		}
+		if size == 100 {
+			continue // the transport keeps a small one
+		}
+
+		// An answer may come before Qwen has it all.
+		body, r = open()
+		if _, err := io.ReadFull(r, make([]byte, size/2)); err != nil {
+			t.Fatal(err)
+		}
+		body.answer()
+		wantHeld(t, b, 1, 2<<20)
+		if rest, err := io.ReadAll(r); len(rest) != size-size/2 || err != nil {
+			t.Errorf("%d bytes of the rest, %v", len(rest), err)
+		}
+		wantHeld(t, b, 0, 0)
+
+		// A request that is sent again goes by its second reader.
+		body, r = open()
+		again := body.open()
+		io.ReadAll(r)
+		r.Close()
+		body.answer()
+		wantHeld(t, b, 1, 2<<20)
+		again.Close()
+		wantHeld(t, b, 0, 0)
 	}
 }
 
 func TestAnAnnouncedLengthReservesNothing(t *testing.T) {
-	b := &bodyReader{max: 32 << 20, budget: 1 << 30, timeout: time.Minute}
-	r, w := io.Pipe()
-	req := httptest.NewRequest("POST", "/", r)
-	req.ContentLength = 32 << 20
-	var reading sync.WaitGroup
-	reading.Go(func() {
-		if _, err := b.read(&discard{http.Header{}}, req); err == nil {
-			t.Error("a body that broke off was taken")
-		}
-	})
-	w.Write([]byte("x"))
-	if n := b.held.Load(); n > 8<<10 {
-		t.Errorf("%d bytes are held for one that came", n)
+	b := testBodies(32<<20, 1<<30)
+	for _, come := range []int{1, 5000, 100000} {
+		r, w := io.Pipe()
+		req := httptest.NewRequest("POST", "/", r)
+		req.ContentLength = 32 << 20
+		var reading sync.WaitGroup
+		reading.Go(func() {
+			if _, err := b.read(&discard{http.Header{}}, req); err == nil {
+				t.Error("a body that broke off was taken")
+			}
+		})
+		w.Write(bytes.Repeat([]byte("x"), come))
+		wantHeld(t, b, 1, int64(2*come+perRequest+16<<10))
+		w.CloseWithError(io.ErrUnexpectedEOF)
+		reading.Wait()
+		wantHeld(t, b, 0, 0)
 	}
-	w.CloseWithError(io.ErrUnexpectedEOF)
-	reading.Wait()
 }

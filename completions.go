@@ -11,96 +11,95 @@ import (
 
 // A completion is what the translation of an answer back to a text completion needs of its request.
 type completion struct {
-	echo  string // the prompt where the request's echo is true, else ""
-	model string // stands in where an answer names no model; "" where the request names none
+	model string // for answers that name no model; "" if the request names none
 }
 
 // asksNothing lists the values with which a parameter that chat completions lack asks for nothing, so
 // that dropping it changes nothing. logprobs is a number here, and 0 asks for the sampled token's;
 // false is how chat completions spell null.
-var asksNothing = map[string][]string{
-	"best_of":  {"null", "0", "1"},
-	"logprobs": {"null", "false"},
-	"suffix":   {"null", `""`},
+var asksNothing = []struct {
+	name   string
+	values []string
+}{
+	{"best_of", []string{"null", "0", "1"}},
+	{"echo", []string{"null", "false"}},
+	{"logprobs", []string{"null", "false"}},
+	{"suffix", []string{"null", `""`}},
 }
 
 // newCompletion translates the body of a text completion request (OpenAI API reference, POST
 // /v1/completions) to that of a chat completion request: prompt becomes the user's message, and members
-// that both know, or neither, keep their order and the bytes of their values, which are checked with the
-// chat request. The error is an *apiError (400) that names the param.
-func newCompletion(body []byte) (chat []byte, c *completion, err error) {
-	c = new(completion)
-	var prompt json.RawMessage
-	var echo bool
-	out := bytes.NewBufferString("{")
-	err = scanObject(body, func(name []byte, start, end int) error {
-		value := body[start:end]
-		switch name := string(name); name {
-		case "messages":
-			return invalidRequest(name, "unsupported_parameter",
-				"messages belongs to a chat completion: send it to /v1/chat/completions, or send a prompt here.")
-		case "prompt":
-			prompt = singlePrompt(value)
-			return nil
-		case "best_of", "logprobs", "suffix":
-			if !slices.Contains(asksNothing[name], string(value)) {
-				return invalidRequest(name, "unsupported_parameter",
-					"%s is not supported, for a chat endpoint serves text completions here. Leave it out.", name)
-			}
-			return nil
-		case "echo":
-			if v := string(value); v != "true" && v != "false" && v != "null" {
-				return invalidRequest(name, "invalid_type", "echo must be true or false.")
-			}
-			echo = string(value) == "true"
-			return nil
-		case "model":
-			// One of the wrong type is for whoever checks the chat request.
-			_ = json.Unmarshal(value, &c.model)
-		}
-		quoted, err := plainJSON(string(name))
-		if err != nil {
-			return err
-		}
-		out.Write(quoted)
-		out.WriteByte(':')
-		out.Write(value)
-		out.WriteByte(',')
-		return nil
-	})
+// that both know, or neither, keep their order and their bytes. It does not check model and stream. The error is an
+// *apiError (400) that names the param.
+func newCompletion(body *requestBody) (*completion, error) {
+	names := []string{"model", "messages", "prompt"}
+	for _, p := range asksNothing {
+		names = append(names, p.name)
+	}
+	found, err := findMembers(body.data, names...)
 	if err != nil {
-		return nil, nil, badBody(err)
+		return nil, err
 	}
-	if prompt == nil {
-		return nil, nil, invalidRequest("prompt", "invalid_prompt",
-			"prompt must be a string, or an array of exactly one string. Several prompts and token arrays are not supported: send one request a prompt.")
+	model, messages, prompt, dropped := found[0], found[1], found[2], found[3:]
+	if messages.end != 0 {
+		return nil, invalidRequest("messages", "unsupported_parameter",
+			"messages belongs to a chat completion: send it to /v1/chat/completions, or send a prompt here.")
 	}
-	if echo {
-		if err := json.Unmarshal(prompt, &c.echo); err != nil {
-			return nil, nil, invalidRequest("prompt", "invalid_prompt", "prompt is not a valid JSON string.")
+	text := singlePrompt(body.data[prompt.start:prompt.end])
+	if text == nil {
+		return nil, invalidRequest("prompt", "invalid_prompt",
+			"prompt must be a string, or an array of exactly one string. Several prompts and token arrays are not supported: send one request for each prompt.")
+	}
+	end := bytes.LastIndexByte(body.data, '}')
+	comma := "," // after the last member, where the messages go
+	cut := func(m member) {
+		if m.next == end {
+			comma = ""
 		}
+		body.replace(m.name, m.next, nil)
 	}
-	out.WriteString(`"messages":[{"role":"user","content":`)
-	out.Write(prompt)
-	out.WriteString(`}]}`)
-	return out.Bytes(), c, nil
+	cut(prompt)
+	for i, m := range dropped {
+		if m.end == 0 {
+			continue
+		}
+		if p := asksNothing[i]; !slices.Contains(p.values, string(body.data[m.start:m.end])) {
+			return nil, invalidRequest(p.name, "unsupported_parameter",
+				"%s is not supported, because a chat endpoint serves text completions here. Leave it out.", p.name)
+		}
+		cut(m)
+	}
+	body.replace(end, end, []byte(comma+`"messages":[{"role":"user","content":`))
+	body.replace(end, end, text)
+	body.replace(end, end, []byte(`}]`))
+	return &completion{model: modelName(body.data[model.start:model.end])}, nil
 }
 
 // singlePrompt returns the JSON of the one string that v is or, as an array, holds; nil for anything else.
-func singlePrompt(v json.RawMessage) json.RawMessage {
-	if v[0] == '[' {
-		// Not all of it at once: as a slice, an array of a million tokens takes many times its size.
-		dec := json.NewDecoder(bytes.NewReader(v))
-		var first json.RawMessage
-		if _, err := dec.Token(); err != nil || dec.Decode(&first) != nil || dec.More() {
+func singlePrompt(v []byte) []byte {
+	if byteAt(v, 0) != '[' {
+		if byteAt(v, 0) != '"' {
 			return nil
 		}
-		v = first
+		return v
 	}
-	if v[0] != '"' {
+	start := skipSpace(v, 1)
+	end, err := skipString(v, start)
+	if err != nil || skipSpace(v, end) != len(v)-1 {
 		return nil
 	}
-	return v
+	return v[start:end]
+}
+
+// maxModel bounds the models' names that are looked at, as JSON, in bytes.
+const maxModel = 1 << 10
+
+// modelName returns the string that v is as JSON; "" if v is something else or too long for a model's name.
+func modelName(v []byte) (name string) {
+	if len(v) > maxModel || json.Unmarshal(v, &name) != nil {
+		return ""
+	}
+	return name
 }
 
 // An answerHead is what chat and text completions have in common.
@@ -180,7 +179,7 @@ func (c *completion) response(chat []byte) ([]byte, error) {
 		if choice.Message == nil {
 			return nil, errNoChat
 		}
-		t.add(choice, c.echo+choice.Message.Content)
+		t.add(choice, choice.Message.Content)
 	}
 	return plainJSON(t)
 }
@@ -193,11 +192,11 @@ func (c *completion) response(chat []byte) ([]byte, error) {
 // but passes after [DONE]. An event of more than maxEventBytes is an error. Neither quotes anything of the stream. The last
 // event need not have its blank line.
 func (c *completion) stream(r io.Reader) io.Reader {
-	return &completionStream{completion: c, r: r, echoed: make(map[int]bool)}
+	return &completionStream{completion: c, r: r}
 }
 
-// maxEventBytes bounds the memory for one event: 16 MiB, where a chunk takes less than 1 KiB.
-const maxEventBytes = 16 << 20
+// maxEventBytes bounds the memory for one event: 1 MiB, where a chunk takes less than 1 KiB.
+const maxEventBytes = 1 << 20
 
 // A completionStream is the reader that completion.stream returns.
 type completionStream struct {
@@ -205,11 +204,10 @@ type completionStream struct {
 	r   io.Reader
 	buf [4096]byte
 
-	event   []byte       // the lines of the event under way, each but the last with a \n
-	started bool         // the first line is over, before which a byte order mark may stand
-	afterCR bool         // the last line ended in \r: a \n right behind it belongs to it
-	echoed  map[int]bool // the choices that have had their prompt, by index
-	done    bool         // [DONE] has come
+	event   []byte // the lines of the event under way, each but the last with a \n
+	started bool   // the first line is over, before which a byte order mark may stand
+	afterCR bool   // the last line ended in \r: a \n right behind it belongs to it
+	done    bool   // [DONE] has come
 
 	out bytes.Buffer // translated events
 	err error        // what follows them
@@ -254,7 +252,7 @@ func (s *completionStream) take(b []byte) error {
 			line = b[:end]
 		}
 		if len(s.event)+len(line) > maxEventBytes {
-			return errors.New("the stream has an event of more than 16 MiB")
+			return errors.New("the stream has an event of more than 1 MiB")
 		}
 		s.event = append(s.event, line...)
 		if end < 0 {
@@ -313,10 +311,6 @@ func (s *completionStream) translate(event []byte) error {
 		text := choice.Delta.Content
 		if text != "" || choice.FinishReason != nil {
 			keep = true
-			if !s.echoed[choice.Index] {
-				s.echoed[choice.Index] = true
-				text = s.echo + text
-			}
 		}
 		t.add(choice, text)
 	}

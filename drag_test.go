@@ -310,7 +310,8 @@ func TestASlowBodyPassesWhileItComes(t *testing.T) {
 		want int
 		took time.Duration
 	}{
-		{"20 MB in an hour and a half", slowBody{pieces: 5000, size: readQuantum, pause: 1100 * time.Millisecond}, 200, 5500 * time.Second},
+		{"1.6 MB in seven minutes", slowBody{pieces: 400, size: readQuantum, pause: 1100 * time.Millisecond}, 200, 440 * time.Second},
+		{"a large one that comes as slowly", slowBody{pieces: 5000, size: readQuantum, pause: 1100 * time.Millisecond}, 408, 532 * time.Second},
 		{"each piece at the last moment", slowBody{pieces: 10, size: readQuantum, pause: 29 * time.Second}, 200, 290 * time.Second},
 		{"one that stops", slowBody{pieces: 2500, size: readQuantum, end: time.Hour}, 408, 30 * time.Second},
 		{"a drip", slowBody{pieces: 1000, size: 10, pause: time.Second}, 408, 30 * time.Second},

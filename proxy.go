@@ -43,8 +43,12 @@ const maxErrorBody = 1 << 20
 // maxErrorTime bounds how long such an answer may take to arrive. Until then the client waits without a word.
 const maxErrorTime = 10 * time.Second
 
-// maxTranslated bounds an answer that is translated as a whole, in bytes.
-const maxTranslated = 64 << 20
+const (
+	// maxTranslated bounds an answer that is translated as a whole, in bytes. A text completion is a hundredth of it.
+	maxTranslated = 4 << 20
+	// decodeFactor is how many times its own size such an answer takes while it is decoded and encoded.
+	decodeFactor = 4
+)
 
 // Why a call to Qwen was cut off, as its context's cause.
 var (
@@ -75,7 +79,7 @@ type proxy struct {
 func newProxy(cfg *config, tokens *tokenSource, m *metrics, transport http.RoundTripper) *proxy {
 	p := &proxy{
 		cfg: cfg, tokens: tokens, metrics: m, transport: transport,
-		bodies:       bodyReader{max: cfg.maxBody, budget: cfg.maxBuffered, timeout: cfg.readTimeout},
+		bodies:       newBodyReader(cfg),
 		defaultModel: jsonString(cfg.defaultModel),
 		aliases:      map[string][]byte{},
 	}
@@ -136,6 +140,7 @@ type call struct {
 	token      *token
 	completion *completion // nil but for a text completion
 	err        error       // why there is no answer to pass on, as ReverseProxy's ErrorHandler got it
+	answer     buffer      // a whole answer that is translated
 	reused     atomic.Bool // the upstream connection had been used before, and has brought nothing yet
 
 	silence  *time.Timer // cuts the call off; it runs while the call waits for Qwen
@@ -164,35 +169,30 @@ func (p *proxy) messages(path string) handler {
 func (p *proxy) completions() handler { return p.handler(pathChat, true) }
 
 func (p *proxy) handler(path string, translate bool) handler {
-	return func(x *exchange, r *http.Request) error {
-		c := &call{x: x, path: path}
-		if err := p.begin(c, translate, x, r); err != nil {
+	return func(x *exchange, r *http.Request) (err error) {
+		c := &call{x: x, path: path, answer: buffer{memory: p.bodies.memory}}
+		if c.body, err = p.bodies.read(x, r); err != nil {
+			return err
+		}
+		defer c.body.release()
+		defer c.answer.release()
+		if err := p.begin(c, translate, r); err != nil {
 			return err
 		}
 		return p.serve(c, x, r)
 	}
 }
 
-// begin reads and checks the request and gets a token for it: all that can fail before anything goes to Qwen.
-func (p *proxy) begin(c *call, translate bool, w http.ResponseWriter, r *http.Request) (err error) {
-	if c.body, err = p.bodies.read(w, r); err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			c.body.release()
-		}
-	}()
+// begin checks the request and gets a token for it: all that can fail before anything goes to Qwen.
+func (p *proxy) begin(c *call, translate bool, r *http.Request) (err error) {
+	required := requiredMember[c.path]
 	if translate {
-		var chat []byte
-		if chat, c.completion, err = newCompletion(c.body.data); err != nil {
+		if c.completion, err = newCompletion(c.body); err != nil {
 			return err
 		}
-		if err := c.body.set(chat); err != nil {
-			return err
-		}
+		required = "prompt"
 	}
-	if err := p.prepare(c.body, c.path); err != nil {
+	if err := p.prepare(c.body, required); err != nil {
 		return err
 	}
 	if c.token, err = p.tokens.Token(r.Context()); err != nil {
@@ -207,83 +207,54 @@ func (p *proxy) begin(c *call, translate bool, w http.ResponseWriter, r *http.Re
 // requiredMember is the member that a request to a path can't do without, beside the model.
 var requiredMember = map[string]string{pathChat: "messages", pathEmbeddings: "input", pathMessages: "messages", pathCountTokens: "messages"}
 
-// prepare checks what the proxy has to know of a body and puts in the model where it names none, or an
-// alias. All other bytes stay as they are.
-func (p *proxy) prepare(body *requestBody, path string) error {
-	type span struct{ start, end int }
-	var model, stream, required span
-	members := 0
-	need := requiredMember[path]
-	err := scanObject(body.data, func(name []byte, start, end int) error {
-		members++
-		var seen *span
-		switch {
-		case string(name) == "model":
-			seen = &model
-		case string(name) == "stream":
-			seen = &stream
-		case need != "" && string(name) == need:
-			seen = &required
-		default:
-			return nil
-		}
-		if seen.end != 0 {
-			// Which of two counts is anybody's guess; the upstream's need not be ours.
-			return invalidRequest(string(name), "duplicate_member", "The request has %q twice. Send it once.", name)
-		}
-		*seen = span{start, end}
-		return nil
-	})
+// prepare checks what the proxy has to know of a body, which can't do without the member required ("" for none), and puts in
+// the model where it names none, or an alias. All other bytes stay as they are.
+func (p *proxy) prepare(body *requestBody, required string) error {
+	names := []string{"model", "stream", required}
+	if required == "" {
+		names = names[:2]
+	}
+	found, err := findMembers(body.data, names...)
 	if err != nil {
-		return badBody(err)
+		return err
 	}
-	value := func(s span) []byte { return body.data[s.start:s.end] }
-
-	if need != "" {
-		switch v := value(required); {
+	value := func(i int) []byte { return body.data[found[i].start:found[i].end] }
+	if required != "" {
+		switch v := value(2); {
 		case len(v) == 0 || string(v) == "null":
-			return invalidRequest(need, "missing_required_parameter", "The request has no %q. It is required.", need)
-		case need == "messages" && v[0] != '[':
-			return invalidRequest(need, "invalid_type", "%q has to be an array of messages.", need)
+			return invalidRequest(required, "missing_required_parameter", "The request has no %q. It is required.", required)
+		case required == "messages" && v[0] != '[':
+			return invalidRequest(required, "invalid_type", "%q has to be an array of messages.", required)
 		}
 	}
-	switch v := value(stream); string(v) {
+	switch string(value(1)) {
 	case "", "null", "true", "false":
 	default:
 		return invalidRequest("stream", "invalid_type", `"stream" has to be true or false.`)
 	}
-	switch v := value(model); {
+	switch v := value(0); {
 	case len(v) == 0: // missing: it goes first, where it can't run into anything
 		at := bytes.IndexByte(body.data, '{') + 1
 		insert := append([]byte(`"model":`), p.defaultModel...)
-		if members > 0 {
+		if body.data[skipSpace(body.data, at)] != '}' {
 			insert = append(insert, ',')
 		}
 		body.replace(at, at, insert)
 	case string(v) == "null" || string(v) == `""`:
-		body.replace(model.start, model.end, p.defaultModel)
+		body.replace(found[0].start, found[0].end, p.defaultModel)
 	case v[0] != '"':
 		return invalidRequest("model", "invalid_type", `"model" has to be a string.`)
 	case len(p.aliases) > 0:
-		var name string
-		if json.Unmarshal(v, &name) == nil && p.aliases[name] != nil {
-			body.replace(model.start, model.end, p.aliases[name])
+		if model := p.aliases[modelName(v)]; model != nil {
+			body.replace(found[0].start, found[0].end, model)
 		}
 	}
+	body.seal()
 	return nil
-}
-
-// badBody returns what the client is told of scanObject's error.
-func badBody(err error) error {
-	if syntax, ok := errors.AsType[*syntaxError](err); ok {
-		return invalidRequest("", "invalid_json", "The request body can't be read: %v.", syntax)
-	}
-	return err
 }
 
 // serve sends the call to Qwen and its answer to the client, or returns why there is none.
 func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) error {
-	defer c.releaseBody()
 	r = p.watch(c, r)
 	defer c.cancel(nil)
 	defer c.silence.Stop()
@@ -316,20 +287,11 @@ func onward(h http.Header) http.Header {
 	return out
 }
 
-// releaseBody ends the call's use of the request's body: nothing is sent again once an answer has begun, which may last
-// for hours.
-func (c *call) releaseBody() {
-	if c.body != nil {
-		c.body.release()
-		c.body = nil
-	}
-}
-
 // answerBegan notes that the headers of Qwen's answer have come.
 func (p *proxy) answerBegan(c *call) {
 	c.silence.Stop()
 	c.answered.Store(true)
-	c.releaseBody()
+	c.body.answer()
 }
 
 // anthropic reports whether the call is to the Anthropic-compatible interface.
@@ -390,7 +352,7 @@ func (c *call) aim(req *http.Request) {
 	req.Header["Authorization"] = []string{c.token.authorization}
 	req.Body = c.body.open()
 	req.GetBody = func() (io.ReadCloser, error) { return c.body.open(), nil }
-	req.ContentLength = int64(len(c.body.data))
+	req.ContentLength = c.body.size
 	req.TransferEncoding = nil
 }
 
@@ -550,11 +512,16 @@ func isEventStream(contentType string) bool {
 // translate makes a text completion of a whole chat completion.
 func (p *proxy) translate(c *call, res *http.Response, body *responseBody) error {
 	defer time.AfterFunc(p.cfg.upstreamTimeout, func() { c.cancel(errUpstreamTimeout) }).Stop()
-	chat, err := io.ReadAll(io.LimitReader(body, maxTranslated))
-	if err != nil {
+	err := c.answer.fill(body, maxTranslated, func(int) {})
+	if err == nil {
+		err = c.answer.charge(decodeFactor * len(c.answer.data))
+	}
+	if err == errTooLong {
+		return notAnAnswer(res.StatusCode, err)
+	} else if err != nil {
 		return err
 	}
-	text, err := c.completion.response(chat)
+	text, err := c.completion.response(c.answer.data)
 	if err != nil {
 		return notAnAnswer(res.StatusCode, err)
 	}
