@@ -27,6 +27,9 @@ import (
 )
 
 func main() {
+	// Without this, a write to a closed stderr or stdout would end the program. With it the write returns an error. Ignoring the
+	// signal would pass on to the browser that login starts.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal kills at once
 	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, ".env", os.Stdout, os.Stderr))
@@ -81,7 +84,6 @@ func commands() []command {
 // from lookup and then from envFile, if there is such a file; "" reads none.
 func run(ctx context.Context, args []string, lookup func(string) (string, bool), envFile string, stdout, stderr io.Writer) int {
 	terminal := isTerminal(stderr)
-	stderr = &syncWriter{w: stderr} // log lines and prompts come from several goroutines
 	name := "serve"
 	switch {
 	case len(args) == 0:
@@ -179,18 +181,6 @@ func usage(w io.Writer) {
 	fmt.Fprint(w, "\nqwen-go-proxy command -h explains a command. Environment variables configure everything; the README lists them.\n")
 }
 
-// A syncWriter makes w safe for concurrent use, one whole Write at a time.
-type syncWriter struct {
-	mu sync.Mutex
-	w  io.Writer
-}
-
-func (s *syncWriter) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.w.Write(p)
-}
-
 // What the linker puts in at a release; a plain go build knows them from its version control.
 var (
 	buildVersion string
@@ -231,23 +221,12 @@ func versionCommand(_ context.Context, _ *config, stdout, _ io.Writer) int {
 	return 0
 }
 
-func newLogger(cfg *config, w io.Writer) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: cfg.logLevel}
-	if cfg.greet {
-		opts.ReplaceAttr = clockTime
-	}
-	if cfg.logFormat == "text" {
-		return slog.New(slog.NewTextHandler(w, opts))
-	}
-	return slog.New(slog.NewJSONHandler(w, opts))
-}
-
 func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
-	return serve(ctx, cfg, stderr, func(base string, tokens *tokenSource) {
+	return serve(ctx, cfg, stderr, func(out io.Writer, base string, tokens *tokenSource) {
 		if cfg.greet {
-			greet(stderr, cfg, base, tokens)
+			greet(out, cfg, base, tokens)
 		} else if cfg.port == 0 {
-			fmt.Fprintf(stderr, "Listening on %s\n", base)
+			fmt.Fprintf(out, "Listening on %s\n", base)
 		}
 	})
 }
@@ -273,8 +252,8 @@ func demoCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 	cfg.qwenDir = dir
 	cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
 	cfg.apiBase, cfg.apiKey, cfg.apiKeyFile = nil, "", ""
-	return serve(ctx, cfg, stderr, func(base string, _ *tokenSource) {
-		fmt.Fprintf(stderr, `
+	return serve(ctx, cfg, stderr, func(out io.Writer, base string, _ *tokenSource) {
+		fmt.Fprintf(out, `
 This is a demo: a stand-in inside the program answers in Qwen's place.
 No account, no network, no model.
 
@@ -287,7 +266,7 @@ Base URL for OpenAI clients: %[1]s/v1 (any API key)
 
 `, base)
 		if cfg.greet {
-			fmt.Fprint(stderr, "Ctrl-C stops it.\n\n")
+			fmt.Fprint(out, "Ctrl-C stops it.\n\n")
 		}
 	})
 }

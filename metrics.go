@@ -23,6 +23,7 @@ type metrics struct {
 	inFlight    atomic.Int64 // now
 	streams     atomic.Int64 // open now
 	rateLimited atomic.Int64
+	logDropped  atomic.Int64 // lines
 
 	upstreamRequests atomic.Int64 // sent to Qwen, and ended
 	upstreamErrors   [len(categories)]atomic.Int64
@@ -221,6 +222,7 @@ func (p *page) server(m *metrics) {
 	p.single("qwen_proxy_requests_in_flight", "gauge", "Requests being answered, this one included.", float64(m.inFlight.Load()))
 	p.single("qwen_proxy_open_streams", "gauge", "Event streams of Qwen's that are open.", float64(m.streams.Load()))
 	p.single("qwen_proxy_rate_limited_total", "counter", "Requests that the proxy's own limiter refused.", float64(m.rateLimited.Load()))
+	p.single("qwen_proxy_log_lines_dropped_total", "counter", "Log lines that the proxy dropped because nobody read the log.", float64(m.logDropped.Load()))
 	p.single("qwen_proxy_upstream_requests_total", "counter", "Requests that went to Qwen, and have ended.", float64(m.upstreamRequests.Load()))
 	p.begin("qwen_proxy_upstream_errors_total", "counter", "Those of them that failed at Qwen or on the way to it, by the error_type that the log has.")
 	for i, category := range categories {

@@ -26,18 +26,21 @@ import (
 // thousands of streams grow to five times their memory.
 const ballast = 8 << 20
 
-// serve runs the server until ctx ends and returns the exit status. It calls listening with a URL to reach it by.
-func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(base string, tokens *tokenSource)) int {
+// serve runs the server until ctx ends and returns the exit status. Once it listens, it calls listening with a URL to reach it
+// by, and with the writer for text that has to keep its place among the log lines.
+func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(out io.Writer, base string, tokens *tokenSource)) int {
 	heap := make([]byte, ballast)
 	defer runtime.KeepAlive(heap)
-	log := newLogger(cfg, stderr)
+	m := &metrics{started: time.Now()}
+	out := &logWriter{w: stderr, dropped: &m.logDropped}
+	defer out.flush(time.Second)
+	log := newLogger(cfg, out)
 	ln, err := listen(cfg)
 	if err != nil {
-		fmt.Fprintf(stderr, "qwen-go-proxy: %v\n", err)
+		fmt.Fprintf(out, "qwen-go-proxy: %v\n", err)
 		return 1
 	}
-	m := &metrics{started: time.Now()}
-	tokens := newSource(cfg, log, stderr)
+	tokens := newSource(cfg, log, out)
 	keys := newAccess(cfg, log)
 	h := &health{tokens: tokens, metrics: m}
 	requests, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
@@ -69,7 +72,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ba
 
 	base := baseURL(cfg, ln.Addr())
 	hangups := hangups() // before anybody can know that the program runs, and close its terminal
-	listening(base, tokens)
+	listening(out, base, tokens)
 	log.Info("listening", "address", ln.Addr().String(), "url", base, "version", version().Version)
 	if cfg.envFile != "" {
 		log.Info("settings were read from a file; the environment wins", "file", cfg.envFile)

@@ -1,0 +1,297 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// startLogging starts the program with its log at level info on a pipe. The log is read until the program listens, and
+// the reader's end is returned.
+func startLogging(t *testing.T, env map[string]string) (p *process, log *os.File) {
+	t.Helper()
+	if runtime.GOOS == "windows" {
+		t.Skip("there is no SIGTERM")
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close() })
+	full := map[string]string{"QWEN_DIR": credentials(t), "LOG_LEVEL": "info"}
+	for k, v := range env {
+		full[k] = v
+	}
+	p = startProcess(t, full, func(cmd *exec.Cmd) {
+		seen := cmd.Stderr.(*logBuffer)
+		cmd.Stderr = w
+		go func() {
+			defer w.Close()
+			for !strings.Contains(seen.String(), `"msg":"listening"`) {
+				b := make([]byte, 4096)
+				n, err := r.Read(b)
+				if err != nil {
+					return
+				}
+				seen.Write(b[:n])
+			}
+		}()
+	})
+	return p, r
+}
+
+// requests sends n requests to p, one after the other. Each must be answered.
+func (p *process) requests(n int, adapt func(i int, r *http.Request)) {
+	p.t.Helper()
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{}}
+	defer client.CloseIdleConnections()
+	for i := range n {
+		req, err := http.NewRequest("GET", p.url+"/v1/models", nil)
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		req.Header.Set("X-Request-ID", fmt.Sprintf("request.%d", i))
+		if adapt != nil {
+			adapt(i, req)
+		}
+		res, err := client.Do(req)
+		if err != nil {
+			p.t.Fatalf("request %d: %v", i, err)
+		}
+		io.Copy(io.Discard, res.Body)
+		res.Body.Close()
+		if res.StatusCode != http.StatusOK {
+			p.t.Fatalf("request %d: %s", i, res.Status)
+		}
+	}
+}
+
+// dropped returns how many log lines p has dropped, as /metrics says.
+func (p *process) dropped() float64 {
+	p.t.Helper()
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	res, err := client.Get(p.url + "/metrics")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	page, err := parsePage(string(body))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	n, ok := page["qwen_proxy_log_lines_dropped_total"]
+	if !ok {
+		p.t.Fatal("/metrics does not count dropped log lines")
+	}
+	return n
+}
+
+// stopsWithin checks that p ends with status 0 within d of a SIGTERM.
+func (p *process) stopsWithin(d time.Duration) {
+	p.t.Helper()
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.ended:
+		if p.status != nil {
+			p.t.Errorf("the program ended with %v", p.status)
+		}
+	case <-time.After(d):
+		p.t.Errorf("the program still runs %v after SIGTERM", d)
+	}
+}
+
+// A stalledWriter takes what is written only once it is released.
+type stalledWriter struct {
+	release chan struct{}
+	logBuffer
+}
+
+func (w *stalledWriter) Write(p []byte) (int, error) {
+	<-w.release
+	return w.logBuffer.Write(p)
+}
+
+func TestLogWriterWithAStalledReader(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var dropped atomic.Int64
+		w := &stalledWriter{release: make(chan struct{})}
+		out := &logWriter{w: w, dropped: &dropped}
+		io.WriteString(out, "first\n")
+		synctest.Wait() // it is being written
+		line := strings.Repeat("x", 999) + "\n"
+		const n = 2 * logBufferSize / 1000
+		for range n {
+			if wrote, err := io.WriteString(out, line); wrote != len(line) || err != nil {
+				t.Fatalf("Write returned %d, %v", wrote, err)
+			}
+		}
+		fits := logBufferSize / len(line)
+		io.WriteString(out, "two\nlines"+line) // as a whole or not at all
+		if want := int64(n - fits + 2); dropped.Load() != want {
+			t.Errorf("%d lines dropped, want %d", dropped.Load(), want)
+		}
+		start := time.Now()
+		out.flush(time.Second)
+		if took := time.Since(start); took != time.Second {
+			t.Errorf("flush returned after %v, want 1s", took)
+		}
+
+		close(w.release)
+		out.flush(time.Second)
+		if took := time.Since(start); took != time.Second {
+			t.Error("flush waited although the reader was back")
+		}
+		if got := w.String(); got != "first\n"+strings.Repeat(line, fits) {
+			t.Errorf("%d bytes were written, want the first %d lines whole", len(got), fits+1)
+		}
+		out.flush(time.Second) // nothing to wait for
+		io.WriteString(out, "last\n")
+		synctest.Wait()
+		if !strings.HasSuffix(w.String(), "x\nlast\n") {
+			t.Error("the log does not go on after the stall")
+		}
+	})
+}
+
+// A pieceWriter notes each Write, and fails those that begin with a bad line after its first five bytes.
+type pieceWriter struct{ pieces []string }
+
+func (w *pieceWriter) Write(p []byte) (int, error) {
+	w.pieces = append(w.pieces, string(p))
+	if strings.HasPrefix(string(p), "bad") {
+		return 5, errors.New("nobody reads")
+	}
+	return len(p), nil
+}
+
+func TestWriteLines(t *testing.T) {
+	line := strings.Repeat("x", 1499) + "\n"
+	long := strings.Repeat("y", 3*logWriteSize) + "\n"
+	bad := "bad\n" + strings.Repeat("z\n", logWriteSize/2-3) + "\n" // its last line is empty
+	var w pieceWriter
+	lost := writeLines(&w, []byte(line+line+line+long+bad+line+"no end"))
+	want := []string{line + line, line, long, bad, line + "no end"}
+	if diff := cmp.Diff(want, w.pieces); diff != "" {
+		t.Errorf("pieces (-want +got):\n%s", diff)
+	}
+	if want := int64(logWriteSize/2 - 3 + 1); lost != want {
+		t.Errorf("%d lines lost, want %d: all but the first of the bad piece", lost, want)
+	}
+}
+
+func TestLogPipeClosed(t *testing.T) {
+	t.Parallel()
+	p, log := startLogging(t, nil)
+	log.Close()
+	p.requests(20, nil)
+	if n := p.dropped(); n < 19 { // the last line may be on its way
+		t.Errorf("%v lines counted as dropped, want all 20", n)
+	}
+	p.stopsWithin(5 * time.Second)
+}
+
+func TestLogPipeNeverRead(t *testing.T) {
+	t.Parallel()
+	p, log := startLogging(t, map[string]string{"DEBUG_MODE": "true"})
+	p.requests(400, nil) // fill the pipe
+	if n := p.dropped(); n != 0 {
+		t.Errorf("%v lines dropped, want them in the buffer", n)
+	}
+	long := "X-" + strings.Repeat("a", 30_000) // debug lines hold the names of all headers
+	p.requests(100, func(_ int, r *http.Request) { r.Header.Set(long, "1") })
+	if n := p.dropped(); n < 1 || n > 100 {
+		t.Errorf("%v of 100 lines dropped, want those beyond the buffer", n)
+	}
+	p.stopsWithin(5 * time.Second)
+	rest, err := io.ReadAll(log) // what the pipe has taken
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(rest) == 0 || rest[len(rest)-1] != '\n' {
+		t.Errorf("the log ends with %q, want a whole line", rest[max(0, len(rest)-200):])
+	}
+}
+
+func TestNoLogLineIsLost(t *testing.T) {
+	t.Parallel()
+	p, log := startLogging(t, nil)
+	read := make(chan string, 1)
+	go func() {
+		b, _ := io.ReadAll(log)
+		read <- string(b)
+	}()
+	const n = 1000
+	p.requests(n, nil)
+	p.stopsWithin(5 * time.Second)
+	var want, got []string
+	for i := range n {
+		want = append(want, fmt.Sprintf("request.%d", i))
+	}
+	all := <-read
+	for line := range strings.Lines(all) {
+		if !strings.HasPrefix(line, `{"time":`) || !strings.HasSuffix(line, "}\n") {
+			t.Errorf("not a whole line: %q", line)
+		}
+		if _, rest, ok := strings.Cut(line, `"request_id":"`); ok {
+			id, _, _ := strings.Cut(rest, `"`)
+			got = append(got, id)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("requests in the log (-want +got):\n%s", diff)
+	}
+	if !strings.HasSuffix(all, `"msg":"stopped"}`+"\n") {
+		t.Errorf("the log ends in %q, want the line that says stopped", all[max(0, len(all)-200):])
+	}
+}
+
+// BenchmarkLogToAPipe is what a line costs the request that logs it.
+func BenchmarkLogToAPipe(b *testing.B) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	go func() {
+		defer r.Close()
+		io.Copy(io.Discard, r)
+	}()
+	defer w.Close()
+	var dropped atomic.Int64
+	buffered := &logWriter{w: w, dropped: &dropped}
+	for _, tt := range []struct {
+		name string
+		w    io.Writer
+	}{{"direct", w}, {"buffered", buffered}} {
+		b.Run(tt.name, func(b *testing.B) {
+			log := newLogger(&config{logFormat: "json"}, tt.w)
+			b.ReportAllocs()
+			for n := 1; b.Loop(); n++ {
+				log.LogAttrs(b.Context(), slog.LevelInfo, "request", slog.String("request_id", "4YQHZQ6R5JNXGK2MHUS7T3WLDA"), slog.String("method", "POST"),
+					slog.String("path", "/v1/chat/completions"), slog.Int("status", 200), slog.Float64("duration_ms", 2000.5), slog.String("client", "192.0.2.1"))
+				if n%100 == 0 {
+					buffered.flush(time.Second) // a load that the reader keeps up with
+				}
+			}
+		})
+	}
+	if n := dropped.Load(); n != 0 {
+		b.Errorf("%d lines dropped", n)
+	}
+}
