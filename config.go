@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/netip"
@@ -61,7 +62,7 @@ type config struct {
 	apiKeyFile string
 	apiKeyErr  error // why there is no usable key where one is set
 
-	defaultModel string
+	defaultModel string // never an alias
 	aliases      map[string]string
 	models       []string // nil is the built-in list
 
@@ -115,7 +116,7 @@ func loadSettings(lookup func(string) (string, bool)) (*config, error) {
 		apiBase: e.url("API_BASE_URL", ""),
 
 		defaultModel: e.model("DEFAULT_MODEL", "qwen3-coder-plus"),
-		aliases:      e.pairs("MODEL_ALIASES"),
+		aliases:      e.aliases("MODEL_ALIASES"),
 		models:       e.models("MODELS"),
 
 		trustedProxies: e.prefixes("TRUSTED_PROXIES"),
@@ -126,6 +127,9 @@ func loadSettings(lookup func(string) (string, bool)) (*config, error) {
 
 	if c.debug {
 		c.logLevel = min(c.logLevel, slog.LevelDebug)
+	}
+	if model, ok := c.aliases[c.defaultModel]; ok {
+		c.defaultModel = model
 	}
 	if c.maxBuffered < c.maxBody {
 		e.problem("MAX_BUFFERED_BYTES", strconv.FormatInt(c.maxBuffered, 10),
@@ -436,7 +440,8 @@ func (e *env) models(key string) []string {
 	return items
 }
 
-func (e *env) pairs(key string) map[string]string {
+// aliases returns the value of key: models by their aliases.
+func (e *env) aliases(key string) map[string]string {
 	pairs := map[string]string{}
 	for _, item := range e.list(key) {
 		from, to, ok := strings.Cut(item, "=")
@@ -449,6 +454,11 @@ func (e *env) pairs(key string) map[string]string {
 			e.problem(key, item, "each alias once")
 		}
 		pairs[from] = to
+	}
+	for _, from := range slices.Sorted(maps.Keys(pairs)) {
+		if _, alias := pairs[pairs[from]]; alias {
+			e.problem(key, from+"="+pairs[from], "a model, not another alias, behind =")
+		}
 	}
 	return pairs
 }

@@ -268,6 +268,8 @@ func TestConfigShowsTheItemThatIsWrong(t *testing.T) {
 		{"MODELS", "a, b c, d", `MODELS="b c"`},
 		{"MODEL_ALIASES", "a=b, c, d=e", `MODEL_ALIASES="c"`},
 		{"MODEL_ALIASES", "a=b, a=c", `MODEL_ALIASES="a=c": want each alias once`},
+		{"MODEL_ALIASES", "a=b, b=c, d=c", `MODEL_ALIASES="a=b": want a model, not another alias, behind =`},
+		{"MODEL_ALIASES", "a=a", `MODEL_ALIASES="a=a": want a model, not another alias, behind =`},
 		{"TRUSTED_PROXIES", "10.0.0.0/8, ten", `TRUSTED_PROXIES="ten"`},
 		{"CORS_ALLOWED_ORIGINS", "https://a.example, b.example", `CORS_ALLOWED_ORIGINS="b.example"`},
 		{"CORS_ALLOWED_ORIGINS", "https://a.example?x, https://b.example", `CORS_ALLOWED_ORIGINS="`},

@@ -56,16 +56,16 @@ type modelList struct {
 
 func newModels(cfg *config, tokens *tokenSource, transport http.RoundTripper, log *slog.Logger) *models {
 	ids := cfg.models
-	switch {
-	case len(ids) > 0:
-	case tokens.keyed():
-		ids = keyModels
-	default:
+	if len(ids) == 0 {
 		ids = oauthModels
+		if tokens.keyed() {
+			ids = keyModels
+		}
+		ids = append(slices.Clone(ids), cfg.defaultModel)
 	}
 	m := &models{tokens: tokens, transport: transport, log: log, aliases: slices.Sorted(maps.Keys(cfg.aliases)), asking: make(chan struct{}, 1)}
 	var own []json.RawMessage
-	for _, id := range append(slices.Clone(ids), cfg.defaultModel) {
+	for _, id := range ids {
 		own = append(own, ownModel(id))
 	}
 	m.fixed = m.newList(own)

@@ -25,11 +25,16 @@ func TestModelList(t *testing.T) {
 		{"signed in", nil, []string{"coder-model", "qwen3-coder-plus", "qwen3-coder-flash", "vision-model"}},
 		{"with a key", map[string]string{"QWEN_API_KEY": "sk-test"},
 			[]string{"qwen3-coder-plus", "qwen3-coder-flash", "qwen3.6-plus", "qwen3.7-plus", "qwen3.7-max", "qwen3.8-flash", "text-embedding-v4"}},
-		{"MODELS", map[string]string{"MODELS": "b,a,qwen3-coder-plus"}, []string{"b", "a", "qwen3-coder-plus"}},
-		{"MODELS with a key", map[string]string{"MODELS": "b,qwen3-coder-plus", "QWEN_API_KEY": "sk-test"}, []string{"b", "qwen3-coder-plus"}},
-		{"the same twice", map[string]string{"MODELS": "a,a", "DEFAULT_MODEL": "a"}, []string{"a"}},
-		{"the default model", map[string]string{"MODELS": "a", "DEFAULT_MODEL": "org/b"}, []string{"a", "org/b"}},
-		{"aliases, in order", map[string]string{"MODELS": "a", "DEFAULT_MODEL": "a", "MODEL_ALIASES": "gpt-4o=a,gpt-3.5=a,a=b"}, []string{"a", "gpt-3.5", "gpt-4o"}},
+		{"MODELS alone", map[string]string{"MODELS": "b,a"}, []string{"b", "a"}},
+		{"MODELS with a key", map[string]string{"MODELS": "b,c", "QWEN_API_KEY": "sk-test"}, []string{"b", "c"}},
+		{"the same twice", map[string]string{"MODELS": "a,a"}, []string{"a"}},
+		{"MODELS without the default model", map[string]string{"MODELS": "a", "DEFAULT_MODEL": "org/b"}, []string{"a"}},
+		{"the built-in list with the default model", map[string]string{"DEFAULT_MODEL": "org/b"},
+			[]string{"coder-model", "qwen3-coder-plus", "qwen3-coder-flash", "vision-model", "org/b"}},
+		{"aliases, in order", map[string]string{"MODELS": "a", "MODEL_ALIASES": "gpt-4o=a,gpt-3.5=a"}, []string{"a", "gpt-3.5", "gpt-4o"}},
+		{"an alias by a model's name", map[string]string{"MODELS": "a", "MODEL_ALIASES": "a=b"}, []string{"a"}},
+		{"an alias as the default model", map[string]string{"DEFAULT_MODEL": "fast", "MODEL_ALIASES": "fast=org/b"},
+			[]string{"coder-model", "qwen3-coder-plus", "qwen3-coder-flash", "vision-model", "org/b", "fast"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			env := map[string]string{"API_BASE_URL": "http://127.0.0.1:1/v1"} // where nobody is
@@ -147,7 +152,7 @@ func TestOneModel(t *testing.T) {
 	for _, tt := range []struct{ path, id string }{ // "" for none
 		{"/v1/models/plain", "plain"},
 		{"/models/plain", "plain"},
-		{"/v1/models/qwen3-coder-plus", "qwen3-coder-plus"},
+		{"/v1/models/qwen3-coder-plus", ""}, // the default model, which MODELS does not name
 		{"/v1/models/gpt-4o", "gpt-4o"},
 		{"/v1/models/org/deep/model:1.5", "org/deep/model:1.5"},
 		{"/v1/models/org%2Fdeep%2fmodel%3A1.5", "org/deep/model:1.5"},

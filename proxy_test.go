@@ -192,6 +192,27 @@ func TestTheModelIsSplicedIn(t *testing.T) {
 	}
 }
 
+func TestTheDefaultModelMayBeAnAlias(t *testing.T) {
+	var got string
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		got = string(b)
+		answerJSON(w, 200, "{}")
+	}, map[string]string{"DEFAULT_MODEL": "fast", "MODEL_ALIASES": "gpt-4o=qwen-y, fast=qwen-x"})
+	for _, tt := range []struct{ in, want string }{
+		{`{"messages":[]}`, `{"model":"qwen-x","messages":[]}`},
+		{`{"messages":[],"model":null}`, `{"messages":[],"model":"qwen-x"}`},
+		{`{"messages":[],"model":"fast"}`, `{"messages":[],"model":"qwen-x"}`},
+	} {
+		if p.post("/v1/chat/completions", tt.in); got != tt.want {
+			t.Errorf("%s became %s, want %s", tt.in, got, tt.want)
+		}
+	}
+	if _, body := p.get("/v1/models"); !strings.Contains(body, `"qwen-x"`) || !strings.Contains(body, `"fast"`) {
+		t.Errorf("the models lack qwen-x or fast: %s", body)
+	}
+}
+
 func TestBadRequestsStayHere(t *testing.T) {
 	var calls atomic.Int32
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { calls.Add(1) }, map[string]string{"MAX_BODY_BYTES": "1000"})
