@@ -8,6 +8,7 @@ import (
 	"math"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -43,6 +44,7 @@ type apiError struct {
 	code       string        // "" is JSON null
 	param      string        // the member of the request that is wrong; "" is JSON null
 	message    string        // says what to do next; no secrets, no message text
+	hint       string        // follows message in the answer, and is left out of the log; may be ""
 	retryAfter time.Duration // the Retry-After header, rounded up to seconds; 0 for none
 	header     http.Header   // other headers of the answer; may be nil
 	err        error         // what happened, for the log alone; may be nil
@@ -104,7 +106,7 @@ func (e *apiError) body(requestID string) []byte {
 		Param   *string `json:"param"`
 		Code    *string `json:"code"`
 	}
-	d := detail{Message: e.message, Type: e.typ}
+	d := detail{Message: strings.TrimSpace(e.message + " " + e.hint), Type: e.typ}
 	if e.param != "" {
 		d.Param = &e.param
 	}

@@ -29,6 +29,7 @@ type exchange struct {
 	err          *apiError // what failed, first; nil where nothing did
 	upstreamID   string    // Qwen's own request id
 	called       bool      // the request has gone to Qwen
+	quiet        bool      // the access line is at debug level
 	firstByte    time.Time // when the first byte of Qwen's answer's body came; zero until then
 
 	mu        sync.Mutex // guards w and what follows: a keep-alive is written from another goroutine
@@ -361,6 +362,9 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, de
 	}
 	if x.http2 && !x.called && r.Context().Err() != nil {
 		// Streams can be opened and reset faster than answered (CVE-2023-44487), and a line each would fill a disk.
+		level = slog.LevelDebug
+	}
+	if x.quiet {
 		level = slog.LevelDebug
 	}
 	if !log.Enabled(r.Context(), level) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"math"
 	"net/http"
@@ -13,7 +14,34 @@ import (
 type health struct {
 	tokens   *tokenSource
 	metrics  *metrics
-	stopping atomic.Bool // no new work is to be sent here
+	stopping atomic.Bool          // no new work is to be sent here
+	logged   atomic.Pointer[bool] // whether the server was ready when note looked last; nil before
+}
+
+// follow logs each change of readiness, until ctx ends.
+func (h *health) follow(ctx context.Context) {
+	for ctx.Err() == nil {
+		st := h.tokens.state.Load()
+		h.note()
+		select {
+		case <-ctx.Done():
+		case <-st.changed:
+		case <-time.After(maxNap): // for what is not announced: 401s, and tokens that expire
+		}
+	}
+}
+
+// note logs whether the server is ready, where that has changed. It leaves out a shutdown, which the log tells anyway.
+func (h *health) note() {
+	err := h.tokens.ready()
+	ready := err == nil
+	switch last := h.logged.Swap(&ready); {
+	case last == nil || *last == ready:
+	case ready:
+		h.tokens.log.Info("the server is ready")
+	default:
+		h.tokens.log.Warn("the server is not ready", "reason", err.message)
+	}
 }
 
 // writeJSON answers with v.
@@ -41,6 +69,7 @@ func (h *health) root(x *exchange, _ *http.Request) error {
 
 // live handles GET /health: the process serves.
 func (h *health) live(x *exchange, _ *http.Request) error {
+	x.quiet = true
 	writeJSON(x, http.StatusOK, map[string]string{"status": "healthy"})
 	return nil
 }
@@ -55,6 +84,8 @@ func (h *health) reason() *apiError {
 
 // ready handles GET /health/ready.
 func (h *health) ready(x *exchange, _ *http.Request) error {
+	x.quiet = true
+	h.note()
 	if err := h.reason(); err != nil {
 		writeJSON(x, http.StatusServiceUnavailable, map[string]string{"status": "not_ready", "code": err.code, "reason": err.message})
 		return nil

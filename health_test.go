@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -305,4 +306,95 @@ func TestNotReadyOnceTheAccountIsNotServed(t *testing.T) {
 			t.Errorf("readiness (-want +got):\n%s", diff)
 		}
 	})
+}
+
+// TestProbesDoNotFillTheLog: they come every few seconds for months.
+func TestProbesDoNotFillTheLog(t *testing.T) {
+	t.Parallel()
+	probe := func(t *testing.T, env map[string]string) *program {
+		p := start(t, env)
+		for range 3 {
+			for _, path := range []string{"/health", "/health/ready", "/v1/models"} {
+				p.get(path)
+			}
+		}
+		p.send("GET", "/health", func(r *http.Request) { r.Host = "probe.example" }) // refused: no probe meant to be one
+		p.stderr.await(t, `("status":403)`)
+		return p
+	}
+	nobody := httptest.NewServer(http.NotFoundHandler())
+	nobody.Close()
+	for name, env := range map[string]map[string]string{
+		"ready":     {"QWEN_API_KEY": "sk-test", "API_BASE_URL": nobody.URL},
+		"not ready": {"QWEN_OAUTH_BASE_URL": nobody.URL},
+	} {
+		log := probe(t, env).stderr.String()
+		for path, want := range map[string]int{"/health": 1, "/health/ready": 0, "/v1/models": 3} {
+			if n := strings.Count(log, `"path":"`+path+`"`); n != want {
+				t.Errorf("%s: %d lines for %s, want %d:\n%s", name, n, path, want, log)
+			}
+		}
+		env["LOG_LEVEL"] = "debug"
+		log = probe(t, env).stderr.String()
+		if n := strings.Count(log, `"level":"DEBUG","msg":"request"`); n != 6 {
+			t.Errorf("%s: %d access lines at debug level, want 6:\n%s", name, n, log)
+		}
+	}
+}
+
+func TestAChangeOfReadinessIsOneLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg, err := loadConfig(lookup(nil))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var b logBuffer
+		h := &health{tokens: newTokenSource(nil, &credentialStore{dir: t.TempDir()}, cfg, newLogger(cfg, &b), io.Discard), metrics: &metrics{}}
+		ctx, stop := context.WithCancel(t.Context())
+		go h.follow(ctx)
+		var got []string
+		check := func(when string) {
+			for range 3 {
+				readiness(t, h)
+				time.Sleep(time.Minute)
+			}
+			for line := range strings.Lines(b.String()) {
+				var entry struct{ Level, Msg, Reason string }
+				if err := json.Unmarshal([]byte(line), &entry); err != nil {
+					t.Fatal(err)
+				}
+				got = append(got, when+": "+entry.Level+" "+entry.Msg+" "+entry.Reason)
+			}
+			b.mu.Lock()
+			b.buf.Reset()
+			b.mu.Unlock()
+		}
+		check("at the start")
+		h.tokens.setToken(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(30 * time.Minute)})
+		check("signed in")
+		time.Sleep(time.Hour) // and nobody asks
+		check("expired")
+		h.stopping.Store(true) // which the log tells already
+		check("stopping")
+		stop()
+		want := []string{
+			"signed in: INFO the server is ready ",
+			"expired: WARN the server is not ready " + h.tokens.ready().message,
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("the log (-want +got):\n%s", diff)
+		}
+	})
+}
+
+func TestA404IsAShortLineInTheLog(t *testing.T) {
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"})
+	res, body := p.get("/v1/nonsense")
+	if e := wantError(t, res, body, 404, typeInvalidRequest, "unknown_url"); !strings.Contains(e.Error.Message, "GET /v1/models") {
+		t.Errorf("message %q: want it to list the routes", e.Error.Message)
+	}
+	line := p.stderr.await(t, `(?m)^(.*"status":404.*)$`)
+	if !strings.Contains(line, `"error":"There is no /v1/nonsense."`) {
+		t.Errorf("the log has %s", line)
+	}
 }

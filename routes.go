@@ -152,7 +152,7 @@ func (s *server) refuse(_ *exchange, r *http.Request) error {
 	}
 	if len(allow) == 0 {
 		return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "unknown_url",
-			message: fmt.Sprintf("There is no %s. The proxy has %s.", clip(r.URL.Path, 100), s.endpoints())}
+			message: fmt.Sprintf("There is no %s.", clip(r.URL.Path, 100)), hint: "The proxy has " + s.endpoints() + "."}
 	}
 	message := fmt.Sprintf("Method %s is not allowed here. Use %s.", clip(r.Method, 20), strings.Join(allow, " or "))
 	if allow[0] == http.MethodGet {

@@ -89,6 +89,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 	}()
 	running, stopTokens := context.WithCancel(context.WithoutCancel(ctx))
 	go keys.follow(running, cfg.proxyKeys)
+	go h.follow(running)
 	tokensDone := make(chan struct{})
 	go func() {
 		defer close(tokensDone)
