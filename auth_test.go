@@ -32,7 +32,7 @@ func (s *sourceTest) askAuth(method, target, accept string) *httptest.ResponseRe
 
 // TestAuthStates brings the sign-in to each of its states, opens the page there, and looks again with ?watch.
 func TestAuthStates(t *testing.T) {
-	const notSignedIn = "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log."
+	const notSignedIn = "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."
 	const noLonger = "Qwen no longer accepts the proxy's sign-in. Sign in again: open /auth on the proxy, or follow the link in its log."
 	const live = `<noscript><meta http-equiv="refresh" content="4; url=auth?watch"></noscript>`
 	const startAgain = `<a class="button" href="auth">Start again</a>`
@@ -79,11 +79,14 @@ func TestAuthStates(t *testing.T) {
 			want: map[string]any{"status": "signed_in", "method": "oauth", "message": "The proxy is signed in to Qwen.", "expires_at": "2000-01-01T01:00:05Z", "base_url": "http://example.com/v1"},
 			page: []string{">Signed in</h1>"}, not: []string{live, "WDJB"}},
 		{name: "Qwen hangs", serve: func(r *http.Request) (int, string) { <-r.Context().Done(); return 0, "" }, device: 1,
-			want: map[string]any{"status": "starting", "reason": notSignedIn, "message": "Qwen's sign-in server has not answered yet. Try again; the proxy keeps trying."},
-			page: []string{">Waiting for Qwen</h1>", "has not answered yet", live, `href="auth">Try again</a>`}},
+			want: map[string]any{"status": "starting", "reason": notSignedIn, "message": "Qwen's sign-in server has not answered yet. The proxy keeps trying."},
+			page: []string{">Waiting for Qwen</h1>", "has not answered yet", live}, not: []string{`class="button"`, "ry again"}},
 		{name: "Qwen can't be reached", serve: answering("", "", ""), device: 1,
-			want: map[string]any{"status": "starting", "reason": notSignedIn, "message": "Qwen's sign-in server can't be reached to start a sign-in. Try again; the proxy keeps trying."},
-			page: []string{">Waiting for Qwen</h1>", "can&#39;t be reached", live, `href="auth">Try again</a>`}},
+			want: map[string]any{"status": "starting", "reason": notSignedIn, "message": "Qwen's sign-in server can't be reached. Check the proxy's network. The proxy keeps trying."},
+			page: []string{">Waiting for Qwen</h1>", "can&#39;t be reached", live}, not: []string{`class="button"`, "ry again"}},
+		{name: "Qwen takes no sign-ins now", serve: func(r *http.Request) (int, string) { return 429, "slow down" }, device: 1,
+			want: map[string]any{"status": "starting", "reason": notSignedIn, "message": "Qwen's sign-in server can't take a sign-in now: chat.qwen.ai answered 429 Too Many Requests. The proxy keeps trying."},
+			page: []string{">Waiting for Qwen</h1>", "429 Too Many Requests", live}, not: []string{"reached"}},
 		{name: "Qwen refuses to start", serve: answering(`{"error":"invalid_client"}`, "", ""), after: time.Minute, device: 2,
 			want: map[string]any{"status": "failed", "reason": notSignedIn, "message": "Qwen refused the sign-in, and the proxy's log says why. Open /auth to start another."},
 			page: []string{">Sign-in failed</h1>", startAgain}, not: []string{live}},

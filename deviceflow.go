@@ -127,6 +127,7 @@ func (f *deviceFlow) set(ctx context.Context, st *signIn) bool {
 // run carries out one sign-in, until ctx ends.
 func (f *deviceFlow) run(ctx context.Context) {
 	auth, err := f.oauth.authorize(ctx)
+	said := ""
 	for n := 0; err != nil; n++ {
 		if ctx.Err() != nil {
 			return
@@ -136,8 +137,9 @@ func (f *deviceFlow) run(ctx context.Context) {
 			f.set(ctx, &signIn{status: signInFailed, err: err, ended: time.Now()})
 			return
 		}
-		if n == 0 {
-			f.log.Warn("a sign-in is needed, but Qwen can't be reached; trying again until it can", "error", err)
+		if why := f.oauth.trouble(err); why != said {
+			said = why
+			f.log.Warn("a sign-in is needed and can't be started yet; the proxy keeps trying. With QWEN_API_KEY none is needed", "error", why)
 		}
 		f.set(ctx, &signIn{status: signInStarting, err: err})
 		if !sleep(ctx, backoff(n, maxSignInPause)) {
@@ -182,6 +184,17 @@ func (f *deviceFlow) run(ctx context.Context) {
 
 // printSignIn tells people how to sign in; link and code stand alone on their lines, to be copied.
 func printSignIn(w io.Writer, d *deviceAuth) {
-	fmt.Fprintf(w, "\nTo sign in to Qwen, open this page in a browser on any device:\n\n%s\n\nand check that it shows this code:\n\n%s\n\n",
-		d.verificationURIComplete, d.userCode)
+	fmt.Fprintf(w, `
+To sign in to Qwen, open this page in a browser on any device:
+
+%s
+
+and check that it shows this code:
+
+%s
+
+The free tier of Qwen accounts ended on 2026-04-15. If yours is not served,
+set QWEN_API_KEY to an API key instead.
+
+`, d.verificationURIComplete, d.userCode)
 }

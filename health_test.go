@@ -75,9 +75,9 @@ func TestHealthDetailed(t *testing.T) {
 			map[string]any{"method": "oauth", "authenticated": true, "upstream": "http://127.0.0.1:1/x", "expires_at": true}},
 		{"a key", map[string]string{"QWEN_DIR": dir, "QWEN_API_KEY": "sk-s3cret"}, "", "healthy", map[string]any{
 			"method": "api_key", "authenticated": true, "upstream": "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"}},
-		{"not signed in", nil, "Qwen can't be reached", "degraded", map[string]any{
+		{"not signed in", nil, "server .* can't be reached", "degraded", map[string]any{
 			"method": "oauth", "authenticated": false, "sign_in": "starting",
-			"reason": "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log."}},
+			"reason": "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			env := map[string]string{"QWEN_OAUTH_BASE_URL": nobody.URL}
@@ -154,7 +154,7 @@ func TestHealthAndModelsStartNothing(t *testing.T) {
 		}
 	}
 	want := map[string]any{"method": "oauth", "authenticated": false, "sign_in": signInPending,
-		"reason": "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log."}
+		"reason": "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."}
 	if diff := cmp.Diff(want, p.detailed(nil)["auth"]); diff != "" {
 		t.Errorf("auth (-want +got):\n%s", diff)
 	}

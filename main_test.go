@@ -438,7 +438,7 @@ func TestServeStartsWithoutNetwork(t *testing.T) {
 	}
 	unused.Close()
 	p := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": "http://" + unused.Addr().String()})
-	p.stderr.await(t, `a sign-in is needed, but Qwen can't be reached`)
+	p.stderr.await(t, `a sign-in is needed and can't be started yet.*can't be reached`)
 	res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
 	wantError(t, res, body, http.StatusUnauthorized, typeAuthentication, "not_signed_in")
 	res, body = p.get("/auth")

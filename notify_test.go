@@ -299,7 +299,7 @@ func TestStatusOfASource(t *testing.T) {
 		{"signed in", authState{token: good}, noSignIn, "Serving at http://localhost:8080"},
 		{"being renewed", authState{token: &token{access: "a", refresh: "r", expiry: now.Add(-time.Hour)}, refreshing: true}, noSignIn, "Renewing the token"},
 		{"no link yet", authState{}, &signIn{status: signInStarting}, "Waiting for Qwen, to start a sign-in"},
-		{"no sign-in", authState{}, noSignIn, "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log."},
+		{"no sign-in", authState{}, noSignIn, "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := &tokenSource{log: slog.New(slog.DiscardHandler)}

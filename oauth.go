@@ -73,26 +73,30 @@ type strangeAnswer string
 
 func (e strangeAnswer) Error() string { return string(e) }
 
-// trouble says in a sentence or two why no sign-in could be started or ended, for err, and what to do.
-func (c *oauthClient) trouble(err error) string {
+// unanswered reports whether err says that the server could not be reached, and not that its answer was no good.
+func unanswered(err error) bool {
 	_, oauth := errors.AsType[*oauthError](err)
 	_, strange := errors.AsType[strangeAnswer](err)
-	switch {
-	case refused(err):
-		return fmt.Sprintf("Qwen's sign-in server refused the sign-in: %v.", err)
-	case oauth || strange:
-		return fmt.Sprintf("Qwen's sign-in server can't take a sign-in now: %v. Try again in a minute.", err)
-	}
-	why := err
+	return !oauth && !strange
+}
+
+// trouble says why a sign-in could not be started or ended, for err.
+func (c *oauthClient) trouble(err error) string {
 	var timeout interface{ Timeout() bool }
-	if dns, ok := errors.AsType[*net.DNSError](err); ok {
-		why = errors.New(dns.Err)
+	if e, ok := errors.AsType[*oauthError](err); ok && refused(err) {
+		return fmt.Sprintf("Qwen's sign-in server refused the sign-in: %v.", e)
+	} else if ok {
+		return fmt.Sprintf("Qwen's sign-in server can't take a sign-in now: %v.", e)
+	} else if e, ok := errors.AsType[strangeAnswer](err); ok {
+		return fmt.Sprintf("Qwen's sign-in server can't take a sign-in now: %v.", e)
+	} else if e, ok := errors.AsType[*net.DNSError](err); ok {
+		err = errors.New(e.Err)
 	} else if errors.As(err, &timeout) && timeout.Timeout() {
-		why = errors.New("no answer in time")
+		err = errors.New("no answer in time")
 	} else if e, ok := errors.AsType[*url.Error](err); ok {
-		why = e.Err // without the URL
+		err = e.Err // without the URL
 	}
-	return fmt.Sprintf("Qwen's sign-in server %s can't be reached: %v. Check the network; HTTPS_PROXY is used if it is set.", c.base.Host, why)
+	return fmt.Sprintf("Qwen's sign-in server %s can't be reached: %v. Check the network (HTTPS_PROXY is used if it is set).", c.base.Host, err)
 }
 
 // refused reports whether err is the server's last word: to try the same again is useless.
@@ -148,11 +152,11 @@ func (c *oauthClient) authorize(ctx context.Context) (*deviceAuth, error) {
 	}
 	switch {
 	case answer.DeviceCode == "":
-		return nil, strangeAnswer("device authorization: the answer has no device_code")
+		return nil, strangeAnswer("the answer has no device_code")
 	case !validKey(answer.UserCode) || len(answer.UserCode) > 100:
-		return nil, strangeAnswer("device authorization: the answer has no usable user_code")
+		return nil, strangeAnswer("the answer has no usable user_code")
 	case !c.showable(answer.VerificationURI) || !c.showable(answer.VerificationURIComplete):
-		return nil, strangeAnswer("device authorization: the answer has no usable verification_uri")
+		return nil, strangeAnswer("the answer has no usable verification_uri")
 	}
 	return &deviceAuth{
 		deviceCode:              answer.DeviceCode,

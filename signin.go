@@ -53,7 +53,7 @@ func loginCommand(o *loginOptions) func(ctx context.Context, cfg *config, stdout
 		case ctx.Err() != nil:
 			return fail(1, "interrupted", errors.New("given up; nothing has changed"))
 		case err != nil:
-			return fail(1, signInFailed, errors.New(oauth.trouble(err)))
+			return fail(1, signInFailed, errors.New(oauth.trouble(err)+" Run login again later, or set QWEN_API_KEY: with a key no sign-in is needed."))
 		}
 		opened := !o.noBrowser && openBrowser(ctx, auth.verificationURIComplete)
 		if o.json {

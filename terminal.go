@@ -35,9 +35,9 @@ func greet(w io.Writer, cfg *config, base string, tokens *tokenSource) {
 		everywhere = " and all other addresses"
 	}
 	fmt.Fprintf(w, "\nqwen-go-proxy listens on %s%s.\n\n", base, everywhere)
-	auth := "also at " + base + "/auth"
+	auth := base + "/auth"
 	if path, unix := strings.CutPrefix(base, "unix:"); unix {
-		auth = "also at /auth"
+		auth = "/auth"
 		line("Try", "curl --unix-socket %s http://localhost/v1/models", path)
 	} else if cfg.tls {
 		line("Base URL", "%s/v1, by a name in the certificate", base)
@@ -55,7 +55,7 @@ func greet(w io.Writer, cfg *config, base string, tokens *tokenSource) {
 	case tokens.state.Load().token != nil:
 		line("Account", "signed in to Qwen")
 	default:
-		line("Account", "not signed in: a link follows, %s", auth)
+		line("Account", "none: set QWEN_API_KEY, or sign in at %s", auth)
 	}
 	line("Stop", "Ctrl-C; twice to cut off what is under way\n")
 }

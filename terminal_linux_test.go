@@ -86,7 +86,7 @@ qwen-go-proxy listens on http://127.0.0.1:PORT.
 
   Base URL  http://127.0.0.1:PORT/v1
   API key   any text
-  Account   not signed in: a link follows, also at http://127.0.0.1:PORT/auth
+  Account   none: set QWEN_API_KEY, or sign in at http://127.0.0.1:PORT/auth
   Stop      Ctrl-C; twice to cut off what is under way
 
 `},

@@ -184,7 +184,7 @@ func (st *authState) problem(now time.Time) *apiError {
 		return nil
 	case st.token == nil:
 		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in",
-			message: "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log.", err: st.fileErr}
+			message: "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log.", err: st.fileErr}
 	case st.refused != nil:
 		return signInRefused(st.refused)
 	case !st.refreshing && st.retryAt.After(now):

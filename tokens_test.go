@@ -579,7 +579,7 @@ func TestSignIn(t *testing.T) {
 			answers.Go(func() {
 				_, got := s.getAuth()
 				want := map[string]any{"status": signInPending, "user_code": "WDJB-MJHT", "verification_uri": "https://chat.qwen.ai/authorize",
-					"reason":                    "The proxy is not signed in to Qwen. Open /auth on the proxy, or follow the link in its log.",
+					"reason":                    "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log.",
 					"verification_uri_complete": "https://chat.qwen.ai/authorize?user_code=WDJB-MJHT",
 					"expires_at":                time.Now().Add(15 * time.Minute).UTC().Format(time.RFC3339),
 					"message":                   "Open verification_uri_complete in a browser and check that it shows user_code."}
@@ -691,7 +691,7 @@ func TestSignInWithoutServer(t *testing.T) {
 		if n := len(s.asked()); n < 14 || n > 21 {
 			t.Errorf("%d attempts in 10 minutes, want pauses up to a minute", n)
 		}
-		s.wantLogged("a sign-in is needed, but Qwen can't be reached", 1)
+		s.wantLogged("a sign-in is needed and can't be started yet", 1)
 		up.Store(true)
 		time.Sleep(maxSignInPause + 5*time.Second)
 		synctest.Wait()
