@@ -35,6 +35,7 @@ type authAnswer struct {
 	BaseURL                 string    `json:"base_url,omitempty"`  // for clients, once signed in
 	Host                    string    `json:"-"`                   // by which the client reaches the proxy
 	NotServed               bool      `json:"-"`                   // another account may help
+	Demo                    bool      `json:"-"`                   // a stand-in answers in Qwen's place
 }
 
 // auth handles GET /auth: it tells the state of the sign-in, as a page or as JSON, having started one where that
@@ -74,7 +75,7 @@ func (s *tokenSource) trouble(st *authState) (err *apiError, needsSignIn bool) {
 	if err == nil && st.refused != nil {
 		err = signInRefused(st.refused)
 	}
-	return err, err != nil && err.status == http.StatusUnauthorized
+	return err, err != nil && err.status == http.StatusUnauthorized && !s.keyed()
 }
 
 // startNeeded starts a sign-in where one is needed and none is under way, and waits until it has a link or has failed.
@@ -125,9 +126,11 @@ func (s *tokenSource) authAnswer(r *http.Request) *authAnswer {
 		a.UserCode, a.Expires = in.auth.userCode, in.auth.expires.UTC().Truncate(time.Second)
 		a.Message = "Open verification_uri_complete in a browser and check that it shows user_code."
 	case signInStarting:
-		a.Message = "Qwen's sign-in server has not answered yet. Try again; the proxy keeps trying."
-		if in.err != nil {
-			a.Message = "Qwen's sign-in server can't be reached to start a sign-in. Try again; the proxy keeps trying."
+		a.Message = "Qwen's sign-in server has not answered yet. The proxy keeps trying."
+		if in.err != nil && unanswered(in.err) {
+			a.Message = "Qwen's sign-in server can't be reached. Check the proxy's network. The proxy keeps trying." // the cause is in the log
+		} else if in.err != nil {
+			a.Message = s.oauth.trouble(in.err) + " The proxy keeps trying."
 		}
 	case signInDenied:
 		a.Message = "The sign-in was denied. Open /auth to start another."
@@ -158,6 +161,11 @@ func (a *authAnswer) Why() string {
 		why += "."
 	}
 	return why
+}
+
+// LinkParts returns the link in the pieces between which its line may break.
+func (a *authAnswer) LinkParts() []string {
+	return strings.Split(strings.NewReplacer("?", " ?", "&", " &").Replace(a.VerificationURIComplete), " ")
 }
 
 // TimeLeft returns how long the code is still good, as minutes:seconds.
