@@ -1,5 +1,5 @@
-// The /auth page in a real browser, with the stand-in for Qwen in e2e: signing in, denying, and both without JavaScript. It
-// needs Go and Chromium, and leaves screenshots in a temporary directory.
+// The /auth page in a real browser, with e2e/standin in Qwen's place: signing in, denying, both without JavaScript, and the
+// pages of other states. It needs Go and Chromium, and leaves screenshots in a temporary directory.
 import assert from 'node:assert/strict'
 import { execFileSync, spawn } from 'node:child_process'
 import { mkdtempSync, rmSync } from 'node:fs'
@@ -18,29 +18,28 @@ const browser = await chromium.launch({
     '--disable-background-networking', '--disable-component-update', '--disable-sync'],
 })
 
-// run starts a program, and returns how to end it and what the pattern finds in a line of its output.
+// run starts a program and returns the first match of pattern's group in what it prints, and how to end it.
 async function run(name, args, env, output, pattern) {
-  const program = spawn(join(temporary, name), args, { env, stdio: ['ignore', 'pipe', 'pipe'] })
-  const ended = new Promise(resolve => program.on('exit', resolve))
+  const child = spawn(join(temporary, name), args, { cwd: temporary, env, stdio: ['ignore', 'pipe', 'pipe'] })
+  const ended = new Promise(resolve => child.on('exit', resolve))
+  child[output === 'stdout' ? 'stderr' : 'stdout'].resume()
   const found = await new Promise((resolve, reject) => {
-    program.stdout.resume()
-    program.stderr.resume()
-    createInterface({ input: program[output] }).on('line', line => {
+    createInterface({ input: child[output] }).on('line', line => {
       const match = line.match(pattern)
       if (match) resolve(match[1])
     })
     ended.then(status => reject(new Error(`${name} ended with status ${status}`)))
   })
-  return { found, end: async () => { program.kill(); await ended } }
+  return { found, end: () => (child.kill(), ended) }
 }
 
-const qwen = await run('standin', ['-approve-after', '5s'], {}, 'stdout', /^(http:.*)/)
-
-// check runs one scenario in a new context, on a proxy of its own. Its sign-in approves itself after 5 s, so a scenario that
-// decides otherwise must be quick.
-async function check(name, options, scenario) {
+// check runs one scenario in a new context, on a proxy of its own. Qwen's stand-in approves a sign-in by itself after
+// approveAfter ("0" never does). With settings the proxy runs on those, without a stand-in.
+async function check(name, { approveAfter = '0', settings, ...options }, scenario) {
+  const qwen = settings ? undefined : await run('standin', ['-approve-after', approveAfter, '-interval', '1s'], {}, 'stdout', /^(http.*)$/)
   const proxy = await run('qwen-go-proxy', [], {
-    SERVER_HOST: '127.0.0.1', SERVER_PORT: '0', QWEN_OAUTH_BASE_URL: qwen.found, QWEN_DIR: mkdtempSync(join(temporary, 'credentials-')),
+    SERVER_HOST: '127.0.0.1', SERVER_PORT: '0', QWEN_DIR: mkdtempSync(join(temporary, 'qwen-')),
+    ...settings ?? { QWEN_OAUTH_BASE_URL: qwen.found }
   }, 'stderr', /"msg":"listening".*"url":"([^"]+)"/)
   const origin = proxy.found
   const context = await browser.newContext(options)
@@ -57,6 +56,7 @@ async function check(name, options, scenario) {
   } finally {
     await context.close()
     await proxy.end()
+    await qwen?.end()
   }
 }
 
@@ -111,7 +111,7 @@ try {
     await chat(origin)
   })
 
-  await check('deny, and start again', {}, async page => {
+  await check('deny, and start again', { approveAfter: '10s' }, async page => {
     const code = await page.locator('.code').textContent()
     await decide(page, 'Deny')
     await heading(page, 'Sign-in denied')
@@ -125,16 +125,53 @@ try {
     await heading(page, 'Signed in') // the stand-in approves
   })
 
-  await check('the proxy goes away and comes back', {}, async (page, origin, faults) => {
+  await check('the proxy goes away and comes back', { approveAfter: '8s' }, async (page, origin, faults) => {
+    const link = page.getByRole('link', { name: 'Open Qwen’s page in a new tab' })
     await page.route('**/auth?watch', route => route.abort())
     await page.getByText('The proxy does not answer.').waitFor()
+    assert.equal(await page.locator('main').innerText(), `qwen-go-proxy on ${new URL(origin).host}\n\nSign in to Qwen\n\nThe proxy does not answer. This page keeps trying.`)
+    await page.screenshot({ path: join(shots, 'offline.png') })
     await page.unroute('**/auth?watch')
+    await link.waitFor()
     await heading(page, 'Signed in')
     await page.getByText('The proxy does not answer.').waitFor({ state: 'hidden' })
     for (const fault of faults.splice(0)) assert.match(fault, /ERR_FAILED/)
   })
 
+  for (const [name, withClipboard] of [['copy the link', true], ['copy the link without a clipboard API', false]]) {
+    await check(name, { permissions: ['clipboard-read', 'clipboard-write'] }, async page => {
+      if (!withClipboard) await page.evaluate(() => { navigator.clipboard.writeText = () => Promise.reject(new Error('not here')) })
+      await page.getByRole('button', { name: 'Copy link' }).click()
+      await page.getByText('Link copied').waitFor({ state: 'attached' })
+      const href = await page.getByRole('link', { name: 'Open Qwen’s page in a new tab' }).getAttribute('href')
+      assert.equal(await page.evaluate(() => navigator.clipboard.readText()), href)
+      await page.waitForTimeout(2500) // a poll changes nothing
+      assert.equal(await page.evaluate(() => document.activeElement.textContent), 'Copy link')
+    })
+  }
+
+  await check('a link as long as Qwen’s, on a wide screen', { viewport: { width: 1280, height: 800 } }, async page => {
+    const parts = await page.locator('#link span').evaluateAll(spans => spans.map(s => ({ text: s.textContent, lines: s.getClientRects().length })))
+    assert.deepEqual(parts.map(p => p.text.replace(/[A-Z]{4}-[A-Z]{4}/, 'CODE')).slice(1), ['?user_code=CODE', '&client=qwen-code'])
+    assert.deepEqual(parts.map(p => p.lines), [1, 1, 1])
+    assert.deepEqual(await page.locator('#link span').evaluateAll(spans => spans.map(s => s.clientHeight < 30)), [true, true, true])
+  })
+
+  await check('an API key', { settings: { QWEN_API_KEY: 'sk-never-used' } }, async page => {
+    await heading(page, 'No sign-in needed')
+    assert.equal(await page.locator('.good').count(), 0)
+    await page.screenshot({ path: join(shots, 'api-key.png') })
+  })
+
+  await check('Qwen can’t be reached', { settings: { QWEN_OAUTH_BASE_URL: 'http://127.0.0.1:1' } }, async page => {
+    await heading(page, 'Waiting for Qwen')
+    assert.equal(await page.getByRole('link').count(), 0)
+    assert.doesNotMatch(await page.locator('main').innerText(), /try again/i)
+    await page.screenshot({ path: join(shots, 'starting.png') })
+  })
+
   await check('without JavaScript', { javaScriptEnabled: false }, async (page, origin) => {
+    assert.equal(await page.getByRole('button', { name: 'Copy link' }).isVisible(), false)
     await decide(page, 'Approve')
     await heading(page, 'Signed in')
     await chat(origin)
