@@ -207,7 +207,6 @@ try {
   }
 } finally {
   await browser.close()
-  await qwen.end()
   rmSync(temporary, { recursive: true })
   console.log(`screenshots: ${shots}`)
 }
