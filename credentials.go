@@ -45,11 +45,17 @@ func (t *token) good(now time.Time) bool {
 	return t != nil && t.access != "" && (t.expiry.IsZero() || now.Before(t.expiry))
 }
 
-// quotedIn reports whether s contains the access token.
-func (t *token) quotedIn(s string) bool { return strings.Contains(s, t.access) }
+// quotedIn reports whether s contains the access token. One of less than 6 characters, which only tests have, may be part
+// of any text and is not looked for.
+func (t *token) quotedIn(s string) bool { return len(t.access) >= 6 && strings.Contains(s, t.access) }
 
 // redact returns s without the access token.
-func (t *token) redact(s string) string { return strings.ReplaceAll(s, t.access, "(not shown)") }
+func (t *token) redact(s string) string {
+	if !t.quotedIn(s) {
+		return s
+	}
+	return strings.ReplaceAll(s, t.access, "(not shown)")
+}
 
 // redactError returns err, or where that quotes the access token, its text without it.
 func (t *token) redactError(err error) error {

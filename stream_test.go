@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"compress/gzip"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -261,4 +263,22 @@ func TestAnswersThatEndWithTheConnection(t *testing.T) {
 			}
 		})
 	}
+}
+
+// FuzzJSONEnding: of JSON that parses, the end is seen at its last bracket and not before.
+func FuzzJSONEnding(f *testing.F) {
+	f.Add([]byte(`{"a":"}\\\"]","b":[{},[]]}`))
+	f.Add([]byte("[\"\\\\\"]\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		if trimmed := bytes.TrimSpace(text); !json.Valid(text) || trimmed[0] != '{' && trimmed[0] != '[' {
+			return
+		}
+		var e jsonEnding
+		for i := range text {
+			e.follow(text[i : i+1])
+			if want := json.Valid(text[:i+1]); e.seen() != want {
+				t.Fatalf("%q: seen %v behind %q", text, e.seen(), text[:i+1])
+			}
+		}
+	})
 }
