@@ -386,6 +386,12 @@ func (s *soak) check(k *soakKind, r *soakRequest, res *http.Response, body strin
 		}
 		return
 	}
+	if strings.HasSuffix(r.answer.sent(), "data: [DONE]\n\n") { // an error event would come too late
+		if body != r.answer.sent() {
+			s.fail(r, "%d bytes, want %d: …%q", len(body), len(r.answer.sent()), last(body, 300))
+		}
+		return
+	}
 	at := strings.LastIndex(body, "\n\ndata: {\"error\":")
 	if at < 0 {
 		s.fail(r, "no error event: …%q, %v", last(body, 300), err)
