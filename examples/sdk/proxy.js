@@ -36,8 +36,8 @@ const key = { QWEN_API_KEY: 'sk-test', API_BASE_URL: qwen + '/compatible-mode/v1
 export const signIn = { QWEN_OAUTH_BASE_URL: qwen, QWEN_DIR: directory }
 
 // start runs the proxy, by default with an API key, and without a rate limit.
-export async function start(env = {}, credentials = key) {
-  const origin = await run('qwen-go-proxy', [], { SERVER_HOST: '127.0.0.1', SERVER_PORT: '0', RATE_LIMIT_RPS: '0', ...credentials, ...env },
+export async function start(env = {}, credentials = key, command = 'serve') {
+  const origin = await run('qwen-go-proxy', [command], { SERVER_HOST: '127.0.0.1', SERVER_PORT: '0', RATE_LIMIT_RPS: '0', ...credentials, ...env },
     'stderr', /"msg":"listening".*"url":"([^"]+)"/)
   while (!(await fetch(origin + '/health/ready')).ok) await sleep(100)
   return { origin, url: origin + '/v1' }
