@@ -139,7 +139,7 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 			"rate_limited":    h.metrics.rateLimited.Load(),
 			"upstream_errors": h.metrics.upstreamFailures(),
 		},
-		"memory":     map[string]uint64{"heap_bytes": mem.HeapAlloc, "system_bytes": mem.Sys},
+		"memory":     map[string]uint64{"heap_bytes": withoutBallast(mem.HeapAlloc), "system_bytes": withoutBallast(mem.Sys)},
 		"goroutines": runtime.NumGoroutine(),
 		"auth":       a,
 		"request_id": x.id(),

@@ -306,17 +306,20 @@ func (p *page) process(started time.Time) {
 }
 
 // runtimeFamilies are those of the Go runtime, under the names that Prometheus' Go client gives them.
-var runtimeFamilies = [...]struct{ source, name, typ, help string }{
-	{"/sched/goroutines:goroutines", "go_goroutines", "gauge", "Number of goroutines that currently exist."},
-	{"/sched/threads/total:threads", "go_threads", "gauge", "Number of OS threads that the runtime has."},
-	{"/sched/gomaxprocs:threads", "go_sched_gomaxprocs_threads", "gauge", "GOMAXPROCS: threads that can run Go code at once."},
-	{"/memory/classes/heap/objects:bytes", "go_memstats_heap_alloc_bytes", "gauge", "Bytes of heap objects that are live or not yet swept."},
-	{"/memory/classes/heap/stacks:bytes", "go_memstats_stack_inuse_bytes", "gauge", "Bytes of goroutines' stacks."},
-	{"/gc/heap/allocs:bytes", "go_memstats_alloc_bytes_total", "counter", "Bytes allocated on the heap since the start, freed ones included."},
-	{"/gc/heap/goal:bytes", "go_memstats_next_gc_bytes", "gauge", "Size of the heap at which the next garbage collection is to end."},
-	{"/memory/classes/total:bytes", "go_memstats_sys_bytes", "gauge", "Bytes of memory that the runtime has from the system."},
-	{"/gc/gomemlimit:bytes", "go_gc_gomemlimit_bytes", "gauge", "GOMEMLIMIT, or the largest number where there is none."},
-	{"/gc/cycles/total:gc-cycles", "go_gc_cycles_total_gc_cycles_total", "counter", "Garbage collections that have ended."},
+var runtimeFamilies = [...]struct {
+	source, name, typ, help string
+	ballast                 bool // the runtime's figure includes the ballast, and ours does not
+}{
+	{"/sched/goroutines:goroutines", "go_goroutines", "gauge", "Number of goroutines that currently exist.", false},
+	{"/sched/threads/total:threads", "go_threads", "gauge", "Number of OS threads that the runtime has.", false},
+	{"/sched/gomaxprocs:threads", "go_sched_gomaxprocs_threads", "gauge", "GOMAXPROCS: threads that can run Go code at once.", false},
+	{"/memory/classes/heap/objects:bytes", "go_memstats_heap_alloc_bytes", "gauge", "Bytes of heap objects that are live or not yet swept.", true},
+	{"/memory/classes/heap/stacks:bytes", "go_memstats_stack_inuse_bytes", "gauge", "Bytes of goroutines' stacks.", false},
+	{"/gc/heap/allocs:bytes", "go_memstats_alloc_bytes_total", "counter", "Bytes allocated on the heap since the start, freed ones included.", true},
+	{"/gc/heap/goal:bytes", "go_memstats_next_gc_bytes", "gauge", "Size of the heap at which the next garbage collection is to end.", true},
+	{"/memory/classes/total:bytes", "go_memstats_sys_bytes", "gauge", "Bytes of memory that the runtime has from the system.", true},
+	{"/gc/gomemlimit:bytes", "go_gc_gomemlimit_bytes", "gauge", "GOMEMLIMIT, or the largest number where there is none.", false},
+	{"/gc/cycles/total:gc-cycles", "go_gc_cycles_total_gc_cycles_total", "counter", "Garbage collections that have ended.", false},
 }
 
 // runtime adds how the Go runtime is.
@@ -330,7 +333,11 @@ func (p *page) runtime() {
 	runtimemetrics.Read(samples[:])
 	for i, f := range runtimeFamilies {
 		if samples[i].Value.Kind() == runtimemetrics.KindUint64 { // another where this Go doesn't know it
-			p.single(f.name, f.typ, f.help, float64(samples[i].Value.Uint64()))
+			value := samples[i].Value.Uint64()
+			if f.ballast {
+				value = withoutBallast(value)
+			}
+			p.single(f.name, f.typ, f.help, float64(value))
 		}
 	}
 }

@@ -26,6 +26,9 @@ import (
 // thousands of streams grow to five times their memory.
 const ballast = 8 << 20
 
+// withoutBallast returns a figure of the Go runtime, in bytes, less the ballast that it includes: nothing uses that memory.
+func withoutBallast(n uint64) uint64 { return max(n, ballast) - ballast }
+
 // serve runs the server until ctx ends and returns the exit status. Once it listens, it calls listening with a URL to reach it
 // by, and with the writer for text that has to keep its place among the log lines.
 func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(out io.Writer, base string, tokens *tokenSource)) int {
