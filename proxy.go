@@ -511,7 +511,8 @@ func isEventStream(contentType string) bool {
 
 // translate makes a text completion of a whole chat completion.
 func (p *proxy) translate(c *call, res *http.Response, body *responseBody) error {
-	defer time.AfterFunc(p.cfg.upstreamTimeout, func() { c.cancel(errUpstreamTimeout) }).Stop()
+	// An answer that drips is never silent. Silence comes first, for it has a message of its own.
+	defer time.AfterFunc(p.cfg.upstreamTimeout+p.cfg.idleTimeout, func() { c.cancel(errUpstreamTimeout) }).Stop()
 	err := c.answer.fill(body, maxTranslated, func(int) {})
 	if err == nil {
 		err = c.answer.charge(decodeFactor * len(c.answer.data))

@@ -88,11 +88,11 @@ func TestASlowAnswerIsNotWaitedForWithoutEnd(t *testing.T) {
 		{"an answer of a known length", "chat/completions", drip(200, "100000", `{"a":1`), 200, "", maxPeekTime},
 		{"one that has not begun", "chat/completions", drip(200, "", " "), 200, "", maxPeekTime},
 		{"one that is none", "chat/completions", drip(200, "", "<html>"), 502, "bad_upstream_answer", maxPeekTime},
-		{"one to translate", "completions", drip(200, "", `{"a":1`), 504, "upstream_timeout", 2 * time.Minute},
+		{"one to translate", "completions", drip(200, "", `{"a":1`), 504, "upstream_timeout", 7 * time.Minute},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				b := inBubble(t, map[string]string{"UPSTREAM_TIMEOUT": "2m"}, tt.api)
+				b := inBubble(t, map[string]string{"UPSTREAM_TIMEOUT": "2m", "STREAM_IDLE_TIMEOUT": "5m"}, tt.api)
 				began := time.Now()
 				request := `{"messages":[]}`
 				if tt.path == "completions" {
