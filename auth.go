@@ -97,7 +97,7 @@ func (s *tokenSource) startNeeded(ctx context.Context, wait time.Duration) {
 
 // authAnswer returns the state of the sign-in, for r's client.
 func (s *tokenSource) authAnswer(r *http.Request) *authAnswer {
-	a := &authAnswer{Host: r.Host}
+	a := &authAnswer{Host: r.Host, Demo: s.demo}
 	st := s.state.Load()
 	err, needsSignIn := s.trouble(st)
 	if err != nil {

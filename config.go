@@ -32,6 +32,7 @@ type config struct {
 	logLevel  slog.Level
 	logFormat string // "json" or "text"
 	debug     bool   // per-request detail in the log
+	demo      bool   // a stand-in answers in Qwen's place
 	greet     bool   // whoever started the program sits at a terminal and reads
 
 	envFile      string // the file that settings were read from; "" for none

@@ -114,10 +114,16 @@ var errSignedOut = errors.New("signed out")
 // A credentialStore reads and writes the credential file in dir. It is safe for concurrent use; lock keeps
 // other processes away.
 type credentialStore struct {
-	dir string
+	dir string // "" stores nothing: the demo's sign-in is kept in memory
 }
 
-func (s *credentialStore) path() string { return filepath.Join(s.dir, credentialFile) }
+// path returns the file's path, "" where nothing is stored.
+func (s *credentialStore) path() string {
+	if s.dir == "" {
+		return ""
+	}
+	return filepath.Join(s.dir, credentialFile)
+}
 
 // load reads the token. The error is an fs.ErrNotExist where there is no file, errSignedOut, or says why the file
 // can't be used without quoting it.
@@ -171,6 +177,9 @@ func sameFile(a, b fs.FileInfo) bool {
 
 // check returns why the directory can't be written, in words that say what to do; nil where it can.
 func (s *credentialStore) check() error {
+	if s.dir == "" {
+		return nil
+	}
 	err := os.MkdirAll(s.dir, 0o700)
 	if err == nil {
 		var f *os.File
@@ -325,6 +334,9 @@ func writeInPlace(path string, content []byte) error {
 
 // save writes t, with the members that it was read with.
 func (s *credentialStore) save(t *token) error {
+	if s.dir == "" {
+		return nil
+	}
 	n, err := s.reserve()
 	if err != nil {
 		return err

@@ -51,6 +51,9 @@ type standInSignIn struct {
 	decision  string // "approve" or "deny"; "" while nobody has decided
 }
 
+// demoApproval is when a sign-in of the demo approves itself. It is short, because requests get a 401 until then.
+const demoApproval = 2 * time.Second
+
 const (
 	standInIntro    = "This is qwen-go-proxy's stand-in for Qwen, not a model."
 	standInCodeLife = 15 * time.Minute // of a device code
@@ -62,9 +65,9 @@ const (
 // newStandIn returns a standIn with the settings of the demo command.
 func newStandIn() *standIn {
 	return &standIn{
-		approveAfter:  5 * time.Second,
+		approveAfter:  demoApproval,
 		tokenLife:     time.Hour,
-		interval:      2 * time.Second,
+		interval:      time.Second,
 		wordDelay:     40 * time.Millisecond,
 		signIns:       map[string]*standInSignIn{},
 		refreshTokens: map[string]bool{},

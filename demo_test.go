@@ -71,7 +71,7 @@ func (c *standInClient) authorize() (deviceCode, userCode string) {
 	userCode, _ = device["user_code"].(string)
 	link := "http://qwen.test/authorize"
 	want := object{"status": 200, "device_code": deviceCode, "user_code": userCode, "verification_uri": link,
-		"verification_uri_complete": link + "?user_code=" + userCode + "&client=qwen-code", "expires_in": 900.0, "interval": 2.0}
+		"verification_uri_complete": link + "?user_code=" + userCode + "&client=qwen-code", "expires_in": 900.0, "interval": 1.0}
 	if diff := cmp.Diff(want, device); diff != "" || deviceCode == "" || userCode == "" {
 		c.t.Fatalf("device authorization (-want +got):\n%s", diff)
 	}

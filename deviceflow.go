@@ -42,6 +42,7 @@ type deviceFlow struct {
 	oauth  *oauthClient
 	log    *slog.Logger
 	prompt io.Writer // where people read the link
+	demo   bool      // a stand-in answers in Qwen's place
 	// complete stores the token of a sign-in and puts it into use. It reports false where the sign-in was ended before
 	// that: ctx then says why.
 	complete func(ctx context.Context, t *token) bool
@@ -151,7 +152,7 @@ func (f *deviceFlow) run(ctx context.Context) {
 		return
 	}
 	f.log.Warn("waiting for sign-in", "expires", auth.expires)
-	printSignIn(f.prompt, auth)
+	printSignIn(f.prompt, auth, f.demo)
 
 	t, err := f.oauth.poll(ctx, auth)
 	if err == nil {
@@ -183,7 +184,13 @@ func (f *deviceFlow) run(ctx context.Context) {
 }
 
 // printSignIn tells people how to sign in; link and code stand alone on their lines, to be copied.
-func printSignIn(w io.Writer, d *deviceAuth) {
+func printSignIn(w io.Writer, d *deviceAuth, demo bool) {
+	note := `The free tier of Qwen accounts ended on 2026-04-15. If yours is not served,
+set QWEN_API_KEY to an API key instead.
+`
+	if demo {
+		note = fmt.Sprintf("Left alone, the demo's sign-in approves itself %v after it began.\n", demoApproval)
+	}
 	fmt.Fprintf(w, `
 To sign in to Qwen, open this page in a browser on any device:
 
@@ -193,8 +200,6 @@ and check that it shows this code:
 
 %s
 
-The free tier of Qwen accounts ended on 2026-04-15. If yours is not served,
-set QWEN_API_KEY to an API key instead.
-
-`, d.verificationURIComplete, d.userCode)
+%s
+`, d.verificationURIComplete, d.userCode, note)
 }

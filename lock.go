@@ -151,8 +151,11 @@ func (l *fileLock) release() {
 	}
 }
 
-// lock locks the store for a refresh; see acquireLock.
+// lock locks the store for a refresh; see acquireLock. The lock is nil where nothing is stored.
 func (s *credentialStore) lock(ctx context.Context, enough func() bool) (*fileLock, error) {
+	if s.dir == "" {
+		return nil, nil
+	}
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, err
 	}

@@ -72,8 +72,9 @@ func commands() []command {
 			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS"),
 			help:  "For containers without a shell."},
 		{name: "demo", summary: "serve with a stand-in for Qwen: no account, no network, nothing stored", run: demoCommand,
+			// What leads to the real Qwen is not read.
 			reads: allBut("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE", "API_BASE_URL"), serves: true,
-			help: "Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after a\nfew seconds, and the answers are canned. Credentials go to a temporary directory.\n\n" +
+			help: "Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after two\nseconds, and the answers are canned. Nothing is stored.\n\n" +
 				"Models of some names fail, to try out what a client does then: error-500 answers with status 500, any from error-400\nto error-599 likewise, and error-midstream breaks off in the middle of a stream."},
 		{name: "version", summary: "print version, commit, build date and Go version", run: versionCommand},
 		{name: "help", summary: "print this text, or explain a command"},
@@ -238,37 +239,43 @@ func demoCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
 		return 1
 	}
-	dir, err := os.MkdirTemp("", "qwen-go-proxy-demo-")
-	if err != nil {
-		fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
-		return 1
-	}
-	defer os.RemoveAll(dir)
 	qwen := &http.Server{Handler: newStandIn(), ReadHeaderTimeout: 10 * time.Second}
 	go qwen.Serve(ln)
 	defer qwen.Close()
-
-	// What would lead to the real Qwen is put aside.
-	cfg.qwenDir = dir
+	cfg.demo = true
+	cfg.qwenDir = ""
 	cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
-	cfg.apiBase, cfg.apiKey, cfg.apiKeyFile = nil, "", ""
 	return serve(ctx, cfg, stderr, func(out io.Writer, base string, _ *tokenSource) {
-		fmt.Fprintf(out, `
-This is a demo: a stand-in inside the program answers in Qwen's place.
-No account, no network, no model.
-
-The sign-in below approves itself after a few seconds. Then try:
-
-  curl %[1]s/v1/chat/completions -d '{"messages":[{"role":"user","content":"Hello"}]}'
-  curl -N %[1]s/v1/chat/completions -d '{"stream":true,"messages":[{"role":"user","content":"Hello"}]}'
-
-Base URL for OpenAI clients: %[1]s/v1 (any API key)
-
-`, base)
+		fmt.Fprintf(out, "\n%s\n", demoBanner(cfg, base))
 		if cfg.greet {
 			fmt.Fprint(out, "Ctrl-C stops it.\n\n")
 		}
 	})
+}
+
+// demoBanner says what to try with a demo that this machine reaches by base.
+func demoBanner(cfg *config, base string) string {
+	curl, key := "curl", "any API key"
+	if path, ok := strings.CutPrefix(base, "unix:"); ok {
+		curl, base = "curl --unix-socket "+path, "http://localhost"
+	}
+	if cfg.tls {
+		curl += " -k"
+	}
+	if len(cfg.proxyKeys) > 0 {
+		curl += " -H 'Authorization: Bearer KEY'"
+		key = "one of PROXY_API_KEYS in the place of KEY"
+	}
+	return fmt.Sprintf(`This is a demo: a stand-in inside the program answers in Qwen's place.
+No account, no network, no model.
+
+The sign-in below approves itself after %[4]v. Then try:
+
+  %[1]s %[2]s/v1/chat/completions -d '{"messages":[{"role":"user","content":"Hello"}]}'
+  %[1]s -N %[2]s/v1/chat/completions -d '{"stream":true,"messages":[{"role":"user","content":"Hello"}]}'
+
+Base URL for OpenAI clients: %[2]s/v1 (%[3]s)
+`, curl, base, key, demoApproval)
 }
 
 // newSource returns the source of tokens that cfg asks for.

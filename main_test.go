@@ -370,6 +370,61 @@ func TestEnvFileOfTheWorkingDirectory(t *testing.T) {
 	}
 }
 
+// TestDemoBannerWorks runs the demo's first example as it is printed.
+func TestDemoBannerWorks(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("curl"); err != nil {
+		t.Skip(err)
+	}
+	cert, key := certificate(t)
+	for name, tt := range map[string]struct {
+		env  map[string]string
+		want string // in the banner
+	}{
+		"plain":       {nil, "(any API key)"},
+		"keys":        {map[string]string{"PROXY_API_KEYS": "k3y"}, "(one of PROXY_API_KEYS in the place of KEY)"},
+		"Unix socket": {map[string]string{"SERVER_HOST": "unix:" + filepath.Join(shortDir(t), "s")}, "curl --unix-socket "},
+		"TLS":         {map[string]string{"ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}, "curl -k https://"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, tt.env, "demo")
+			p.stderr.await(t, `"msg":"signed in"`)
+			banner, _, _ := strings.Cut(p.stderr.String(), `{"time"`)
+			if !strings.Contains(banner, tt.want) {
+				t.Errorf("%q is not in the banner:\n%s", tt.want, banner)
+			}
+			command := strings.ReplaceAll(p.stderr.await(t, `(?m)^  (curl .*)$`), "KEY", "k3y")
+			out, err := exec.CommandContext(t.Context(), "sh", "-c", command+" -sS").CombinedOutput()
+			if err != nil || !strings.Contains(string(out), "stand-in") {
+				t.Errorf("%s: %v\n%s", command, err, out)
+			}
+		})
+	}
+}
+
+// TestDemoNeedsNoAccountAndNoDirectory runs the demo on all addresses, where nothing can be written.
+func TestDemoNeedsNoAccountAndNoDirectory(t *testing.T) {
+	none := filepath.Join(t.TempDir(), "none")
+	t.Setenv("TMPDIR", none)
+	t.Chdir(t.TempDir())
+	p := start(t, map[string]string{"SERVER_HOST": "0.0.0.0", "QWEN_DIR": none, "QWEN_API_KEY_FILE": none}, "demo")
+	begin := time.Now()
+	p.stderr.await(t, `"msg":"signed in"`)
+	if took := time.Since(begin); took > 4*time.Second {
+		t.Errorf("the sign-in took %v", took)
+	}
+	if res, body := p.post("/v1/chat/completions", `{"messages":[{"role":"user","content":"Hello"}]}`); res.StatusCode != http.StatusOK {
+		t.Errorf("chat: %s %s", res.Status, body)
+	}
+	if out := p.stderr.String(); strings.Contains(out, `"level":"ERROR"`) || strings.Contains(out, "spend") || strings.Contains(out, "QWEN_API_KEY") {
+		t.Errorf("it warns of what does not concern it:\n%s", out)
+	}
+	if entries, err := os.ReadDir("."); err != nil || len(entries) > 0 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
 func TestDemoFromSignInToAnswer(t *testing.T) {
 	t.Parallel()
 	p := start(t, map[string]string{"QWEN_API_KEY": "sk-must-not-be-used"}, "demo")
@@ -377,7 +432,10 @@ func TestDemoFromSignInToAnswer(t *testing.T) {
 		t.Errorf("ready before the sign-in: %s", res.Status)
 	}
 	res, body := p.post("/v1/chat/completions", `{"messages":[{"role":"user","content":"too early"}]}`)
-	wantError(t, res, body, http.StatusUnauthorized, typeAuthentication, "not_signed_in")
+	early := wantError(t, res, body, http.StatusUnauthorized, typeAuthentication, "not_signed_in")
+	if !strings.Contains(early.Error.Message, "approves itself 2s after it began") {
+		t.Errorf("the early request is told %q, not when to try again", early.Error.Message)
+	}
 
 	link := p.stderr.await(t, `(?m)^(http://\S+/authorize\?\S+)$`)
 	code := p.stderr.await(t, `(?m)^([A-Z0-9]{4}-[A-Z0-9]{4})$`)

@@ -62,7 +62,7 @@ func loginCommand(o *loginOptions) func(ctx context.Context, cfg *config, stdout
 				"user_code": auth.userCode, "expires_at": auth.expires.UTC().Truncate(time.Second),
 			})
 		} else {
-			printSignIn(stdout, auth)
+			printSignIn(stdout, auth, false)
 			if opened {
 				fmt.Fprintln(stdout, "A browser should have opened there.")
 			}

@@ -37,6 +37,7 @@ type tokenSource struct {
 	keyFile string           // the API key's; "" where it has none
 	base    *url.URL         // API_BASE_URL; nil: what the token says
 	buffer  time.Duration    // TOKEN_REFRESH_BUFFER
+	demo    bool             // a stand-in answers in Qwen's place
 	log     *slog.Logger
 
 	flow  deviceFlow // signs in where there is no token, or none that can be renewed; unused with an API key
@@ -79,8 +80,8 @@ var refreshResults = [...]string{"success", "refused", "failed"}
 // newTokenSource returns a source over the credential file, which is read here. It needs run to renew anything.
 func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
 	s := &tokenSource{
-		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log,
-		flow: deviceFlow{oauth: oauth, log: log, prompt: prompt},
+		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, demo: cfg.demo, log: log,
+		flow: deviceFlow{oauth: oauth, log: log, prompt: prompt, demo: cfg.demo},
 		wake: make(chan struct{}, 1), looks: make(chan chan struct{}),
 	}
 	s.flow.complete = s.signedIn
@@ -156,7 +157,7 @@ func (s *tokenSource) wait(ctx context.Context, not *token) (*token, error) {
 		if st.token != not && st.token.good(now) {
 			return st.token, nil
 		}
-		if err := st.problem(now); err != nil {
+		if err := s.problem(st, now); err != nil {
 			if err.status == http.StatusUnauthorized && now.Sub(s.flow.state().ended) > time.Minute {
 				s.flow.start() // the link of the last one is dead: whoever looks at the log shall find a live one
 			}
@@ -173,9 +174,9 @@ func (s *tokenSource) wait(ctx context.Context, not *token) (*token, error) {
 	}
 }
 
-// problem returns why no good token can be had at now, in the words that everything else uses too, and nil
+// problem returns why st has no good token at now, in the words that everything else uses too, and nil
 // where there is one or a refresh is under way or due.
-func (st *authState) problem(now time.Time) *apiError {
+func (s *tokenSource) problem(st *authState, now time.Time) *apiError {
 	good := st.token.good(now) && !st.rejected
 	switch {
 	case good && st.token.baseErr != nil:
@@ -183,8 +184,11 @@ func (st *authState) problem(now time.Time) *apiError {
 	case good:
 		return nil
 	case st.token == nil:
-		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in",
-			message: "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log.", err: st.fileErr}
+		message := "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."
+		if s.demo {
+			message = fmt.Sprintf("The demo is not signed in yet. Its sign-in approves itself %v after it began: try again then.", demoApproval)
+		}
+		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in", message: message, err: st.fileErr}
 	case st.refused != nil:
 		return signInRefused(st.refused)
 	case !st.refreshing && st.retryAt.After(now):
@@ -540,7 +544,7 @@ func (s *tokenSource) ready() *apiError {
 		return notServed()
 	}
 	st := s.state.Load()
-	if err := st.problem(now); err != nil {
+	if err := s.problem(st, now); err != nil {
 		return err
 	}
 	if !st.token.good(now) {
