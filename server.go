@@ -115,6 +115,9 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 		return 1
 	case <-ctx.Done():
 	}
+	if cfg.greet {
+		fmt.Fprintln(out, "Stopping. Ctrl-C again cuts off what is under way.")
+	}
 	h.stopping.Store(true)
 	<-managerTold
 	manager.stopping(m.inFlight.Load(), cfg.shutdownDelay+cfg.shutdownTimeout)

@@ -140,6 +140,22 @@ func TestDemoAtATerminalSaysHowToStop(t *testing.T) {
 	user.await(t, `(?s)Base URL for OpenAI clients.*Ctrl-C stops it\..*level=INFO msg=listening.*To sign in to Qwen`)
 }
 
+func TestASecondInterruptIsAnnounced(t *testing.T) {
+	terminal, user, _ := newTerminal(t)
+	ctx, interrupt := context.WithCancel(t.Context())
+	exit := make(chan int, 1)
+	go func() {
+		env := map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0", "QWEN_API_KEY": "sk-test"}
+		exit <- run(ctx, nil, lookup(env), "", io.Discard, terminal)
+	}()
+	user.await(t, "msg=listening")
+	interrupt()
+	user.await(t, `Stopping\. Ctrl-C again cuts off what is under way\.`)
+	if status := <-exit; status != 0 {
+		t.Errorf("exit status %d", status)
+	}
+}
+
 func TestLogFormatCountsAtATerminal(t *testing.T) {
 	user := startAtTerminal(t, map[string]string{"LOG_FORMAT": "json", "QWEN_API_KEY": "sk-test"})
 	user.await(t, `"msg":"listening"`)
