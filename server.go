@@ -210,7 +210,7 @@ func reachable(host string) string {
 
 // warn logs what is allowed but may not be meant.
 func warn(cfg *config, log *slog.Logger, a net.Addr) {
-	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() {
+	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() && !cfg.demo {
 		log.Warn("anyone who can reach this address can spend this account: set PROXY_API_KEYS, or SERVER_HOST=127.0.0.1", "address", a.String())
 	}
 	if cfg.apiKey != "" {
