@@ -349,6 +349,14 @@ func (s *credentialStore) save(t *token) error {
 	return n.commit(content)
 }
 
+// replace writes t in the place of whatever is there. It keeps the members that it does not know.
+func (s *credentialStore) replace(t *token) error {
+	if stored, err := s.load(); err == nil {
+		t.members = stored.members // of another program that shares the file
+	}
+	return s.save(t)
+}
+
 // signOut makes the file say that nobody is signed in.
 func (s *credentialStore) signOut() error {
 	n, err := s.reserve()

@@ -45,7 +45,9 @@ type tokenSource struct {
 	mu    sync.Mutex         // held while state is replaced
 	wake  chan struct{}      // 1 slot: there may be something to do for run
 	looks chan chan struct{} // to look at the file now, for run; nil where there is none
-	seen  fs.FileInfo        // the credential file at run's last look; nil where there was none
+
+	fileMu sync.Mutex  // held while a change of the credential file is put into use, or a sign-in is stored
+	seen   fs.FileInfo // the file at the last look; nil where there was none; guarded by fileMu
 
 	unserved   atomic.Pointer[unserved] // nil while the API takes the token
 	refreshes  [len(refreshResults)]atomic.Int64
@@ -144,7 +146,9 @@ func (s *tokenSource) Token(ctx context.Context) (*token, error) {
 // Replace returns a token other than rejected, to which the API answered 401: the one that has taken its place
 // already, or else that of a refresh. Its error is as Token's.
 func (s *tokenSource) Replace(ctx context.Context, rejected *token) (*token, error) {
-	s.update(func(st *authState) { st.rejected = st.rejected || st.token == rejected })
+	if st := s.state.Load(); st.token == rejected && !st.rejected {
+		s.update(func(st *authState) { st.rejected = st.rejected || st.token == rejected })
+	}
 	return s.wait(ctx, rejected)
 }
 
@@ -278,6 +282,13 @@ func (s *tokenSource) run(ctx context.Context) {
 
 // follow puts into use what another process has done to the credential file.
 func (s *tokenSource) follow() {
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	s.look()
+}
+
+// look does what follow does. The caller holds fileMu.
+func (s *tokenSource) look() {
 	st := s.state.Load()
 	info, _ := os.Stat(s.store.path())
 	if st.fileErr == nil && sameFile(info, s.seen) {
@@ -314,11 +325,13 @@ func (s *tokenSource) follow() {
 	}
 }
 
-// signedOut drops the token, since the credential file says so.
+// signedOut drops the token, since the credential file says so, and starts a sign-in as at a start without credentials. One
+// that was under way ends: its link is from before the logout.
 func (s *tokenSource) signedOut() {
 	s.update(func(st *authState) { *st = authState{} })
-	s.flow.end(signInNone, errSignedOut)
 	s.log.Warn("signed out by another process")
+	s.flow.end(signInNone, errSignedOut)
+	s.flow.start()
 }
 
 // followKey puts a new API key into use when its file changes.
@@ -490,16 +503,11 @@ func (s *tokenSource) stored(err error) {
 
 // storeSignIn stores the token of a completed sign-in, which takes the place of anything.
 func storeSignIn(ctx context.Context, store *credentialStore, t *token) error {
-	lock, err := store.lock(ctx, func() bool { return false })
+	lock, _ := store.lock(ctx, func() bool { return false }) // a lock that is held forever shall not cost the user a sign-in
 	if lock != nil {
 		defer lock.release()
-	} else if !errors.Is(err, errLocked) { // a lock that is held forever shall not cost the user a sign-in
-		return err
 	}
-	if stored, err := store.load(); err == nil {
-		t.members = stored.members // of whoever shares the file, to be kept
-	}
-	return store.save(t)
+	return store.replace(t)
 }
 
 // setToken puts t into use.
@@ -511,9 +519,19 @@ func (s *tokenSource) setToken(t *token) {
 	wakeUp(s.wake) // its refresh may be due sooner than run looks again
 }
 
-// signedIn stores the token of a completed sign-in and puts it into use.
+// signedIn stores the token of a completed sign-in and puts it into use, unless the sign-in has been ended meanwhile.
 func (s *tokenSource) signedIn(ctx context.Context, t *token) bool {
-	s.stored(storeSignIn(context.WithoutCancel(ctx), s.store, t))
+	lock, _ := s.store.lock(ctx, func() bool { return false }) // as in storeSignIn
+	if lock != nil {
+		defer lock.release()
+	}
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	s.look() // a logout by the process that held the lock before ends the sign-in
+	if reason := context.Cause(ctx); reason != nil && reason != errShuttingDown {
+		return false
+	}
+	s.stored(s.store.replace(t))
 	s.setToken(t)
 	s.unserved.Store(nil) // it may be another account's
 	return true
