@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strconv"
 	"strings"
 	"syscall"
@@ -268,12 +269,27 @@ func (s *credentialStore) reserve() (*newFile, error) {
 	if err != nil {
 		return nil, err
 	}
+	giveToOwner(f, filepath.Dir(target))
 	n := &newFile{f: f, target: target}
 	if _, err := f.Write(make([]byte, 16<<10)); err != nil {
 		n.discard()
 		return nil, err
 	}
 	return n, nil
+}
+
+// giveToOwner makes the owner of dir the owner of f, if root writes it: a service whose administrator runs login has to read
+// the file under a user of its own.
+func giveToOwner(f *os.File, dir string) {
+	info, err := os.Stat(dir)
+	if err != nil || os.Geteuid() != 0 {
+		return
+	}
+	stat := reflect.Indirect(reflect.ValueOf(info.Sys())) // a syscall.Stat_t, which not every system has
+	if stat.Kind() != reflect.Struct || !stat.FieldByName("Uid").IsValid() || !stat.FieldByName("Gid").IsValid() {
+		return
+	}
+	f.Chown(int(stat.FieldByName("Uid").Uint()), int(stat.FieldByName("Gid").Uint())) // a root without that right keeps the file
 }
 
 // removeLeft removes the temporary files that crashes have left in dir: they hold tokens. What is in use is younger.

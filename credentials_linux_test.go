@@ -2,6 +2,7 @@ package main
 
 import (
 	"net/http"
+	"os"
 	"path/filepath"
 	"syscall"
 	"testing"
@@ -23,4 +24,41 @@ func TestFIFOInPlaceOfTheCredentialFile(t *testing.T) {
 	if status := p.wait(); status != 0 {
 		t.Errorf("exit status %d, want 0", status)
 	}
+}
+
+// TestRootLeavesTheCredentialsToTheServicesUser: root runs login and logout for a service with a user of its own.
+func TestRootLeavesTheCredentialsToTheServicesUser(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("takes root")
+	}
+	const user = 12345
+	_, env := qwenEnv(t)
+	dir := env["QWEN_DIR"]
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(dir, user, user+1); err != nil {
+		t.Skip(err)
+	}
+	wantOwner := func() {
+		t.Helper()
+		info, err := os.Stat(filepath.Join(dir, credentialFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if stat := info.Sys().(*syscall.Stat_t); stat.Uid != user || stat.Gid != user+1 || info.Mode() != 0o600 {
+			t.Errorf("the file belongs to %d:%d, with mode %v", stat.Uid, stat.Gid, info.Mode())
+		}
+	}
+	login := runCommand(t, env, "login", "-no-browser")
+	decideAt(t, login.stdout.await(t, linkLine), "approve")
+	if status, out := login.wait(t); status != 0 {
+		t.Fatalf("login: exit status %d:\n%s", status, out)
+	}
+	wantOwner()
+	if status, out := runCommand(t, env, "logout").wait(t); status != 0 {
+		t.Fatalf("logout: exit status %d:\n%s", status, out)
+	}
+	wantOwner()
 }

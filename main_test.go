@@ -383,7 +383,7 @@ func TestDemoBannerWorks(t *testing.T) {
 	}{
 		"plain":       {nil, "(any API key)"},
 		"keys":        {map[string]string{"PROXY_API_KEYS": "k3y"}, "(one of PROXY_API_KEYS in the place of KEY)"},
-		"Unix socket": {map[string]string{"SERVER_HOST": "unix:" + filepath.Join(shortDir(t), "s")}, "curl --unix-socket "},
+		"Unix socket": {map[string]string{"SERVER_HOST": "unix:" + filepath.Join(t.TempDir(), "s")}, "curl --unix-socket "},
 		"TLS":         {map[string]string{"ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}, "curl -k https://"},
 	} {
 		t.Run(name, func(t *testing.T) {
