@@ -262,6 +262,44 @@ func TestNoLogLineIsLost(t *testing.T) {
 	}
 }
 
+func TestASecondSignalWritesTheLog(t *testing.T) {
+	for name, reads := range map[string]bool{"a reader that comes back": true, "no reader": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p, log := startLogging(t, map[string]string{"SHUTDOWN_DELAY": "30s"})
+			const n = 400
+			p.requests(n, nil) // more than the pipe takes
+			p.cmd.Process.Signal(syscall.SIGTERM)
+			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+				res, err := http.Get(p.url + "/health/ready")
+				if err != nil || time.Now().After(deadline) {
+					t.Fatalf("the server is not about to stop: %v", err)
+				}
+				res.Body.Close()
+				if res.StatusCode == http.StatusServiceUnavailable {
+					break
+				}
+			}
+			p.cmd.Process.Signal(syscall.SIGTERM)
+			if !reads {
+				select {
+				case <-p.ended:
+				case <-time.After(5 * time.Second):
+					t.Error("the program still runs 5 s after a second SIGTERM")
+				}
+				return
+			}
+			all, err := io.ReadAll(log)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := strings.Count(string(all), `"msg":"request"`); got < n {
+				t.Errorf("%d requests are in the log, want all %d", got, n)
+			}
+		})
+	}
+}
+
 // BenchmarkLogToAPipe is what a line costs the request that logs it.
 func BenchmarkLogToAPipe(b *testing.B) {
 	r, w, err := os.Pipe()

@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"os/signal"
 	"runtime"
 	"strconv"
 	"sync"
@@ -37,6 +38,8 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 	m := &metrics{started: time.Now()}
 	out := &logWriter{w: stderr, dropped: &m.logDropped}
 	defer out.flush(time.Second)
+	over := make(chan struct{})
+	defer close(over)
 	log := newLogger(cfg, out)
 	ln, err := listen(cfg)
 	if err != nil {
@@ -115,6 +118,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 		return 1
 	case <-ctx.Done():
 	}
+	go exitOnSignal(out, over)
 	if cfg.greet {
 		fmt.Fprintln(out, "Stopping. Ctrl-C again cuts off what is under way.")
 	}
@@ -146,6 +150,19 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 	}
 	log.Info("stopped")
 	return 0
+}
+
+// exitOnSignal ends the program when another signal asks for that before the server is over. What is in out is written first.
+func exitOnSignal(out *logWriter, over <-chan struct{}) {
+	again := make(chan os.Signal, 1)
+	signal.Notify(again, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(again)
+	select {
+	case <-again:
+		out.flush(time.Second)
+		os.Exit(1)
+	case <-over:
+	}
 }
 
 // listen binds the address. It takes over a Unix socket that a dead process has left behind.
