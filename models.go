@@ -18,23 +18,22 @@ import (
 const (
 	// modelsFresh is how long the upstream's list is kept.
 	modelsFresh = 5 * time.Minute
-	// modelsRetry is how long the upstream isn't asked again after a failure.
+	// modelsRetry is how long the proxy waits after a failure before it asks the upstream again.
 	modelsRetry = 30 * time.Second
-	// modelsTimeout bounds how long the upstream is waited for: there is a list to fall back on.
+	// modelsTimeout bounds the wait for the upstream's list. It is short: there is a list to fall back on.
 	modelsTimeout = 10 * time.Second
 	// maxModels bounds the upstream's list, in bytes.
 	maxModels = 4 << 20
 )
 
-// The models listed where neither the upstream nor MODELS names any. What an account may use in
-// fact differs from account to account.
+// The models listed if neither the upstream nor MODELS names any. Accounts differ in the models that they may use.
 var (
 	oauthModels = []string{"coder-model", "qwen3-coder-plus", "qwen3-coder-flash", "vision-model"}
 	keyModels   = []string{"qwen3-coder-plus", "qwen3-coder-flash", "qwen3.6-plus", "qwen3.7-plus", "qwen3.7-max", "qwen3.8-flash", "text-embedding-v4"}
 )
 
-// models handles GET /v1/models and /v1/models/{id}: with an API key by the upstream's list, without one and where that can't
-// be had by MODELS or a list of its own. It never starts a sign-in.
+// models handles GET /v1/models and /v1/models/{id}. With an API key it answers with the upstream's list. Under OAuth, or if the
+// upstream gives no list, it answers with MODELS or the built-in list. It never starts a sign-in.
 type models struct {
 	tokens    *tokenSource
 	transport http.RoundTripper
@@ -44,7 +43,7 @@ type models struct {
 	fixed   *modelList                // where the upstream has none
 	current atomic.Pointer[modelList] // the upstream's, or fixed; nil before the first request
 	asking  chan struct{}             // 1 slot; held while current is replaced
-	failure string                    // why the upstream was of no use, as it was logged last; for who holds asking
+	failure string                    // the error logged last; "" after a success; guarded by asking
 }
 
 // A modelList is a list of models as it is answered, with all aliases. It does not change.
@@ -76,7 +75,7 @@ func newModels(cfg *config, tokens *tokenSource, transport http.RoundTripper, lo
 	return m
 }
 
-// ownModel returns the model object of a model that the upstream has said nothing of.
+// ownModel returns the model object of a model that the upstream has not listed.
 func ownModel(id string) json.RawMessage {
 	b, err := json.Marshal(struct {
 		ID      string `json:"id"`
@@ -90,14 +89,14 @@ func ownModel(id string) json.RawMessage {
 	return b
 }
 
-// modelID returns the id of a model object, "" where it has none.
+// modelID returns the id of a model object, "" if it has none.
 func modelID(object json.RawMessage) string {
 	var named struct{ ID string }
-	json.Unmarshal(object, &named) // what is no object, or has another id than a string, has none
+	json.Unmarshal(object, &named) // anything else than an object whose id is a string has no id
 	return named.ID
 }
 
-// newList returns the list of the model objects and the aliases. What has no id, or one that came before, is left out.
+// newList returns the list of the model objects and the aliases. It leaves out objects without an id and repeated ids.
 func (m *models) newList(objects []json.RawMessage) *modelList {
 	l := &modelList{byID: map[string]json.RawMessage{}}
 	list := struct {
@@ -118,12 +117,12 @@ func (m *models) newList(objects []json.RawMessage) *modelList {
 	}
 	var err error
 	if l.body, err = json.Marshal(list); err != nil {
-		panic(err) // what has been unmarshalled marshals
+		panic(err) // the parts were valid JSON
 	}
 	return l
 }
 
-// list returns the models there are. Many requests ask the upstream once.
+// list returns the current list. Concurrent requests ask the upstream once.
 func (m *models) list(ctx context.Context) *modelList {
 	if l := m.current.Load(); l != nil && time.Now().Before(l.until) {
 		return l
@@ -132,7 +131,7 @@ func (m *models) list(ctx context.Context) *modelList {
 	case m.asking <- struct{}{}:
 		defer func() { <-m.asking }()
 	case <-ctx.Done():
-		return m.fixed // nobody reads it
+		return m.fixed // the client has left
 	}
 	last := m.current.Load()
 	if last != nil && time.Now().Before(last.until) {
@@ -152,7 +151,7 @@ func (m *models) list(ctx context.Context) *modelList {
 		next.until = time.Now().Add(modelsRetry)
 		if err.Error() != m.failure {
 			m.failure = err.Error()
-			m.log.Warn("Qwen's list of models can't be had; the last one, MODELS or a built-in list serves instead", "error", err)
+			m.log.Warn("the list of models can't be fetched from Qwen; the previous list, MODELS or the built-in list is used", "error", err)
 		}
 	}
 	m.current.Store(&next)
@@ -173,7 +172,7 @@ func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 	}
 	req.Header.Set("Authorization", t.authorization)
 	req.Header.Set("User-Agent", userAgent)
-	res, err := m.transport.RoundTrip(req) // which follows no redirects
+	res, err := m.transport.RoundTrip(req) // follows no redirects
 	if err != nil {
 		return nil, t.redactError(err)
 	}
@@ -187,7 +186,7 @@ func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 	}
 	var list struct{ Data []json.RawMessage }
 	if err := json.Unmarshal(b, &list); err != nil || !slices.ContainsFunc(list.Data, func(o json.RawMessage) bool { return modelID(o) != "" }) {
-		return nil, errors.Join(fmt.Errorf("%s/models answered something other than a list of models", t.base), err)
+		return nil, errors.Join(fmt.Errorf("%s/models did not answer with a list of models", t.base), err)
 	}
 	return list.Data, nil
 }

@@ -12,20 +12,20 @@ import (
 	"time"
 )
 
-// A notifier tells the service manager how the program is, in the protocol of systemd's sd_notify(3): datagrams of
+// A notifier tells the service manager the server's state, in the protocol of systemd's sd_notify(3): datagrams of
 // VARIABLE=value lines. It is not safe for concurrent use.
 //
-// There is no watchdog. It could only ask the own listener for /health, and so find out that the Go runtime runs. What it
-// would kill is a server on a machine that is short of CPU, with the streams under way, and at worst a refresh token that
-// is spent and whose successor is not stored yet.
+// There is no watchdog. It could only request /health from the server's own listener, which proves that the Go runtime runs. It
+// would kill a server on a machine that is short of CPU, and with it all open streams. At worst a new refresh token would be
+// lost before it is stored.
 type notifier struct {
-	socket string // $NOTIFY_SOCKET: a path, or @ and the name of an abstract socket; "" tells nobody
+	socket string // $NOTIFY_SOCKET: a path, or @ and the name of an abstract socket; "": there is no service manager
 	log    *slog.Logger
-	failed bool // and it has been logged
+	failed bool // a failure has been logged
 	status string
 }
 
-// send sends lines as one datagram. The server serves whether or not anybody takes it.
+// send sends lines as one datagram. A failure is logged once and changes nothing else.
 func (n *notifier) send(lines ...string) {
 	if n.socket == "" {
 		return
@@ -38,11 +38,11 @@ func (n *notifier) send(lines ...string) {
 	}
 	if err != nil && !n.failed {
 		n.failed = true
-		n.log.Warn("the service manager can't be told how the server is", "NOTIFY_SOCKET", n.socket, "error", err)
+		n.log.Warn("the service manager can't be notified of the server's state", "NOTIFY_SOCKET", n.socket, "error", err)
 	}
 }
 
-// sendStatus sends the line that people read in systemctl status, where it is another than the last.
+// sendStatus sends the line that systemctl status shows, if it has changed.
 func (n *notifier) sendStatus(status string) {
 	if status != n.status {
 		n.status = status
@@ -50,9 +50,9 @@ func (n *notifier) sendStatus(status string) {
 	}
 }
 
-// hangups returns where each SIGHUP arrives from now on, for good: once nobody asks for it, it ends the program, and with it
-// the streams that a shutdown waits for. At a terminal none arrives: there it says that the terminal is gone, and ends the
-// program, or under nohup does not.
+// hangups returns a channel that receives each SIGHUP. It is never stopped: an unhandled SIGHUP would end the program, and with it
+// the streams that a shutdown waits for. At a terminal the channel stays empty. There SIGHUP means that the terminal is gone, and
+// it ends the program unless nohup has started it.
 func hangups() <-chan os.Signal {
 	c := make(chan os.Signal, 1)
 	if tty, err := os.Open("/dev/tty"); err == nil {
@@ -63,8 +63,8 @@ func hangups() <-chan os.Signal {
 	return c
 }
 
-// run says that the server at url is ready, and from then on how it is, until ctx ends. It calls reload at each of hangups. The
-// sign-in's link is shown only where open says that /auth shows it to everybody on this machine too.
+// run sends that the server at url is ready, and then each change of its status, until ctx ends. It calls reload for each of
+// hangups. The status shows the sign-in's link only if open: then /auth shows it to everybody on this machine too.
 func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, open bool, hangups <-chan os.Signal, reload func()) {
 	n.send("READY=1")
 	for ctx.Err() == nil {
@@ -74,9 +74,9 @@ func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, ope
 		case <-ctx.Done():
 		case <-st.changed:
 		case <-in.changed:
-		case <-time.After(time.Minute): // what is not announced: 401s, and tokens that expire
+		case <-time.After(time.Minute): // for changes without an event: 401s, and tokens that expire
 		case <-hangups:
-			n.log.Info("looking at the files again", "cause", "SIGHUP")
+			n.log.Info("checking the credentials, keys and certificate for changes", "cause", "SIGHUP")
 			n.send("RELOADING=1", fmt.Sprintf("MONOTONIC_USEC=%d", monotonic()))
 			reload()
 			n.send("READY=1")
@@ -84,14 +84,14 @@ func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, ope
 	}
 }
 
-// stopping says that the server ends, and asks for the time that takes where the requests under way take timeout.
+// stopping sends that the server is shutting down, and asks for enough time. The requests in flight may take timeout.
 func (n *notifier) stopping(inFlight int64, timeout time.Duration) {
 	timeout += oauthTimeout + 5*time.Second // streams are cut off, and a refresh is finished and stored
 	n.send("STOPPING=1", fmt.Sprintf("STATUS=Shutting down, requests in flight: %d", inFlight),
 		fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", timeout.Microseconds()))
 }
 
-// status returns in words how things stand with the source in state st, of a server at url.
+// status returns the status line of a server at url whose source is in state st.
 func (s *tokenSource) status(st *authState, url string, open bool) string {
 	err, in := s.ready(), s.flow.state()
 	switch {
@@ -109,8 +109,8 @@ func (s *tokenSource) status(st *authState, url string, open bool) string {
 	return err.message
 }
 
-// looks yields when it is time to look at a file that others may change: every maxNap, and whenever somebody asks on now,
-// until ctx ends. What was sent on now is closed once the look is over.
+// looks yields when it is time to check a file that others may change: every maxNap, and whenever a channel arrives on now,
+// until ctx ends. That channel is closed once the check is done.
 func looks(ctx context.Context, now <-chan chan struct{}) func(yield func() bool) {
 	return func(yield func() bool) {
 		for {
@@ -131,7 +131,7 @@ func looks(ctx context.Context, now <-chan chan struct{}) func(yield func() bool
 	}
 }
 
-// lookNow asks on now for a look, and returns when it is over or ctx has ended. Nobody looks where now is nil.
+// lookNow requests a check on now, and returns when it is done or ctx has ended. A nil now has no checks.
 func lookNow(ctx context.Context, now chan<- chan struct{}) {
 	if now == nil {
 		return

@@ -165,7 +165,7 @@ func TestServesWhereTheServiceManagerDoesNotListen(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := start(t, map[string]string{"NOTIFY_SOCKET": socket, "QWEN_API_KEY": "sk-test"})
-			p.stderr.await(t, `the service manager can't be told`)
+			p.stderr.await(t, `the service manager can't be notified`)
 			if res, body := p.get("/health/ready"); res.StatusCode != http.StatusOK {
 				t.Errorf("%s %s", res.Status, body)
 			}
@@ -173,7 +173,7 @@ func TestServesWhereTheServiceManagerDoesNotListen(t *testing.T) {
 			if status := p.wait(); status != 0 {
 				t.Errorf("exit status %d", status)
 			}
-			if n := strings.Count(p.stderr.String(), "the service manager can't be told"); n != 1 {
+			if n := strings.Count(p.stderr.String(), "the service manager can't be notified"); n != 1 {
 				t.Errorf("it is logged %d times, want once", n)
 			}
 		})
