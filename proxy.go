@@ -466,7 +466,7 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 	}
 	res.Trailer = nil // else ReverseProxy announces its names; Read drops the values
 	res.Body = &upstreamBody{ReadCloser: res.Body, x: c.x, silence: c.silence, limit: p.cfg.idleTimeout}
-	body := &responseBody{call: c, res: res, src: res.Body, delimited: endsWithConnection(res) && !isCompressed(h)}
+	body := &responseBody{call: c, res: res, src: res.Body, text: res.Body, delimited: endsWithConnection(res) && !isCompressed(h)}
 	if res.StatusCode != http.StatusOK {
 		return p.failure(c, res)
 	}
@@ -487,7 +487,7 @@ func (p *proxy) answer(c *call, res *http.Response) error {
 			body.delimited = false // other streams have ends of their own
 		}
 		if c.completion != nil {
-			body.translated = c.completion.stream(body.src)
+			body.text = c.completion.stream(body.src)
 		}
 		res.Body = body
 		p.metrics.streams.Add(1)

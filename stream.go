@@ -38,16 +38,16 @@ func (b *upstreamBody) Read(p []byte) (int, error) {
 // off must not look whole: an event stream gets an error event, unless its last event has passed, and Read's error makes
 // ReverseProxy cut the client's connection short.
 type responseBody struct {
-	call       *call
-	res        *http.Response
-	src        io.ReadCloser
-	translated io.Reader // src as a text completion; nil where bytes pass as they are
-	sse        bool
-	ending     ending // sees each byte that passes; nil where nobody asks
-	delimited  bool   // the connection's end alone ends the answer: it is broken where ending has not seen its end
-	pending    []byte // to be read before src: what peek read, or the error event
-	err        error  // how src ended; nil while it has not
-	onClose    func() // runs at Close; nil for nothing
+	call      *call
+	res       *http.Response
+	src       io.ReadCloser
+	text      io.Reader // what the client gets: src, or its translation
+	sse       bool
+	ending    ending // looks for the answer's end; nil for none
+	delimited bool   // only the connection's end ends the answer: without an ending before it, the answer is broken
+	pending   []byte // to be read before src: what peek read, or the error event
+	err       error  // how src ended; nil while it has not
+	onClose   func() // runs at Close; nil for nothing
 }
 
 func (b *responseBody) Read(p []byte) (int, error) {
@@ -59,20 +59,14 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	if b.err != nil {
 		return 0, b.err
 	}
-	var n int
-	var err error
-	if b.translated != nil {
-		n, err = b.translated.Read(p)
-	} else {
-		n, err = b.src.Read(p)
-	}
+	n, err := b.text.Read(p)
 	if b.ending != nil {
 		b.ending.follow(p[:n])
 	}
 	if err == nil {
 		return n, nil
 	}
-	if err == io.EOF && b.delimited && !b.ending.seen() {
+	if err == io.EOF && b.delimited && !b.sawEnding() {
 		err = io.ErrUnexpectedEOF
 	}
 	if b.err = err; err == io.EOF {
@@ -82,7 +76,7 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	e := b.broken(err)
 	b.err = e
 	b.call.x.fail(e)
-	if b.sse && !(b.ending != nil && b.ending.seen()) && e.status != statusClientClosedRequest {
+	if b.sse && !b.sawEnding() && e.status != statusClientClosedRequest {
 		// A blank line goes first: the event must not join a line that was cut.
 		b.pending = append([]byte("\n\n"), b.call.errorEvent(e)...)
 	}
@@ -94,6 +88,9 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	}
 	return 0, b.err
 }
+
+// sawEnding reports whether the answer's end has passed, where anybody looks for it.
+func (b *responseBody) sawEnding() bool { return b.ending != nil && b.ending.seen() }
 
 // errorEvent returns e as an event of the stream that the client expects.
 func (c *call) errorEvent(e *apiError) []byte {

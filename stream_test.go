@@ -265,6 +265,26 @@ func TestAnswersThatEndWithTheConnection(t *testing.T) {
 	}
 }
 
+// TestDataAfterDone: the stream is complete, whatever Qwen says after that.
+func TestDataAfterDone(t *testing.T) {
+	t.Parallel()
+	const done = "data: [DONE]\n\n"
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		sse(w, `data: {"choices":[{"delta":{"content":"Hello"}}]}`+"\n\n", done, "data: took 1 s\n\n")
+	}, nil)
+	for path, request := range map[string]string{"chat/completions": `{"messages":[]}`, "completions": `{"prompt":"x"}`} {
+		res, err := http.Post(p.url+"/v1/"+path, "application/json", strings.NewReader(request))
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(res.Body)
+		res.Body.Close()
+		if err != nil || strings.Contains(string(body), "error") || !strings.HasSuffix(string(body), done+"data: took 1 s\n\n") {
+			t.Errorf("%s: %q, %v", path, body, err)
+		}
+	}
+}
+
 // FuzzJSONEnding: of JSON that parses, the end is seen at its last bracket and not before.
 func FuzzJSONEnding(f *testing.F) {
 	f.Add([]byte(`{"a":"}\\\"]","b":[{},[]]}`))
