@@ -29,6 +29,7 @@ type exchange struct {
 	err          *apiError // what failed, first; nil where nothing did
 	upstreamID   string    // Qwen's own request id
 	called       bool      // the request has gone to Qwen
+	replayed     bool      // it has gone there more than once, because the connection failed
 	quiet        bool      // the access line is at debug level
 	firstByte    time.Time // when the first byte of Qwen's answer's body came; zero until then
 
@@ -384,6 +385,9 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, de
 	attrs = append(attrs, slog.Int64("bytes", x.bytes), slog.String("client", x.clientName()))
 	if x.upstreamID != "" {
 		attrs = append(attrs, slog.String("upstream_request_id", x.upstreamID))
+	}
+	if x.replayed {
+		attrs = append(attrs, slog.Bool("replayed", true))
 	}
 	if x.err != nil {
 		attrs = append(attrs, slog.String("error_type", x.err.typ), slog.String("error", x.err.Error()))

@@ -26,6 +26,7 @@ type metrics struct {
 	logDropped  atomic.Int64 // lines
 
 	upstreamRequests atomic.Int64 // sent to Qwen, and ended
+	replays          atomic.Int64 // of those, sent once more because the connection failed
 	upstreamErrors   [len(categories)]atomic.Int64
 
 	routes   []*routeCounts          // those that are registered
@@ -224,6 +225,7 @@ func (p *page) server(m *metrics) {
 	p.single("qwen_proxy_rate_limited_total", "counter", "Requests that the proxy's own limiter refused.", float64(m.rateLimited.Load()))
 	p.single("qwen_proxy_log_lines_dropped_total", "counter", "Log lines that the proxy dropped because nobody read the log.", float64(m.logDropped.Load()))
 	p.single("qwen_proxy_upstream_requests_total", "counter", "Requests that went to Qwen, and have ended.", float64(m.upstreamRequests.Load()))
+	p.single("qwen_proxy_upstream_replays_total", "counter", "Requests that were sent to Qwen again, because the connection failed.", float64(m.replays.Load()))
 	p.begin("qwen_proxy_upstream_errors_total", "counter", "Those of them that failed at Qwen or on the way to it, by the error_type that the log has.")
 	for i, category := range categories {
 		p.add(float64(m.upstreamErrors[i].Load()), "category", category)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"net/http/httptrace"
 	"net/http/httputil"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -69,6 +71,7 @@ type proxy struct {
 	metrics   *metrics
 	buffers   copyBuffers
 	transport http.RoundTripper
+	fresh     http.RoundTripper // the same, but with a new connection for each request
 	reverse   httputil.ReverseProxy
 
 	defaultModel []byte            // as JSON
@@ -78,13 +81,18 @@ type proxy struct {
 // newProxy returns a proxy over transport, which must not follow redirects nor unpack bodies.
 func newProxy(cfg *config, tokens *tokenSource, m *metrics, transport http.RoundTripper) *proxy {
 	p := &proxy{
-		cfg: cfg, tokens: tokens, metrics: m, transport: transport,
+		cfg: cfg, tokens: tokens, metrics: m, transport: transport, fresh: transport,
 		bodies:       newBodyReader(cfg),
 		defaultModel: jsonString(cfg.defaultModel),
 		aliases:      map[string][]byte{},
 	}
 	for alias, model := range cfg.aliases {
 		p.aliases[alias] = jsonString(model)
+	}
+	if t, ok := transport.(*http.Transport); ok {
+		fresh := t.Clone()
+		fresh.DisableKeepAlives = true
+		p.fresh = fresh
 	}
 	p.reverse = httputil.ReverseProxy{
 		Rewrite:        p.director,
@@ -141,10 +149,37 @@ type call struct {
 	completion *completion // nil but for a text completion
 	err        error       // why there is no answer to pass on, as ReverseProxy's ErrorHandler got it
 	answer     buffer      // a whole answer that is translated
-	reused     atomic.Bool // the upstream connection had been used before, and has brought nothing yet
+	tried      attempt
+	fresh      bool // only a new connection will do: one that was kept alive has failed
 
 	silence  *time.Timer // cuts the call off; it runs while the call waits for Qwen
 	answered atomic.Bool // the answer's headers have come
+}
+
+// An attempt is what httptrace tells of the latest attempt to send a request.
+type attempt struct {
+	conn     net.Conn // nil until there is one
+	reused   bool     // conn has carried a request before
+	start    time.Time
+	sent     atomic.Bool // some of the request may have been written
+	answered atomic.Bool // a byte of an answer has come
+}
+
+func (a *attempt) trace() *httptrace.ClientTrace {
+	return &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) {
+			a.conn, a.reused, a.start = info.Conn, info.Reused, time.Now()
+			a.sent.Store(false)
+			a.answered.Store(false)
+		},
+		WroteHeaders:         func() { a.sent.Store(true) },
+		GotFirstResponseByte: func() { a.answered.Store(true) },
+	}
+}
+
+func (a *attempt) http2() bool {
+	c, ok := a.conn.(*tls.Conn)
+	return ok && c.ConnectionState().NegotiatedProtocol == "h2"
 }
 
 type callKey struct{}
@@ -266,10 +301,7 @@ func (p *proxy) serve(c *call, w http.ResponseWriter, r *http.Request) error {
 func (p *proxy) watch(c *call, r *http.Request) *http.Request {
 	c.x.called = true
 	c.ctx, c.cancel = context.WithCancelCause(context.WithValue(r.Context(), callKey{}, c))
-	c.ctx = httptrace.WithClientTrace(c.ctx, &httptrace.ClientTrace{
-		GotConn:              func(info httptrace.GotConnInfo) { c.reused.Store(info.Reused) },
-		GotFirstResponseByte: func() { c.reused.Store(false) },
-	})
+	c.ctx = httptrace.WithClientTrace(c.ctx, c.tried.trace())
 	c.silence = time.AfterFunc(p.cfg.upstreamTimeout, c.silent)
 	r = r.WithContext(c.ctx)
 	r.Header = onward(r.Header) // from here on it is copied again and again
@@ -323,11 +355,6 @@ var (
 func (p *proxy) director(r *httputil.ProxyRequest) {
 	c := callOf(r.In.Context())
 	h := r.Out.Header
-	if _, ok := h["Idempotency-Key"]; !ok {
-		// Present but empty, it's not sent, and lets net/http send a POST again on a new connection where a
-		// kept-alive one was dead before a byte of an answer came.
-		h["Idempotency-Key"] = nil
-	}
 	h["Content-Type"] = valueJSON
 	h["User-Agent"] = valueUserAgent
 	h["X-Request-Id"] = c.x.ids[:]
@@ -351,7 +378,7 @@ func (c *call) aim(req *http.Request) {
 	req.Host = ""
 	req.Header["Authorization"] = []string{c.token.authorization}
 	req.Body = c.body.open()
-	req.GetBody = func() (io.ReadCloser, error) { return c.body.open(), nil }
+	req.GetBody = nil // with it net/http would send the request again by rules of its own
 	req.ContentLength = c.body.size
 	req.TransferEncoding = nil
 }
@@ -374,17 +401,61 @@ func (p *proxy) roundTrip(req *http.Request) (*http.Response, error) {
 	return res, nil
 }
 
-// send makes one round trip. Where a kept-alive connection turns out dead before a byte of an answer came, the
-// request goes out once more: net/http sees to that by itself where the death shows in reading, and leaves the
-// rest, a request of more than one write that finds the connection dead in the middle, to us.
+// replayWindow is how soon a kept-alive connection that was dead before shows it. What takes longer to fail may have been
+// worked on.
+const replayWindow = time.Second
+
+// maxResends bounds how often a request is sent again that Qwen has not processed.
+const maxResends = 3
+
+// send makes one round trip. It sends the request again where that is safe (see mayResend).
 func (p *proxy) send(c *call, req *http.Request) (*http.Response, error) {
-	res, err := p.transport.RoundTrip(req)
-	if _, network := errors.AsType[*net.OpError](err); network && c.reused.Load() && c.ctx.Err() == nil {
+	for n := 0; ; n++ {
+		transport := p.transport
+		if c.fresh {
+			transport = p.fresh
+		}
+		c.tried.conn = nil
+		res, err := transport.RoundTrip(req)
+		if err == nil || n == maxResends || c.ctx.Err() != nil || !c.tried.mayResend(err) {
+			return res, err
+		}
+		if c.tried.sent.Load() {
+			c.x.replayed = true
+			p.metrics.replays.Add(1)
+		}
+		c.fresh = c.fresh || !c.tried.http2()
+		sleep(c.ctx, time.Duration(n*n)*100*time.Millisecond)
 		req = req.Clone(c.ctx)
 		c.aim(req)
-		res, err = p.transport.RoundTrip(req)
 	}
-	return res, err
+}
+
+// mayResend reports whether the request may be sent again after this attempt, which failed with err. Qwen bills what it
+// executes. So over HTTP/2, where a dead connection shows before it is used and Qwen says what it has not processed, only
+// that is sent again. Over HTTP/1.1 a connection that was kept alive for too long looks like one that breaks while Qwen
+// works: the request is sent again if the connection failed at once. A new connection that fails is never a reason.
+func (a *attempt) mayResend(err error) bool {
+	switch {
+	case a.conn == nil:
+		return false
+	case a.http2():
+		return !a.sent.Load() || unprocessed(err)
+	}
+	return a.reused && !a.answered.Load() && time.Since(a.start) < replayWindow
+}
+
+// unprocessed reports whether err says that Qwen has not processed a request over HTTP/2 (RFC 9113 §8.7: a GOAWAY for a
+// lower stream, REFUSED_STREAM). net/http does not export these errors, so their text decides. If it ever changes, the
+// request is not sent again, which is safe.
+func unprocessed(err error) bool {
+	if errors.Is(err, os.ErrClosed) {
+		// net/http has closed the body without reading it, because the connection could take no more requests, and then
+		// tried to send it over another one.
+		return true
+	}
+	reason, ok := strings.CutPrefix(err.Error(), "http2: Transport: cannot retry err [")
+	return ok && (strings.Contains(reason, "GOAWAY") || strings.Contains(reason, "REFUSED_STREAM"))
 }
 
 // renew answers a 401 of the API's: with what comes of the same request under a fresh token, or with
