@@ -10,12 +10,12 @@ import (
 	"time"
 )
 
-// A health tells how the server is. It starts nothing.
+// A health answers questions about the server's state. It never starts a refresh or a sign-in.
 type health struct {
 	tokens   *tokenSource
 	metrics  *metrics
-	stopping atomic.Bool          // no new work is to be sent here
-	logged   atomic.Pointer[bool] // whether the server was ready when note looked last; nil before
+	stopping atomic.Bool          // the server is shutting down
+	logged   atomic.Pointer[bool] // whether the server was ready at the last call of note; nil before the first
 }
 
 // follow logs each change of readiness, until ctx ends.
@@ -26,12 +26,12 @@ func (h *health) follow(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-st.changed:
-		case <-time.After(maxNap): // for what is not announced: 401s, and tokens that expire
+		case <-time.After(maxNap): // for changes without an event: 401s, and tokens that expire
 		}
 	}
 }
 
-// note logs whether the server is ready, where that has changed. It leaves out a shutdown, which the log tells anyway.
+// note logs a change of readiness. It ignores a shutdown, which has log lines of its own.
 func (h *health) note() {
 	err := h.tokens.ready()
 	ready := err == nil
@@ -48,12 +48,12 @@ func (h *health) note() {
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	b, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // track answers for it
+		panic(err) // track answers with an error
 	}
 	writeBody(w, status, append(b, '\n'))
 }
 
-// writeBody answers with b, which is JSON.
+// writeBody answers with b, a JSON document.
 func writeBody(w http.ResponseWriter, status int, b []byte) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
@@ -74,7 +74,7 @@ func (h *health) live(x *exchange, _ *http.Request) error {
 	return nil
 }
 
-// reason returns why the server is not ready, nil where it is.
+// reason returns why the server is not ready, nil if it is.
 func (h *health) reason() *apiError {
 	if h.stopping.Load() {
 		return errShuttingDown

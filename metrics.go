@@ -14,12 +14,12 @@ import (
 	"time"
 )
 
-// metrics are what the server has counted since its start, for /metrics and /health/detailed. The zero value counts from
-// zero. It is safe for concurrent use once every route is there, and to count costs a request a handful of atomic
-// additions and one look-up: no lock, no allocation.
+// metrics are the server's counts since its start, for /metrics and /health/detailed. The zero value counts from zero. It is
+// safe for concurrent use once every route is registered. Counting a request takes a few atomic additions and one map look-up,
+// no lock and no allocation.
 type metrics struct {
 	started     time.Time
-	requests    atomic.Int64 // begun
+	requests    atomic.Int64 // started
 	inFlight    atomic.Int64 // now
 	streams     atomic.Int64 // open now
 	rateLimited atomic.Int64
@@ -29,31 +29,31 @@ type metrics struct {
 	replays          atomic.Int64 // of those, sent once more because the connection failed
 	upstreamErrors   [len(categories)]atomic.Int64
 
-	routes   []*routeCounts          // those that are registered
+	routes   []*routeCounts          // the registered routes
 	patterns map[string]*routeCounts // the same by their patterns
-	other    routeCounts             // of requests that match none, or were turned away before one was looked for
+	other    routeCounts             // for requests that match no route, or were refused before routing
 }
 
-// categories are the values of the category label: the types of errors that Qwen, or the way to it, can be the cause of.
+// categories are the values of the category label: the types of errors that Qwen or the network to it can cause.
 var categories = [...]string{typeAuthentication, typeConfiguration, typeInvalidRequest, typeNetwork, typeRateLimit, typeServer, typeStreaming}
 
-// A routeCounts counts the requests of one route that have ended.
+// A routeCounts counts the finished requests of one route.
 type routeCounts struct {
 	path      string
 	statuses  [len(statusLabels)]atomic.Int64
 	duration  histogram // until the answer's end
-	firstByte histogram // until the first byte of Qwen's answer; without those that brought none
+	firstByte histogram // until the first byte of Qwen's answer; requests without one are not counted
 }
 
-// statusLabels are the values of the status label: a class of statuses at its own digit, then those that are told
-// apart. Qwen may answer with any 4xx or 5xx, and what it does shall not decide how many series there are.
+// statusLabels are the values of the status label: first the classes, each at the index of its digit, then the statuses with a
+// label of their own. Qwen may answer with any 4xx or 5xx; the fixed list bounds the number of series.
 var statusLabels = [...]string{"other", "1xx", "2xx", "3xx", "4xx", "5xx",
 	"204", "400", "401", "402", "403", "404", "405", "408", "409", "413", "422", "429",
 	"499", // the client left before its answer began
 	"200", "500", "502", "503", "504"}
 
-// fromTheStart is how many of statusLabels, the last ones, have a series before the first request. A rate doesn't see the
-// step from no series to one, and alerts shall see the first failures.
+// fromTheStart is how many of statusLabels, counted from the end, have a series before the first request. A rate does not see a
+// new series appear, and alerts have to see the first failures.
 const fromTheStart = 5
 
 // statusIndex has the index into statusLabels of each status below 600.
@@ -68,19 +68,19 @@ var statusIndex = func() (index [600]uint8) {
 	return index
 }()
 
-// bounds are the upper bounds of the histograms' buckets: errors of our own take milliseconds, long answers minutes.
+// bounds are the upper bounds of the histograms' buckets. The proxy's own errors take milliseconds, long answers take minutes.
 var bounds = [...]time.Duration{
 	5 * time.Millisecond, 10 * time.Millisecond, 25 * time.Millisecond, 50 * time.Millisecond, 100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond,
 	time.Second, 2500 * time.Millisecond, 5 * time.Second, 10 * time.Second, 20 * time.Second, 30 * time.Second, time.Minute,
 	2 * time.Minute, 5 * time.Minute, 10 * time.Minute,
 }
 
-// firstByteBounds is how many of bounds the time to the first byte has: up to a minute.
+// firstByteBounds is how many of bounds the time to the first byte uses: those up to a minute.
 const firstByteBounds = len(bounds) - 3
 
-// A histogram counts durations. Its buckets are apart; a page adds them up.
+// A histogram counts durations. Its buckets are not cumulative; the page adds them up.
 type histogram struct {
-	buckets [len(bounds) + 1]atomic.Int64 // the last is for what is longer than all bounds
+	buckets [len(bounds) + 1]atomic.Int64 // the last counts durations above all bounds
 	sum     atomic.Int64                  // in ns
 }
 
@@ -93,8 +93,7 @@ func (h *histogram) observe(d time.Duration) {
 	h.sum.Add(int64(d))
 }
 
-// register makes counts for the route of path, which has these patterns. It must not be called any more once requests are
-// served.
+// register makes the counts for the route of path, which has these patterns. It must be called before requests are served.
 func (m *metrics) register(path string, patterns []string) {
 	if m.patterns == nil {
 		m.patterns = map[string]*routeCounts{}
@@ -106,7 +105,7 @@ func (m *metrics) register(path string, patterns []string) {
 	}
 }
 
-// ended counts x, which took this long, for the route of pattern; "" where none has matched.
+// ended counts x, which took this long, for the route of pattern. "" means that no route matched.
 func (m *metrics) ended(x *exchange, pattern string, took time.Duration) {
 	counts := m.patterns[pattern]
 	if counts == nil {
@@ -134,7 +133,7 @@ func (m *metrics) ended(x *exchange, pattern string, took time.Duration) {
 	}
 }
 
-// upstreamFailures returns how many requests failed at Qwen or on the way to it.
+// upstreamFailures returns how many requests failed because of Qwen or the network to it.
 func (m *metrics) upstreamFailures() (n int64) {
 	for i := range m.upstreamErrors {
 		n += m.upstreamErrors[i].Load()
@@ -155,10 +154,10 @@ func (h *health) prometheus(x *exchange, _ *http.Request) error {
 	return nil
 }
 
-// A page is in Prometheus' text format, version 0.0.4: families of samples.
+// A page is a list of metric families in Prometheus' text format, version 0.0.4.
 type page struct {
 	b      []byte
-	family string // of the samples that come next
+	family string // the one that the next samples belong to
 }
 
 func (p *page) begin(name, typ, help string) {
@@ -166,10 +165,10 @@ func (p *page) begin(name, typ, help string) {
 	p.b = fmt.Appendf(p.b, "# HELP %s %s\n# TYPE %[1]s %[3]s\n", name, help, typ)
 }
 
-// add writes a sample of the family. Labels are pairs of name and value.
+// add writes a sample of the current family. Labels are pairs of name and value.
 func (p *page) add(value float64, labels ...string) { p.sample("", value, labels...) }
 
-// single writes a family of one sample.
+// single writes a family with one sample.
 func (p *page) single(name, typ, help string, value float64) {
 	p.begin(name, typ, help)
 	p.add(value)
@@ -190,8 +189,8 @@ func (p *page) sample(suffix string, value float64, labels ...string) {
 	p.b = append(strconv.AppendFloat(append(p.b, ' '), value, 'g', -1, 64), '\n')
 }
 
-// server adds what m has counted. Most statuses have a series from their first request on, and histograms from their
-// first observation; all else is there from the start.
+// server adds the counts of m. Most statuses have a series from their first request on, and histograms from their first
+// observation. All other series exist from the start.
 func (p *page) server(m *metrics) {
 	v := version()
 	p.begin("qwen_proxy_build_info", "gauge", "What is running; always 1.")
@@ -204,7 +203,7 @@ func (p *page) server(m *metrics) {
 		}
 		return r.path
 	}
-	p.begin("qwen_proxy_requests_total", "counter", "Requests that have ended, by route and HTTP status; 499 is a client that left before its answer began.")
+	p.begin("qwen_proxy_requests_total", "counter", "Finished requests by route and HTTP status. 499 means that the client left before its answer began.")
 	for _, r := range routes {
 		for i := range r.statuses {
 			if n := r.statuses[i].Load(); n > 0 || i >= len(statusLabels)-fromTheStart {
@@ -212,7 +211,7 @@ func (p *page) server(m *metrics) {
 			}
 		}
 	}
-	p.begin("qwen_proxy_request_duration_seconds", "histogram", "Time from a request's headers to the end of its answer, that of a stream included.")
+	p.begin("qwen_proxy_request_duration_seconds", "histogram", "Time from a request's headers to the end of its answer or stream.")
 	for _, r := range routes {
 		p.histogram(&r.duration, len(bounds), label(r))
 	}
@@ -220,8 +219,8 @@ func (p *page) server(m *metrics) {
 	for _, r := range routes {
 		p.histogram(&r.firstByte, firstByteBounds, label(r))
 	}
-	p.single("qwen_proxy_requests_in_flight", "gauge", "Requests being answered, this one included.", float64(m.inFlight.Load()))
-	p.single("qwen_proxy_open_streams", "gauge", "Event streams of Qwen's that are open.", float64(m.streams.Load()))
+	p.single("qwen_proxy_requests_in_flight", "gauge", "Requests being answered, including this one.", float64(m.inFlight.Load()))
+	p.single("qwen_proxy_open_streams", "gauge", "Open event streams from Qwen.", float64(m.streams.Load()))
 	p.single("qwen_proxy_rate_limited_total", "counter", "Requests that the proxy's own limiter refused.", float64(m.rateLimited.Load()))
 	p.single("qwen_proxy_log_lines_dropped_total", "counter", "Log lines that the proxy dropped because nobody read the log.", float64(m.logDropped.Load()))
 	p.single("qwen_proxy_upstream_requests_total", "counter", "Requests that went to Qwen, and have ended.", float64(m.upstreamRequests.Load()))
@@ -232,7 +231,7 @@ func (p *page) server(m *metrics) {
 	}
 }
 
-// histogram adds h with its first n bounds, where it has counted anything.
+// histogram adds h with its first n bounds. It adds nothing if h has no observations.
 func (p *page) histogram(h *histogram, n int, route string) {
 	sum, count := h.sum.Load(), int64(0)
 	var upTo [len(bounds) + 1]int64
@@ -251,34 +250,34 @@ func (p *page) histogram(h *histogram, n int, route string) {
 	p.sample("_count", float64(count), "route", route)
 }
 
-// health adds how the credentials are.
+// health adds the state of the credentials.
 func (p *page) health(h *health) {
 	ready := 1.0
 	if h.reason() != nil {
 		ready = 0
 	}
-	p.single("qwen_proxy_ready", "gauge", "1 where /health/ready says 200, else 0.", ready)
+	p.single("qwen_proxy_ready", "gauge", "1 if /health/ready answers 200, else 0.", ready)
 	if h.tokens.keyed() {
-		return // an API key neither expires nor is renewed
+		return // an API key does not expire
 	}
 	if t := h.tokens.state.Load().token; t != nil && !t.expiry.IsZero() {
 		p.single("qwen_proxy_token_expiry_timestamp_seconds", "gauge", "When the access token expires, in Unix time.", float64(t.expiry.UnixMilli())/1000)
 	}
-	p.begin("qwen_proxy_token_refreshes_total", "counter", "Attempts to renew the access token: refused is Qwen's last word, and what failed is tried again.")
+	p.begin("qwen_proxy_token_refreshes_total", "counter", "Attempts to refresh the access token. refused is final, failed is tried again.")
 	for i, result := range refreshResults {
 		p.add(float64(h.tokens.refreshes[i].Load()), "result", result)
 	}
 }
 
-// process adds what the operating system knows of the process, under the names that Prometheus' own clients give it. All
-// but the start is there on Linux alone.
+// process adds the operating system's figures for the process, under the names that Prometheus' client libraries use. On systems
+// other than Linux it adds only the start time.
 func (p *page) process(started time.Time) {
 	p.single("process_start_time_seconds", "gauge", "Start time of the process since unix epoch in seconds.", float64(started.UnixMilli())/1000)
 	if runtime.GOOS != "linux" {
 		return
 	}
 	if stat, err := os.ReadFile("/proc/self/stat"); err == nil {
-		// proc_pid_stat(5). The program's name, in parentheses, may hold blanks; field 3 comes behind it.
+		// proc_pid_stat(5). The program's name, in parentheses, may contain blanks. Field 3 follows it.
 		fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 		number := func(field int) float64 {
 			if field-3 >= len(fields) {
@@ -287,7 +286,7 @@ func (p *page) process(started time.Time) {
 			n, _ := strconv.ParseFloat(string(fields[field-3]), 64)
 			return n
 		}
-		const ticks = 100 // a second: USER_HZ
+		const ticks = 100 // per second: USER_HZ
 		p.single("process_cpu_seconds_total", "counter", "Total user and system CPU time spent in seconds.", (number(14)+number(15))/ticks)
 		p.single("process_virtual_memory_bytes", "gauge", "Virtual memory size in bytes.", number(23))
 		p.single("process_resident_memory_bytes", "gauge", "Resident memory size in bytes.", number(24)*float64(os.Getpagesize()))
@@ -295,7 +294,7 @@ func (p *page) process(started time.Time) {
 	if dir, err := os.Open("/proc/self/fd"); err == nil {
 		names, _ := dir.Readdirnames(-1)
 		dir.Close()
-		p.single("process_open_fds", "gauge", "Number of open file descriptors.", float64(len(names)-1)) // without dir
+		p.single("process_open_fds", "gauge", "Number of open file descriptors.", float64(len(names)-1)) // dir itself does not count
 	}
 	if limits, err := os.ReadFile("/proc/self/limits"); err == nil {
 		_, line, _ := strings.Cut(string(limits), "Max open files")
@@ -307,7 +306,7 @@ func (p *page) process(started time.Time) {
 	}
 }
 
-// runtimeFamilies are those of the Go runtime, under the names that Prometheus' Go client gives them.
+// runtimeFamilies are the Go runtime's metrics, under the names that Prometheus' Go client uses.
 var runtimeFamilies = [...]struct {
 	source, name, typ, help string
 	ballast                 bool // the runtime's figure includes the ballast, and ours does not
@@ -320,11 +319,11 @@ var runtimeFamilies = [...]struct {
 	{"/gc/heap/allocs:bytes", "go_memstats_alloc_bytes_total", "counter", "Bytes allocated on the heap since the start, freed ones included.", true},
 	{"/gc/heap/goal:bytes", "go_memstats_next_gc_bytes", "gauge", "Size of the heap at which the next garbage collection is to end.", true},
 	{"/memory/classes/total:bytes", "go_memstats_sys_bytes", "gauge", "Bytes of memory that the runtime has from the system.", true},
-	{"/gc/gomemlimit:bytes", "go_gc_gomemlimit_bytes", "gauge", "GOMEMLIMIT, or the largest number where there is none.", false},
+	{"/gc/gomemlimit:bytes", "go_gc_gomemlimit_bytes", "gauge", "GOMEMLIMIT, or the largest number if it is not set.", false},
 	{"/gc/cycles/total:gc-cycles", "go_gc_cycles_total_gc_cycles_total", "counter", "Garbage collections that have ended.", false},
 }
 
-// runtime adds how the Go runtime is.
+// runtime adds the Go runtime's metrics.
 func (p *page) runtime() {
 	p.begin("go_info", "gauge", "The version of Go; always 1.")
 	p.add(1, "version", runtime.Version())
@@ -334,7 +333,7 @@ func (p *page) runtime() {
 	}
 	runtimemetrics.Read(samples[:])
 	for i, f := range runtimeFamilies {
-		if samples[i].Value.Kind() == runtimemetrics.KindUint64 { // another where this Go doesn't know it
+		if samples[i].Value.Kind() == runtimemetrics.KindUint64 { // another kind if this Go version does not know the metric
 			value := samples[i].Value.Uint64()
 			if f.ballast {
 				value = withoutBallast(value)
