@@ -115,7 +115,8 @@ var errSignedOut = errors.New("signed out")
 // A credentialStore reads and writes the credential file in dir. It is safe for concurrent use; lock keeps
 // other processes away.
 type credentialStore struct {
-	dir string // "" stores nothing: the demo's sign-in is kept in memory
+	dir   string    // "" stores nothing: the demo's sign-in is kept in memory
+	watch lockWatch // over the locks of other processes
 }
 
 // path returns the file's path, "" where nothing is stored.

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 )
@@ -15,12 +16,19 @@ import (
 const (
 	lockFile = "oauth_creds.lock"
 
-	// staleLock is the age at which a lock counts as left behind. Qwen Code holds one for 35 s at the most.
-	staleLock = 40 * time.Second
+	// A lock counts as left behind once this process has watched it unchanged for leftLock. Qwen Code holds one for 35 s at
+	// most, and never touches it. Our own are touched every lockBeat, so they count as left behind sooner.
+	leftLock    = 40 * time.Second
+	leftOwnLock = 10 * time.Second
+	// ancientLock is the age by the clock at which a lock counts as left behind at once. The clock of the host that wrote the
+	// lock may be wrong, but not by this much.
+	ancientLock = 10 * time.Minute
 	// lockBeat is how often a holder sets its lock's time to now. Older versions of Qwen Code break one of 10 s.
 	lockBeat = 2 * time.Second
+	// lockMark is how the ids of our own locks begin. To Qwen Code an id is any text.
+	lockMark = "qwen-go-proxy-"
 
-	// settleTime is how long a process that took a stale lock over waits to see whether another one did too. It is
+	// settleTime is how long a process that took a lock over waits to see whether another one did too. It is
 	// much longer than the few system calls of a takeover.
 	settleTime = 20 * time.Millisecond
 
@@ -42,13 +50,59 @@ type fileLock struct {
 	beat sync.WaitGroup
 }
 
-// acquireLock creates the lock file at path, taking over one that is stale. While another process holds it,
-// enough is asked before every try whether there is still a need; where there is none the lock is nil.
-func acquireLock(ctx context.Context, path string, enough func() bool) (*fileLock, error) {
-	l := &fileLock{path: path, id: rand.Text(), stop: make(chan struct{})}
+// A lockSight is what a lock file looks like at one time.
+type lockSight struct {
+	id       string // what it holds; "" where it can't be read
+	modified int64  // Unix time in ns, by the clock of the host that wrote it
+}
+
+// seeLock returns what the lock file at path looks like now.
+func seeLock(path string) (lockSight, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return lockSight{}, err
+	}
+	id, read, err := readRegular(path, 1<<10)
+	if err == nil {
+		info = read // opening a file refreshes what NFS knows of it
+	}
+	return lockSight{string(id), info.ModTime().UnixNano()}, nil
+}
+
+// A lockWatch knows since when this process has seen the same lock. It outlives single tries to get the lock, which give
+// up sooner than a lock counts as left behind. The zero value is ready to use. It is safe for concurrent use.
+type lockWatch struct {
+	mu    sync.Mutex
+	seen  lockSight // at the last look
+	since time.Time // when it was first seen so; zero where there was no lock
+}
+
+// left looks at the lock at path, and reports whether it was left behind by its holder.
+func (w *lockWatch) left(path string) (lockSight, bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	sight, err := seeLock(path)
+	if err != nil {
+		w.since = time.Time{}
+		return sight, false
+	}
+	if w.since.IsZero() || sight != w.seen {
+		w.seen, w.since = sight, time.Now()
+	}
+	life := leftLock
+	if strings.HasPrefix(sight.id, lockMark) {
+		life = leftOwnLock
+	}
+	return sight, time.Since(w.since) >= life || time.Since(time.Unix(0, sight.modified)) >= ancientLock
+}
+
+// acquireLock creates the lock file at path, taking over one that was left behind, which watch decides. While another
+// process holds it, enough is asked before every try whether there is still a need; where there is none the lock is nil.
+func acquireLock(ctx context.Context, path string, watch *lockWatch, enough func() bool) (*fileLock, error) {
+	l := &fileLock{path: path, id: lockMark + rand.Text(), stop: make(chan struct{})}
 	pause := lockPause
 	for try := 1; ; try++ {
-		tookOver := l.takeOver()
+		tookOver := l.takeOver(watch)
 		err := l.create()
 		if err == nil && tookOver && !l.settled(ctx) {
 			err = fs.ErrExist
@@ -76,8 +130,8 @@ func (l *fileLock) holds() bool {
 	return err == nil && string(holder) == l.id
 }
 
-// settled reports whether the lock is still ours after a moment. Of several processes that found the same stale
-// lock, one may have moved the other's new one aside in the belief that it is the old.
+// settled reports whether the lock is still ours after a moment. Of several processes that found the same lock left
+// behind, one may have moved the other's new one aside in the belief that it is the old.
 func (l *fileLock) settled(ctx context.Context) bool {
 	return sleep(ctx, settleTime) && l.holds()
 }
@@ -95,9 +149,10 @@ func (l *fileLock) create() error {
 	return err
 }
 
-// takeOver removes a lock that is stale, and reports whether it did.
-func (l *fileLock) takeOver() bool {
-	if !stale(l.path) {
+// takeOver removes a lock that was left behind, and reports whether it did.
+func (l *fileLock) takeOver(watch *lockWatch) bool {
+	sight, left := watch.left(l.path)
+	if !left {
 		return false
 	}
 	aside := l.path + ".stale." + l.id
@@ -105,19 +160,11 @@ func (l *fileLock) takeOver() bool {
 		return false
 	}
 	defer os.Remove(aside)
-	if !stale(aside) {
-		// Another process was faster, and this is its own: back it goes. Only its time tells them apart, for a
-		// file system may give it the inode of the one just deleted.
-		os.Link(aside, l.path)
+	if moved, err := seeLock(aside); err != nil || moved != sight {
+		os.Link(aside, l.path) // another process was faster, and this is its own lock: back it goes
 		return false
 	}
 	return true
-}
-
-// stale reports whether there is a lock at path that counts as left behind.
-func stale(path string) bool {
-	info, err := os.Stat(path)
-	return err == nil && time.Since(info.ModTime()) >= staleLock
 }
 
 // keep keeps the lock from looking stale until it is released.
@@ -159,5 +206,5 @@ func (s *credentialStore) lock(ctx context.Context, enough func() bool) (*fileLo
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, err
 	}
-	return acquireLock(ctx, filepath.Join(s.dir, lockFile), enough)
+	return acquireLock(ctx, filepath.Join(s.dir, lockFile), &s.watch, enough)
 }

@@ -21,7 +21,7 @@ func never() bool { return false }
 // acquire returns the lock at path, which must be free.
 func acquire(t *testing.T, path string) *fileLock {
 	t.Helper()
-	l, err := acquireLock(t.Context(), path, never)
+	l, err := acquireLock(t.Context(), path, &lockWatch{}, never)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -96,7 +96,7 @@ func TestLockIsHeldByOneAtATime(t *testing.T) {
 	var all sync.WaitGroup
 	for range 4 {
 		all.Go(func() {
-			l, err := acquireLock(t.Context(), path, never)
+			l, err := acquireLock(t.Context(), path, &lockWatch{}, never)
 			if err != nil {
 				t.Error(err)
 				return
@@ -118,7 +118,7 @@ func TestLockIsHeldByOneAtATime(t *testing.T) {
 
 func TestLockErrorsOfTheFileSystemAreNotWaitedFor(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "missing", lockFile)
-	l, err := acquireLock(t.Context(), path, func() bool {
+	l, err := acquireLock(t.Context(), path, &lockWatch{}, func() bool {
 		t.Error("asked whether there is a need")
 		return false
 	})
@@ -213,23 +213,56 @@ func TestHeldLockNeverLooksStale(t *testing.T) {
 	})
 }
 
+// touched has another process, whose clock is slow by that much, hold the lock at path with id and touch it like ours, for d.
+func touched(t *testing.T, path, id string, slow, d time.Duration) {
+	t.Helper()
+	for range int(d / lockBeat) {
+		if err := os.WriteFile(path, []byte(id), 0o600); err != nil {
+			t.Error(err)
+		}
+		setAge(t, path, slow)
+		time.Sleep(lockBeat)
+	}
+}
+
+// TestLeftLock finds a lock whose holder is dead. How old it looks depends on the clock of that holder's host, and says
+// nothing up to ten minutes.
 func TestLeftLock(t *testing.T) {
+	const mine, foreign = lockMark + "ABC", "0b7c1c8e-2f6a-4f5e-8c51-6d1d3c2b1a09"
 	for _, tt := range []struct {
 		name     string
+		id       string
 		age      time.Duration // when it is found
 		min, max time.Duration // how long it is waited for
 	}{
-		{"stale for long", 24 * time.Hour, 0, settleTime},
-		{"just stale", 40 * time.Second, 0, settleTime},
-		{"nearly stale", 39 * time.Second, time.Second, 2 * time.Second},
-		{"stale for old versions of Qwen Code alone", 20 * time.Second, 20 * time.Second, 22 * time.Second},
+		{"a day old", foreign, 24 * time.Hour, 0, settleTime},
+		{"ten minutes old", foreign, 10 * time.Minute, 0, settleTime},
+		{"nearly ten minutes old", foreign, 10*time.Minute - time.Second, time.Second, 2 * time.Second},
+		{"a minute old", foreign, time.Minute, 40 * time.Second, 43 * time.Second},
+		{"new", foreign, 0, 40 * time.Second, 43 * time.Second},
+		{"from the future", foreign, -time.Hour, 40 * time.Second, 43 * time.Second},
+		{"from the far future", foreign, -1000 * time.Hour, 40 * time.Second, 43 * time.Second},
+		{"ours, a minute old", mine, time.Minute, 10 * time.Second, 12 * time.Second},
+		{"ours, new", mine, 0, 10 * time.Second, 12 * time.Second},
+		{"ours, from the future", mine, -time.Hour, 10 * time.Second, 12 * time.Second},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				path := filepath.Join(t.TempDir(), lockFile)
-				leaveLock(t, path, tt.age)
+				store := &credentialStore{dir: t.TempDir()}
+				path := filepath.Join(store.dir, lockFile)
+				if err := os.WriteFile(path, []byte(tt.id), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				setAge(t, path, tt.age)
 				started := time.Now()
-				l := acquire(t, path)
+				l, err := store.lock(t.Context(), never)
+				for errors.Is(err, errLocked) && time.Since(started) < 2*time.Minute {
+					time.Sleep(time.Second) // as the token source does
+					l, err = store.lock(t.Context(), never)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
 				if took := time.Since(started); took < tt.min || took > tt.max {
 					t.Errorf("taken over after %v, want %v to %v", took, tt.min, tt.max)
 				}
@@ -241,11 +274,47 @@ func TestLeftLock(t *testing.T) {
 	}
 }
 
+// TestLockOfAHolderWhoseClockIsWrong: it lives, since it changes, whatever its clock says. Qwen Code's does not change, and is
+// left alone for as long as Qwen Code may hold it.
+func TestLockOfAHolderWhoseClockIsWrong(t *testing.T) {
+	for name, slow := range map[string]time.Duration{"right": 0, "a minute slow": time.Minute, "nine minutes slow": 9 * time.Minute, "an hour fast": -time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				store := &credentialStore{dir: t.TempDir()}
+				path := filepath.Join(store.dir, lockFile)
+				const id = lockMark + "another"
+				go touched(t, path, id, slow, 4*time.Minute)
+				time.Sleep(time.Second)
+				for range 5 {
+					if l, err := store.lock(t.Context(), never); !errors.Is(err, errLocked) {
+						t.Fatalf("got %v, %v from a holder that lives; want errLocked", l, err)
+					}
+				}
+				wantLockAlone(t, path, id)
+				time.Sleep(4 * time.Minute) // the holder is done
+			})
+			synctest.Test(t, func(t *testing.T) {
+				store := &credentialStore{dir: t.TempDir()}
+				path := filepath.Join(store.dir, lockFile)
+				leaveLock(t, path, slow)
+				started := time.Now()
+				for time.Since(started) < leftLock-2*time.Second {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+					if l, err := store.lock(ctx, never); l != nil {
+						t.Fatalf("broke a lock of Qwen Code's after %v, %v", time.Since(started), err)
+					}
+					cancel()
+				}
+			})
+		})
+	}
+}
+
 func TestYoungLockIsLeftAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), lockFile)
 		leaveLock(t, path, 11*time.Second) // as old as this it is broken by old versions of Qwen Code
-		l, err := acquireLock(t.Context(), path, never)
+		l, err := acquireLock(t.Context(), path, &lockWatch{}, never)
 		if l != nil || !errors.Is(err, errLocked) {
 			t.Errorf("got %v, %v; want errLocked", l, err)
 		}
@@ -260,7 +329,7 @@ func TestLockThatIsHeldForever(t *testing.T) {
 		setAge(t, path, 0)
 		started := time.Now()
 		var asked []time.Duration
-		l, err := acquireLock(t.Context(), path, func() bool {
+		l, err := acquireLock(t.Context(), path, &lockWatch{}, func() bool {
 			asked = append(asked, time.Since(started).Round(time.Millisecond))
 			return false
 		})
@@ -291,11 +360,11 @@ func TestLockWaitEndsEarly(t *testing.T) {
 	}{
 		{"where there is no need any more", func(ctx context.Context, _ context.CancelCauseFunc, path string) (*fileLock, error) {
 			started := time.Now()
-			return acquireLock(ctx, path, func() bool { return time.Since(started) > time.Second })
+			return acquireLock(ctx, path, &lockWatch{}, func() bool { return time.Since(started) > time.Second })
 		}, nil},
 		{"with its context", func(ctx context.Context, cancel context.CancelCauseFunc, path string) (*fileLock, error) {
 			time.AfterFunc(time.Second, func() { cancel(quit) })
-			return acquireLock(ctx, path, never)
+			return acquireLock(ctx, path, &lockWatch{}, never)
 		}, quit},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -328,7 +397,7 @@ func TestStaleLockIsTakenOverByOne(t *testing.T) {
 	}
 	path := filepath.Join(t.TempDir(), lockFile)
 	for round := range rounds {
-		leaveLock(t, path, staleLock+time.Second)
+		leaveLock(t, path, ancientLock)
 		var locks [2]*fileLock
 		var both sync.WaitGroup
 		start := make(chan struct{})
@@ -336,7 +405,7 @@ func TestStaleLockIsTakenOverByOne(t *testing.T) {
 			both.Go(func() {
 				<-start
 				var err error
-				if locks[i], err = acquireLock(t.Context(), path, func() bool { return true }); err != nil {
+				if locks[i], err = acquireLock(t.Context(), path, &lockWatch{}, func() bool { return true }); err != nil {
 					t.Error(err)
 				}
 			})

@@ -420,7 +420,7 @@ func TestKilledWhileRefreshing(t *testing.T) {
 		}
 		// A lock that the process left would be waited for until it is stale.
 		if w.left()[lockFile] > 0 {
-			setAge(t, filepath.Join(w.store.dir, lockFile), staleLock)
+			setAge(t, filepath.Join(w.store.dir, lockFile), ancientLock)
 		}
 	}
 	c := w.counts()
