@@ -173,7 +173,7 @@ func (s *tokenSource) wait(ctx context.Context, not *token) (*token, error) {
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		case <-timeout.C:
-			return nil, unavailable(time.Second, errors.New("waited too long for a token refresh"))
+			return nil, unavailable(time.Second, errRenewing)
 		}
 	}
 }
@@ -213,13 +213,23 @@ func baseRefused(err error) *apiError {
 		message: "The proxy does not send the token there: " + err.Error() + "."}
 }
 
-// unavailable is the answer while a token can't be renewed for now.
+// errRenewing says that a refresh is under way.
+var errRenewing = errors.New("a token refresh is under way")
+
+// unavailable is the answer while a token can't be renewed for now. The message says why, and err is for the log.
 func unavailable(retryAfter time.Duration, err error) *apiError {
-	e := &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "token_refresh_failed", retryAfter: retryAfter,
-		message: "The proxy's access token has expired and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying.", err: err}
-	if errors.Is(err, errNotStorable) {
+	e := &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "token_refresh_failed", retryAfter: retryAfter, err: err}
+	switch {
+	case errors.Is(err, errNotStorable):
 		e.typ = typeConfiguration
 		e.message = "The proxy's access token has expired, and it is not renewed because the new one could not be stored. Make QWEN_DIR writable; the proxy's log says what is wrong with it."
+	case errors.Is(err, errLocked):
+		e.typ = typeServer
+		e.message = "The proxy's access token has expired, and another process that shares QWEN_DIR holds " + lockFile + " to renew it. Try again; the proxy keeps trying."
+	case errors.Is(err, errRenewing):
+		e.message = "The proxy's access token has expired and is being renewed. Try again."
+	default:
+		e.message = "The proxy's access token has expired and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying."
 	}
 	return e
 }
@@ -566,7 +576,7 @@ func (s *tokenSource) ready() *apiError {
 		return err
 	}
 	if !st.token.good(now) {
-		return unavailable(0, errors.New("a refresh is under way"))
+		return unavailable(0, errRenewing)
 	}
 	return nil
 }

@@ -1116,3 +1116,35 @@ func TestAnUnusableFileIsLoggedOnce(t *testing.T) {
 		}
 	}
 }
+
+// TestReasonsForWaitingAreTrue: what a request is told while the token can't be renewed is the reason.
+func TestReasonsForWaitingAreTrue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, -time.Hour), nil, func(*http.Request) (int, string) { return 200, tokenAnswer(1, 3600) })
+		lock := filepath.Join(s.cfg.qwenDir, lockFile)
+		leaveLock(t, lock, 0)
+		s.start()
+		time.Sleep(time.Second)
+		check := func(err error, want string) {
+			t.Helper()
+			e, ok := errors.AsType[*apiError](err)
+			if !ok || e.status != http.StatusServiceUnavailable || !strings.Contains(e.message, want) || strings.Contains(e.message, "can't be reached") {
+				t.Errorf("got %v, want a 503 that says %q", err, want)
+			}
+		}
+		if err := s.ready(); err == nil {
+			t.Error("ready without a token")
+		} else {
+			check(err, "is being renewed")
+		}
+		_, err := s.Token(t.Context())
+		check(err, "holds "+lockFile)
+		if took := time.Since(s.begin); took > 30*time.Second {
+			t.Errorf("the answer took %v", took)
+		}
+		time.Sleep(time.Second)
+		if got := outcomeOf(func() (*token, error) { return s.Token(t.Context()) }); got.Got != "access-1" || got.Took > 13*time.Second {
+			t.Errorf("got %v, want a token once the lock counts as left behind", got)
+		}
+	})
+}
