@@ -51,12 +51,11 @@ type standInSignIn struct {
 	decision  string // "approve" or "deny"; "" while nobody has decided
 }
 
-// demoApproval is when a sign-in of the demo approves itself. It is short, because requests get a 401 until then.
-const demoApproval = 2 * time.Second
-
 const (
-	standInIntro    = "This is qwen-go-proxy's stand-in for Qwen, not a model."
+	demoApproval    = 2 * time.Second  // when a sign-in approves itself. It is short, because requests get a 401 until then.
 	standInCodeLife = 15 * time.Minute // of a device code
+	standInIntro    = "This is qwen-go-proxy's stand-in for Qwen, not a model."
+	standInBreaks   = "error-midstream" // the model that breaks off: in a stream after two words, else before the answer
 
 	// standInPaced is how many words of a stream come one by one. The others come at once: agents' prompts are long.
 	standInPaced = 100
@@ -331,9 +330,6 @@ type standInAnswer struct {
 	usage   object
 }
 
-// standInBreaks is the model that breaks off: in a stream after two words, else before the answer.
-const standInBreaks = "error-midstream"
-
 // chat answers a chat completion request, or fails as the model's name says.
 func (s *standIn) chat(w http.ResponseWriter, r *http.Request) *apiError {
 	c := &standInChat{}
@@ -434,6 +430,7 @@ func (c *standInChat) answer() *standInAnswer {
 
 // exampleObject returns an object after a JSON schema, with its required properties alone: text for strings.
 func exampleObject(schema object, text string) object {
+	simple := object{"array": []any{}, "number": 1, "integer": 1, "boolean": true} // by type
 	example := object{}
 	properties, _ := schema["properties"].(object)
 	required, _ := schema["required"].([]any)
@@ -441,17 +438,14 @@ func exampleObject(schema object, text string) object {
 		name, _ := name.(string)
 		property, _ := properties[name].(object) // nil reads as empty
 		enum, _ := property["enum"].([]any)
-		switch typ := property["type"]; {
+		typ, _ := property["type"].(string)
+		switch value, ok := simple[typ]; {
 		case len(enum) > 0:
 			example[name] = enum[0]
 		case typ == "object":
 			example[name] = exampleObject(property, text)
-		case typ == "array":
-			example[name] = []any{}
-		case typ == "number", typ == "integer":
-			example[name] = 1
-		case typ == "boolean":
-			example[name] = true
+		case ok:
+			example[name] = value
 		default:
 			example[name] = text
 		}
