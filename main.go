@@ -56,21 +56,21 @@ func allBut(names ...string) func(string) bool {
 func commands() []command {
 	var login loginOptions
 	return []command{
-		{name: "serve", summary: "serve the proxy (the default); sign in where there are no credentials yet", run: serveCommand,
+		{name: "serve", summary: "serve the proxy; this is the default", run: serveCommand,
 			reads: allBut(), serves: true,
-			help: "It is configured by environment variables alone; the README lists them. Where there are no credentials yet, it\nprints a link to sign in with and serves all the same."},
+			help: "Environment variables configure it, and a file .env in the working directory; the README lists them. It needs an API\nkey in QWEN_API_KEY, or a Qwen account: without a key and a sign-in it prints a link to sign in with, and serves\nmeanwhile."},
 		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&login), flags: login.define,
 			reads: only("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_OAUTH_CLIENT_ID", "QWEN_OAUTH_SCOPE", "QWEN_API_KEY", "QWEN_API_KEY_FILE"),
-			help:  "It prints a link and a code, opens a browser where there is one, and waits. A running server of the same QWEN_DIR\nuses the credentials within a few seconds. The exit status is 1 where the sign-in was denied, expired or could\nnot be stored."},
-		{name: "logout", summary: "sign out: replace the stored credentials by an empty object", run: logoutCommand,
+			help:  "It prints a link and a code, opens a browser if there is one, and waits. A running server with the same QWEN_DIR\nuses the credentials within a few seconds. The exit status is 1 if the sign-in was denied, expired or could not be\nstored. With an API key in QWEN_API_KEY no sign-in is needed."},
+		{name: "logout", summary: "sign out", run: logoutCommand,
 			reads: only("QWEN_DIR"),
-			help:  "Running servers of the same QWEN_DIR, and Qwen Code, are signed out with it."},
-		{name: "status", summary: "say who is signed in and how the server is; exit status 0 only where usable", run: statusCommand,
+			help:  "It replaces the stored credentials by an empty object. That signs out running servers with the same QWEN_DIR too, and\nQwen Code."},
+		{name: "status", summary: "say how the server is and who is signed in", run: statusCommand,
 			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS", "QWEN_DIR", "API_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE"),
-			help:  "It never prints a token."},
-		{name: "healthcheck", summary: "ask the server of the same environment for /health; exit status 0 or 1", run: healthcheckCommand,
+			help:  "It asks the running server, and looks at the credentials of this environment. The exit status is 0 only if requests\nwould be served. It never prints a token."},
+		{name: "healthcheck", summary: "ask the running server for /health; exit status 0 or 1", run: healthcheckCommand,
 			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS"),
-			help:  "For containers without a shell."},
+			help:  "It is for containers without a shell. SERVER_HOST, SERVER_PORT and ENABLE_TLS say where the server is."},
 		{name: "demo", summary: "serve with a stand-in for Qwen: no account, no network, nothing stored", run: demoCommand,
 			// What leads to the real Qwen is not read.
 			reads: allBut("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE", "API_BASE_URL"), serves: true,
@@ -152,7 +152,7 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		return 2
 	}
 	if file != nil {
-		cfg.envFile = envFile
+		cfg.envFile = absolute(envFile)
 	}
 	cfg.notifySocket, _ = lookup("NOTIFY_SOCKET") // set by the service manager: not a setting
 	if format, _ := settings("LOG_FORMAT"); terminal && strings.TrimSpace(format) == "" {
@@ -179,7 +179,7 @@ func usage(w io.Writer) {
 	for _, c := range commands() {
 		fmt.Fprintf(w, "  %-12s %s\n", c.name, c.summary)
 	}
-	fmt.Fprint(w, "\nqwen-go-proxy command -h explains a command. Environment variables configure everything; the README lists them.\n")
+	fmt.Fprint(w, "\nqwen-go-proxy command -h explains a command. Environment variables configure everything, and a file\n.env in the working directory; the README lists them.\n")
 }
 
 // What the linker puts in at a release; a plain go build knows them from its version control.

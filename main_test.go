@@ -356,7 +356,7 @@ func TestEnvFileOfTheWorkingDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := startProcess(t, map[string]string{"LOG_LEVEL": "info"}, func(cmd *exec.Cmd) { cmd.Dir = dir })
-	p.stderr.await(t, `"msg":"settings were read from a file; the environment wins","file":"\.env"`)
+	p.stderr.await(t, `"msg":"settings were read from a file; the environment wins","file":".*/\.env"`)
 	if !strings.HasPrefix(p.url, "http://127.0.0.1:") {
 		t.Errorf("it listens on %s: the file has won over the environment", p.url)
 	}

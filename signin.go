@@ -170,7 +170,7 @@ func statusCommand(ctx context.Context, cfg *config, stdout, _ io.Writer) int {
 		fmt.Fprintf(stdout, "%-13s%s\n", name+":", fmt.Sprintf(format, args...))
 	}
 	if cfg.envFile != "" {
-		line("settings", "%s, and the environment", absolute(cfg.envFile))
+		line("settings", "%s, and the environment", cfg.envFile)
 	}
 	ready, err := askReady(ctx, cfg)
 	running := err == nil
