@@ -182,9 +182,9 @@ func TestReadiness(t *testing.T) {
 		{name: "a key", env: map[string]string{"QWEN_API_KEY": "sk-test"}},
 		{name: "expires in the far future", file: `{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":1753142400123000}`},
 		{name: "a key beside a broken file", file: "{", env: map[string]string{"QWEN_API_KEY": "sk-test"}},
-		{name: "no file", code: "not_signed_in", message: "Open /auth"},
-		{name: "signed out", file: "{}", code: "not_signed_in", message: "Open /auth"},
-		{name: "a broken file", file: `{"access_token":"good-token`, await: "the credential file can't be used", code: "not_signed_in", message: "Open /auth"},
+		{name: "no file", code: "not_signed_in", message: "open /auth"},
+		{name: "signed out", file: "{}", code: "not_signed_in", message: "open /auth"},
+		{name: "a broken file", file: `{"access_token":"good-token`, await: "the credential file can't be used", code: "not_signed_in", message: "open /auth"},
 		{
 			name: "expired, and nobody to renew it", file: `{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":1753142400000}`,
 			answer: func(w http.ResponseWriter) { w.WriteHeader(http.StatusBadGateway) },
