@@ -387,18 +387,6 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 	})
 }
 
-func TestA404IsAShortLineInTheLog(t *testing.T) {
-	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"})
-	res, body := p.get("/v1/nonsense")
-	if e := wantError(t, res, body, 404, typeInvalidRequest, "unknown_url"); !strings.Contains(e.Error.Message, "GET /v1/models") {
-		t.Errorf("message %q: want it to list the routes", e.Error.Message)
-	}
-	line := p.stderr.await(t, `(?m)^(.*"status":404.*)$`)
-	if !strings.Contains(line, `"error":"There is no /v1/nonsense."`) {
-		t.Errorf("the log has %s", line)
-	}
-}
-
 // TestMemoryFiguresLeaveOutTheBallast asks a new process, which has yet to use much memory.
 func TestMemoryFiguresLeaveOutTheBallast(t *testing.T) {
 	t.Parallel()

@@ -632,27 +632,6 @@ func FuzzMetricsLabels(f *testing.F) {
 	})
 }
 
-// TestRoutesOfBothPrefixesAreOne checks that a new route has its label from its pattern.
-func TestRoutesOfBothPrefixesAreOne(t *testing.T) {
-	m := &metrics{}
-	metricsHandler(t, m)
-	var got []string
-	for _, r := range m.routes {
-		got = append(got, r.path)
-	}
-	if sorted := slices.Compact(slices.Sorted(slices.Values(got))); len(sorted) != len(got) {
-		t.Errorf("twice in %q", got)
-	}
-	for _, path := range got {
-		if strings.ContainsAny(path, "$ ") || strings.Contains(path, "...") {
-			t.Errorf("route %q", path)
-		}
-		if !strings.HasPrefix(path, "/v1/") && slices.Contains(got, "/v1"+path) {
-			t.Errorf("%q is there with and without /v1", path)
-		}
-	}
-}
-
 const chatPattern = "POST /v1/chat/completions"
 
 // endedExchange is a request that has been answered, for what counts it.

@@ -39,29 +39,32 @@ type server struct {
 	byPattern map[string]*route // a path with /v1 has a second pattern without it
 }
 
+// newRoutes returns the routes, in the README's order.
+func newRoutes(p *proxy, models *models, tokens *tokenSource, h *health) []route {
+	return []route{
+		{"POST", "/v1/chat/completions", limited, p.forward(pathChat)},
+		{"POST", "/v1/completions", limited, p.completions()},
+		{"POST", "/v1/embeddings", limited, p.forward(pathEmbeddings)},
+		{"POST", "/v1/responses", limited, p.forward(pathResponses)},
+		{"POST", "/v1/messages", limited, p.messages(pathMessages)},
+		{"POST", "/v1/messages/count_tokens", limited, p.messages(pathCountTokens)},
+		{"GET", "/v1/models", limited, models.all},
+		{"GET", "/v1/models/{id}", limited, models.one},
+		{"GET", "/auth", private, tokens.auth},
+		{"GET", "/health", public, h.live},
+		{"GET", "/health/ready", public, h.ready},
+		{"GET", "/health/detailed", keyed, h.detailed},
+		{"GET", "/metrics", keyed, h.prometheus},
+		{"GET", "/", public, h.root},
+	}
+}
+
 // newHandler returns the handler of all requests.
 func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access, m *metrics, h *health, transport http.RoundTripper) http.Handler {
-	p := newProxy(cfg, tokens, m, transport)
-	models := newModels(cfg, tokens, transport, log)
 	s := &server{
 		access: keys, limiter: newRateLimiter(cfg.rateLimit, cfg.rateBurst),
-		mux: http.NewServeMux(), byPattern: map[string]*route{},
-		routes: []route{
-			{"POST", "/v1/chat/completions", limited, p.forward(pathChat)},
-			{"POST", "/v1/completions", limited, p.completions()},
-			{"POST", "/v1/embeddings", limited, p.forward(pathEmbeddings)},
-			{"POST", "/v1/responses", limited, p.forward(pathResponses)},
-			{"POST", "/v1/messages", limited, p.messages(pathMessages)},
-			{"POST", "/v1/messages/count_tokens", limited, p.messages(pathCountTokens)},
-			{"GET", "/v1/models", limited, models.all},
-			{"GET", "/v1/models/{id}", limited, models.one},
-			{"GET", "/auth", private, tokens.auth},
-			{"GET", "/health", public, h.live},
-			{"GET", "/health/ready", public, h.ready},
-			{"GET", "/health/detailed", keyed, h.detailed},
-			{"GET", "/metrics", keyed, h.prometheus},
-			{"GET", "/", public, h.root},
-		},
+		routes: newRoutes(newProxy(cfg, tokens, m, transport), newModels(cfg, tokens, transport, log), tokens, h),
+		mux:    http.NewServeMux(), byPattern: map[string]*route{},
 	}
 	for i := range s.routes {
 		rt := &s.routes[i]

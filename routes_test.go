@@ -1,0 +1,93 @@
+package main
+
+import (
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// endpoints returns the routes as a reader is told them: method and path.
+func endpoints(t *testing.T) (list []string) {
+	t.Helper()
+	cfg, err := loadConfig(lookup(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	tokens := newSource(cfg, log, io.Discard)
+	for _, rt := range newRoutes(newProxy(cfg, tokens, &metrics{}, nil), newModels(cfg, tokens, nil, log), tokens, &health{}) {
+		list = append(list, rt.method+" "+rt.path)
+	}
+	return list
+}
+
+func TestREADMEListsEveryRoute(t *testing.T) {
+	b, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(b), "\n## Endpoints\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var listed []string
+	for line := range strings.Lines(section) {
+		if cells := strings.Split(line, "|"); len(cells) > 2 {
+			for _, match := range regexp.MustCompile("`([A-Z]+ /[^`]*)`").FindAllStringSubmatch(cells[1], -1) {
+				listed = append(listed, match[1])
+			}
+		}
+	}
+	if diff := cmp.Diff(endpoints(t), listed); diff != "" {
+		t.Errorf("the README's table of endpoints (-routes +README):\n%s", diff)
+	}
+}
+
+func TestA404NamesEveryRoute(t *testing.T) {
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"})
+	res, body := p.get("/v1/nonsense")
+	message := wantError(t, res, body, 404, typeInvalidRequest, "unknown_url").Error.Message
+	for _, endpoint := range endpoints(t) {
+		_, path, _ := strings.Cut(endpoint, " ")
+		if !regexp.MustCompile(regexp.QuoteMeta(path) + `[,.]`).MatchString(message) {
+			t.Errorf("%q does not name %s", message, path)
+		}
+	}
+}
+
+// TestEveryRouteIsCounted: with and without /v1 it counts under the name that the README gives it.
+func TestEveryRouteIsCounted(t *testing.T) {
+	m := &metrics{}
+	h := metricsHandler(t, m)
+	want, got := map[string]int64{}, map[string]int64{}
+	for _, endpoint := range endpoints(t) {
+		method, path, _ := strings.Cut(endpoint, " ")
+		for _, target := range []string{path, strings.TrimPrefix(path, "/v1")} {
+			r := httptest.NewRequest(method, "http://localhost"+strings.Replace(target, "{id}", "org/x", 1), strings.NewReader(ordinaryChat))
+			h.ServeHTTP(&discard{http.Header{}}, r)
+			want[path]++
+		}
+	}
+	for _, r := range m.routes {
+		for i := range r.statuses {
+			got[r.path] += r.statuses[i].Load()
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("requests by route (-want +got):\n%s", diff)
+	}
+}
+
+func TestA404IsAShortLineInTheLog(t *testing.T) {
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"})
+	p.get("/v1/nonsense")
+	line := p.stderr.await(t, `(?m)^(.*"status":404.*)$`)
+	if !strings.Contains(line, `"error":"There is no /v1/nonsense."`) {
+		t.Errorf("the log has %s", line)
+	}
+}
