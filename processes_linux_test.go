@@ -75,10 +75,10 @@ func (p *process) becomes(status int) {
 	}
 }
 
-// warned returns what p has logged at level warn and above, but for requests.
+// warned returns what p has logged at level warn and above, but for requests and changes of readiness, which follow from it.
 func (p *process) warned() (lines []string) {
 	for line := range strings.Lines(p.stderr.String()) {
-		if strings.HasPrefix(line, "{") && !strings.Contains(line, `"msg":"request"`) {
+		if strings.HasPrefix(line, "{") && !strings.Contains(line, `"msg":"request"`) && !strings.Contains(line, `"msg":"the server is not ready"`) {
 			lines = append(lines, line)
 		}
 	}
