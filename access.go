@@ -103,6 +103,15 @@ func (a *access) client(r *http.Request) client {
 	return c
 }
 
+// clientAddr returns the address of the client's end of the connection, without a zone: net/netip has no prefixes with one.
+func clientAddr(r *http.Request) netip.Addr {
+	ap, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Addr{} // a Unix socket's peer has none
+	}
+	return ap.Addr().Unmap().WithZone("")
+}
+
 // forwardingHeaders are headers by which reverse proxies say that they forward a request.
 var forwardingHeaders = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Via"}
 

@@ -302,7 +302,7 @@ func track(cfg *config, log *slog.Logger, m *metrics, next handler) http.Handler
 
 // begin returns the exchange of r, with what every answer's header has.
 func begin(cfg *config, w http.ResponseWriter, r *http.Request) *exchange {
-	x := &exchange{w: w, rc: http.NewResponseController(w), ids: [1]string{requestID(r)}, client: clientAddr(r), start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2, anthropic: anthropicPath(r.URL.Path)}
+	x := &exchange{w: w, rc: http.NewResponseController(w), ids: [1]string{requestID(r)}, start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2, anthropic: anthropicPath(r.URL.Path)}
 	h := w.Header()
 	h["X-Request-Id"] = x.ids[:]
 	if _, ok := r.Header["Anthropic-Version"]; ok {
@@ -445,13 +445,4 @@ func validRequestID(s string) bool {
 		}
 	}
 	return true
-}
-
-// clientAddr returns the address of the client's end of the connection, without a zone: net/netip has no prefixes with one.
-func clientAddr(r *http.Request) netip.Addr {
-	ap, err := netip.ParseAddrPort(r.RemoteAddr)
-	if err != nil {
-		return netip.Addr{} // a Unix socket's peer has none
-	}
-	return ap.Addr().Unmap().WithZone("")
 }

@@ -91,3 +91,25 @@ func TestA404IsAShortLineInTheLog(t *testing.T) {
 		t.Errorf("the log has %s", line)
 	}
 }
+
+func TestAnotherMethodIsNotAllowed(t *testing.T) {
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"})
+	for _, tt := range []struct{ method, path, allow, message string }{
+		{"GET", "/v1/chat/completions", "POST", "Method GET is not allowed here. Use POST."},
+		{"DELETE", "/v1/models", "GET, HEAD", "Method DELETE is not allowed here. Use GET."},
+		{"POST", "/v1/models/org/x", "GET, HEAD", "Method POST is not allowed here. Use GET."},
+		{"PUT", "/", "GET, HEAD", "Method PUT is not allowed here. Use GET."},
+		{"HEAD", "/embeddings", "POST", ""},
+	} {
+		res, body := p.send(tt.method, tt.path, nil)
+		if got := res.Header.Get("Allow"); res.StatusCode != 405 || got != tt.allow {
+			t.Errorf("%s %s: %s, Allow %q, want 405, %q", tt.method, tt.path, res.Status, got, tt.allow)
+		}
+		if tt.message == "" { // HEAD has no body
+			continue
+		}
+		if e := wantError(t, res, body, 405, typeInvalidRequest, "method_not_allowed"); e.Error.Message != tt.message {
+			t.Errorf("%s %s: message %q, want %q", tt.method, tt.path, e.Error.Message, tt.message)
+		}
+	}
+}
