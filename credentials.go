@@ -31,6 +31,8 @@ type token struct {
 	obtained    time.Time // wall clock; when the server issued it, at the latest
 	expiry      time.Time // wall clock; zero for an API key, which has none
 
+	unstored bool // it is in memory alone, since it could not be stored
+
 	// members are those of the credential file that it was read from, kept when the file is written again.
 	members map[string]json.RawMessage
 

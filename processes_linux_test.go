@@ -284,42 +284,54 @@ func TestFileMountedByItself(t *testing.T) {
 	}
 }
 
-// TestFileThatGoesAway has the credential file vanish, or become something else, while its token is good.
-func TestFileThatGoesAway(t *testing.T) {
-	const life = 4 * time.Second
-	for _, tt := range []struct {
-		name  string
-		put   func(path string) error // in the file's place
-		early string                  // the warning before the next refresh
-		late  []string                // those with it
-		back  bool                    // whether the next refresh writes the file
-	}{
-		{"vanishes", func(string) error { return nil }, "the credential file has vanished", nil, true},
-		{"becomes a directory", func(path string) error { return os.Mkdir(path, 0o700) }, "is a directory",
-			[]string{"the refreshed token is kept in memory alone"}, false},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), life)
-			p := startProcess(t, w.env())
-			p.becomes(http.StatusOK)
-			if err := os.Remove(w.store.path()); err != nil {
-				t.Fatal(err)
-			}
-			if err := tt.put(w.store.path()); err != nil {
-				t.Fatal(err)
-			}
-			p.serving(func() bool { return strings.Contains(p.stderr.String(), tt.early) }, http.StatusOK, "")
-			p.serving(w.refreshed(1), http.StatusOK, "")
-			p.serving(after(500*time.Millisecond), http.StatusOK, "")
-			p.warnings(append([]string{tt.early}, tt.late...)...)
-			if stored, err := w.store.load(); (err == nil) != tt.back || tt.back && !stored.good(time.Now()) {
-				t.Errorf("stored: %v, %v", stored, err)
-			}
-			p.terminate()
-			if c := w.counts(); c.refreshesRefused+c.unauthorized != 0 {
-				t.Errorf("%+v: want nothing refused", c)
-			}
-		})
+// TestFileThatVanishes: the token in memory stays in use, and the next refresh writes the file again.
+func TestFileThatVanishes(t *testing.T) {
+	t.Parallel()
+	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 4*time.Second)
+	p := startProcess(t, w.env())
+	p.becomes(http.StatusOK)
+	if err := os.Remove(w.store.path()); err != nil {
+		t.Fatal(err)
+	}
+	const warning = "the credential file has vanished"
+	p.serving(func() bool { return strings.Contains(p.stderr.String(), warning) }, http.StatusOK, "")
+	p.serving(w.refreshed(1), http.StatusOK, "")
+	p.serving(after(500*time.Millisecond), http.StatusOK, "")
+	p.warnings(warning)
+	if stored, err := w.store.load(); err != nil || !stored.good(time.Now()) {
+		t.Errorf("stored: %v, %v", stored, err)
+	}
+	p.terminate()
+	if c := w.counts(); c.refreshesRefused+c.unauthorized != 0 {
+		t.Errorf("%+v: want nothing refused", c)
+	}
+}
+
+// TestFileThatBecomesADirectory: the refresh token is not spent until the file is back.
+func TestFileThatBecomesADirectory(t *testing.T) {
+	t.Parallel()
+	const life = 2 * time.Second
+	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), life)
+	p := startProcess(t, w.env())
+	p.becomes(http.StatusOK)
+	good := time.Now()
+	path := w.store.path()
+	if err := errors.Join(os.Rename(path, path+".away"), os.Mkdir(path, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	n := w.counts().refreshes
+	p.serving(func() bool { return time.Since(good) > life-500*time.Millisecond }, http.StatusOK, "")
+	p.becomes(http.StatusServiceUnavailable)
+	p.serving(after(500*time.Millisecond), http.StatusServiceUnavailable, "Repair or delete "+credentialFile)
+	if w.refreshed(n)() {
+		t.Error("a refresh token was spent")
+	}
+	if err := errors.Join(os.Remove(path), os.Rename(path+".away", path)); err != nil {
+		t.Fatal(err)
+	}
+	p.becomes(http.StatusOK)
+	p.terminate()
+	if c := w.counts(); c.replays+c.refreshesRefused+c.deviceAuthorizations != 0 {
+		t.Errorf("%+v: want nothing refused, and no sign-in", c)
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -48,6 +49,7 @@ type tokenSource struct {
 
 	fileMu sync.Mutex  // held while a change of the credential file is put into use, or a sign-in is stored
 	seen   fs.FileInfo // the file at the last look; nil where there was none; guarded by fileMu
+	spent  sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
 
 	unserved   atomic.Pointer[unserved] // nil while the API takes the token
 	refreshes  [len(refreshResults)]atomic.Int64
@@ -62,6 +64,7 @@ type authState struct {
 	attempts   int           // failed attempts to renew token
 	failed     error         // why the last one failed; the next is at retryAt
 	retryAt    time.Time     //
+	outdated   bool          // the file holds a token that token has replaced; a refresh writes it anew
 	refused    error         // why token can't be renewed at all; nil while it may be
 	fileErr    error         // why the credential file can't be used, as it was logged; nil where it can, or is not there
 	changed    chan struct{} // closed when another state has taken this one's place
@@ -220,6 +223,9 @@ var errRenewing = errors.New("a token refresh is under way")
 func unavailable(retryAfter time.Duration, err error) *apiError {
 	e := &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "token_refresh_failed", retryAfter: retryAfter, err: err}
 	switch {
+	case errors.Is(err, errFileUnusable):
+		e.typ = typeConfiguration
+		e.message = "The proxy's access token has expired, and it is not renewed because the new one could not be stored. Repair or delete " + credentialFile + " in QWEN_DIR; the proxy's log says what is wrong with it."
 	case errors.Is(err, errNotStorable):
 		e.typ = typeConfiguration
 		e.message = "The proxy's access token has expired, and it is not renewed because the new one could not be stored. Make QWEN_DIR writable; the proxy's log says what is wrong with it."
@@ -314,10 +320,13 @@ func (s *tokenSource) look() {
 		return
 	}
 	if st.fileErr != nil {
-		s.update(func(st *authState) { st.fileErr = nil })
+		s.update(func(st *authState) { st.fileErr, st.retryAt = nil, time.Time{} }) // a refresh may have waited for it
 	}
 	now := time.Now()
 	switch {
+	case err == nil && st.token != nil && !s.newer(t, st.token):
+		s.log.Warn("the credential file holds an older token again, as from a backup; it is written anew with the next refresh, which is due now")
+		s.update(func(st *authState) { st.outdated = true })
 	case err == nil && st.token == nil,
 		err == nil && t.access != st.token.access && (t.good(now) || !st.token.good(now)),
 		err == nil && t.refresh != st.token.refresh && st.refused != nil:
@@ -374,7 +383,7 @@ func (s *tokenSource) due(now time.Time) time.Duration {
 	switch {
 	case st.token == nil || st.refused != nil:
 		return maxNap
-	case st.rejected:
+	case st.rejected || st.outdated:
 		return st.retryAt.Sub(now)
 	}
 	return max(st.token.refreshAt.Sub(now), st.retryAt.Sub(now))
@@ -422,13 +431,24 @@ func (s *tokenSource) refresh(ctx context.Context) {
 // errNotStorable says that a refresh token was not spent, because its successor could not have been stored.
 var errNotStorable = errors.New("the new token could not be stored")
 
+// errFileUnusable says that something is in the credential file's place that can't be used, and is left as it is.
+var errFileUnusable = errors.New("the credential file can't be used")
+
+// newer reports whether t, which is in the credential file, is newer than current, which is in use. It is older if this
+// process has renewed it, or could not store what it got later.
+func (s *tokenSource) newer(t, current *token) bool {
+	_, spent := s.spent.Load(sha256.Sum256([]byte(t.refresh)))
+	return !spent && !(current.unstored && t.obtained.Before(current.obtained))
+}
+
 // redeem exchanges old's refresh token for a fresh token and stores that, with other processes locked out. Where one
 // of them was faster, its token is the fresh one.
 func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
+	current := old
 	var fresh *token // another process's
 	faster := func() bool {
 		t, err := s.store.load()
-		if err == nil && t.access != old.access && t.good(time.Now()) {
+		if err == nil && t.access != old.access && t.good(time.Now()) && s.newer(t, current) {
 			fresh = t
 		}
 		return fresh != nil
@@ -458,11 +478,14 @@ func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
 			defer file.discard()
 		}
 	}
-	if noRoom != nil && loadErr == nil {
-		// Spent and not stored, the file's refresh token would be lost to everybody at the next start.
+	if unusable(loadErr) {
+		noRoom = fmt.Errorf("%w: %w", errFileUnusable, loadErr)
+	}
+	if noRoom != nil && !old.unstored {
+		// Spent and not stored, the refresh token would be lost to everybody at the next start.
 		return nil, fmt.Errorf("%w: %w", errNotStorable, noRoom)
 	}
-	if loadErr == nil && stored.refresh != "" {
+	if loadErr == nil && stored.refresh != "" && s.newer(stored, current) {
 		old = stored
 	}
 	if old.refresh == "" {
@@ -471,7 +494,7 @@ func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
 	fresh, err = s.oauth.refresh(ctx, old.refresh)
 	if refused(err) {
 		// A process that keeps to no lock may have been first, and old be dead for that reason.
-		if t, loadErr := s.store.load(); loadErr == nil && t.refresh != old.refresh {
+		if t, loadErr := s.store.load(); loadErr == nil && t.refresh != old.refresh && s.newer(t, current) {
 			if t.good(time.Now()) {
 				return t, nil
 			}
@@ -482,26 +505,37 @@ func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
 	if err != nil {
 		return nil, err
 	}
+	if fresh.refresh != "" && fresh.refresh != old.refresh {
+		s.spent.Store(sha256.Sum256([]byte(old.refresh)), nil)
+	}
 	fresh.members = old.members
 	fresh.refresh = cmp.Or(fresh.refresh, old.refresh)
 	fresh.resourceURL = cmp.Or(fresh.resourceURL, old.resourceURL)
 	fresh.idToken = cmp.Or(fresh.idToken, old.idToken)
 	fresh.scope = cmp.Or(fresh.scope, old.scope)
-	if file == nil || loadErr != nil && !errors.Is(loadErr, fs.ErrNotExist) {
-		// There is no room for it, or foreign content in its place. What was redeemed was in memory alone anyway.
-		s.log.Warn("the refreshed token is kept in memory alone", "file", s.store.path(), "error", cmp.Or(noRoom, loadErr))
+	if noRoom != nil {
+		fresh.unstored = true // as old is
+		if s.store.path() != "" {
+			s.log.Warn("the refreshed token is kept in memory alone", "file", s.store.path(), "error", noRoom)
+		}
 		return fresh, nil
+	}
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	if s.state.Load().token != current {
+		return fresh, nil // a sign-in has been completed and stored meanwhile
 	}
 	content, err := fresh.fileContent()
 	if err == nil {
 		err = file.commit(content)
 	}
-	s.stored(err)
+	s.stored(fresh, err)
 	return fresh, nil
 }
 
-// stored says what came of storing a token. It is good all the same, until the process ends.
-func (s *tokenSource) stored(err error) {
+// stored notes and logs how storing t went. The token is good all the same, until the process ends.
+func (s *tokenSource) stored(t *token, err error) {
+	t.unstored = err != nil && !errors.Is(err, errInPlace) || s.store.path() == ""
 	switch {
 	case errors.Is(err, errInPlace):
 		s.sayInPlace.Do(func() { s.log.Warn("the credentials were written in place", "file", s.store.path(), "error", err) })
@@ -541,7 +575,7 @@ func (s *tokenSource) signedIn(ctx context.Context, t *token) bool {
 	if reason := context.Cause(ctx); reason != nil && reason != errShuttingDown {
 		return false
 	}
-	s.stored(s.store.replace(t))
+	s.stored(t, s.store.replace(t))
 	s.setToken(t)
 	s.unserved.Store(nil) // it may be another account's
 	return true

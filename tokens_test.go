@@ -1148,3 +1148,84 @@ func TestReasonsForWaitingAreTrue(t *testing.T) {
 		}
 	})
 }
+
+// TestNoRefreshBesideAnUnusableFile: the successor could not be stored, so the refresh token is not spent. Once the file is
+// back, it is.
+func TestNoRefreshBesideAnUnusableFile(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"a directory":        func(path string) error { return os.Mkdir(path, 0o700) },
+		"broken":             func(path string) error { return os.WriteFile(path, []byte(`{"access_token":`), 0o600) },
+		"another program's":  func(path string) error { return os.WriteFile(path, []byte(`{"name":"x"}`), 0o600) },
+		"a loop of symlinks": func(path string) error { return os.Symlink(path, path) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				old := fileOf(0, 10*time.Minute)
+				s := newSourceTest(t, old, nil, func(r *http.Request) (int, string) {
+					if r.PostForm.Get("refresh_token") != "refresh-0" {
+						return 400, grantRefused
+					}
+					return 200, tokenAnswer(1, 3600)
+				})
+				s.start()
+				time.Sleep(time.Minute)
+				if err := errors.Join(os.Remove(s.store.path()), put(s.store.path())); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(8 * time.Minute)
+				s.want("access-0", 0)
+				time.Sleep(20 * time.Minute)
+				_, err := s.Token(t.Context())
+				if e, ok := errors.AsType[*apiError](err); !ok || e.status != http.StatusServiceUnavailable || !strings.Contains(e.message, "Repair or delete "+credentialFile) {
+					t.Errorf("got %v, want a 503 that says what to do", err)
+				}
+				s.wantAsked()
+				if err := os.RemoveAll(s.store.path()); err != nil {
+					t.Fatal(err)
+				}
+				s.write(old)
+				time.Sleep(maxNap)
+				synctest.Wait()
+				s.want("access-1", 0)
+				s.wantAsked("refresh-0")
+				if got := s.read()["refresh_token"]; got != "refresh-1" {
+					t.Errorf("the file has refresh token %v", got)
+				}
+			})
+		})
+	}
+}
+
+// TestASpentRefreshTokenComesBack: a backup puts an old credential file in the place of a newer one.
+func TestASpentRefreshTokenComesBack(t *testing.T) {
+	for _, life := range []time.Duration{time.Hour, 20 * time.Minute} { // of the old token; it is still good when it comes back, or not
+		synctest.Test(t, func(t *testing.T) {
+			old := fileOf(0, life)
+			n := 0
+			s := newSourceTest(t, old, nil, func(r *http.Request) (int, string) {
+				if r.PostForm.Get("refresh_token") != fmt.Sprint("refresh-", n) {
+					return 400, grantRefused
+				}
+				n++
+				return 200, tokenAnswer(n, 3600)
+			})
+			s.start()
+			time.Sleep(life - 4*time.Minute)
+			s.want("access-1", 0)
+			time.Sleep(2 * time.Minute)
+			if life < time.Hour {
+				time.Sleep(10 * time.Minute)
+			}
+			s.write(old)
+			time.Sleep(maxNap)
+			synctest.Wait()
+			s.want("access-2", 0)
+			s.wantAsked("refresh-0", "refresh-1")
+			if got := s.read()["refresh_token"]; got != "refresh-2" {
+				t.Errorf("the file has refresh token %v, want the newest", got)
+			}
+			time.Sleep(2 * time.Hour)
+			s.wantAsked("refresh-0", "refresh-1", "refresh-2", "refresh-3")
+		})
+	}
+}
