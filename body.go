@@ -21,7 +21,7 @@ const (
 	// A body of up to smallBody stays in Go's heap. net/http sends it in one write with the header.
 	smallBody = 4 << 10
 	// perRequest is what a request with a larger body takes beside it: connections, goroutines, and buffers for copying.
-	perRequest = 64 << 10
+	perRequest = 96 << 10
 	// The last eighth of MAX_BUFFERED_BYTES is for the first smallShare of each body, so that large bodies don't keep small
 	// ones out.
 	smallShare = 64 << 10
@@ -200,6 +200,7 @@ type bodyUse struct {
 	// Guarded by body.mu.
 	piece, at int   // what to read next
 	left      int64 // bytes
+	buffer    int   // the size of the transport's buffer, if it is larger than perRequest allows for
 	closed    bool
 }
 
@@ -212,6 +213,13 @@ func (u *bodyUse) Read(p []byte) (int, error) {
 		return 0, io.EOF
 	case u.closed || pieces == nil:
 		return 0, os.ErrClosed
+	}
+	if more := len(p) - u.buffer; more > 0 && len(p) > 32<<10 {
+		// HTTP/2 reads into a frame as large as the peer takes it, of up to 512 KiB.
+		u.buffer = len(p)
+		if err := u.body.charge(more); err != nil {
+			return 0, err
+		}
 	}
 	n := copy(p, pieces[u.piece][u.at:])
 	if u.at += n; u.at == len(pieces[u.piece]) {

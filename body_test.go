@@ -184,7 +184,7 @@ func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
 		if _, err := io.ReadFull(r, make([]byte, size)); err != nil {
 			t.Fatal(err)
 		}
-		wantHeld(t, b, 1, 2<<20)
+		wantHeld(t, b, 1, 3<<20)
 		body.answer()
 		wantHeld(t, b, 0, 0)
 		if n, err := r.Read(make([]byte, 1)); n != 0 || err != io.EOF {
@@ -200,7 +200,7 @@ func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
 			t.Fatal(err)
 		}
 		body.answer()
-		wantHeld(t, b, 1, 2<<20)
+		wantHeld(t, b, 1, 3<<20)
 		if rest, err := io.ReadAll(r); len(rest) != size-size/2 || err != nil {
 			t.Errorf("%d bytes of the rest, %v", len(rest), err)
 		}
@@ -212,7 +212,7 @@ func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
 		io.ReadAll(r)
 		r.Close()
 		body.answer()
-		wantHeld(t, b, 1, 2<<20)
+		wantHeld(t, b, 1, 3<<20)
 		again.Close()
 		wantHeld(t, b, 0, 0)
 	}

@@ -114,9 +114,39 @@ type answerHead struct {
 // A chatAnswer is a chat completion, or a chunk of one's stream.
 type chatAnswer struct {
 	answerHead
-	Choices []chatChoice    `json:"choices"`
+	Choices chatChoices     `json:"choices"`
 	Usage   json.RawMessage `json:"usage"`
 	Error   json.RawMessage `json:"error"` // in place of all else, when a stream fails
+}
+
+// chatChoices are at most maxChoices: decoded, a choice takes many times its size as JSON.
+type chatChoices []chatChoice
+
+const maxChoices = 128 // the most that OpenAI's API lets a request ask for
+
+func (c *chatChoices) UnmarshalJSON(array []byte) error {
+	if array[0] != '[' {
+		return json.Unmarshal(array, (*[]chatChoice)(c)) // null, or an error
+	}
+	*c = chatChoices{}
+	for i := skipSpace(array, 1); array[i] != ']'; i = skipSpace(array, i) {
+		end, err := skipValue(array, i)
+		if err != nil {
+			return err
+		}
+		if len(*c) == maxChoices {
+			return errors.New("too many choices")
+		}
+		var choice chatChoice
+		if err := json.Unmarshal(array[i:end], &choice); err != nil {
+			return err
+		}
+		*c = append(*c, choice)
+		if i = skipSpace(array, end); array[i] == ',' {
+			i = skipSpace(array, i+1)
+		}
+	}
+	return nil
 }
 
 type chatChoice struct {
@@ -128,8 +158,33 @@ type chatChoice struct {
 
 // A chatContent is the part of a message that is its text: reasoning_content isn't.
 type chatContent struct {
-	Content string `json:"content"` // "" for null
+	Content rawString `json:"content"`
 }
+
+// A rawString is a string as it stands in JSON. null and the zero value are the empty one. Text may be megabytes, and decoding
+// and encoding it would take ten times that.
+type rawString []byte
+
+func (s *rawString) UnmarshalJSON(b []byte) error {
+	switch b[0] {
+	case '"':
+		*s = bytes.Clone(b)
+	case 'n':
+		*s = nil
+	default:
+		return errors.New("not a string")
+	}
+	return nil
+}
+
+func (s rawString) MarshalJSON() ([]byte, error) {
+	if s == nil {
+		return []byte(`""`), nil
+	}
+	return s, nil
+}
+
+func (s rawString) empty() bool { return len(s) <= len(`""`) }
 
 // A textAnswer is a text completion, or a chunk of one's stream.
 type textAnswer struct {
@@ -139,7 +194,7 @@ type textAnswer struct {
 }
 
 type textChoice struct {
-	Text         string    `json:"text"`
+	Text         rawString `json:"text"`
 	Index        int       `json:"index"`
 	Logprobs     *struct{} `json:"logprobs"` // always null
 	FinishReason *string   `json:"finish_reason"`
@@ -159,7 +214,7 @@ func (c *completion) newAnswer(a *chatAnswer) *textAnswer {
 }
 
 // add appends the choice with its text. Why it finished stays, but for reasons that text completions lack.
-func (t *textAnswer) add(choice chatChoice, text string) {
+func (t *textAnswer) add(choice chatChoice, text rawString) {
 	if r := choice.FinishReason; r != nil && (*r == "tool_calls" || *r == "function_call") {
 		*r = "stop"
 	}
@@ -309,7 +364,7 @@ func (s *completionStream) translate(event []byte) error {
 	t := s.newAnswer(&a)
 	for _, choice := range a.Choices {
 		text := choice.Delta.Content
-		if text != "" || choice.FinishReason != nil {
+		if !text.empty() || choice.FinishReason != nil {
 			keep = true
 		}
 		t.add(choice, text)

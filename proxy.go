@@ -45,12 +45,8 @@ const maxErrorBody = 1 << 20
 // maxErrorTime bounds how long such an answer may take to arrive. Until then the client waits without a word.
 const maxErrorTime = 10 * time.Second
 
-const (
-	// maxTranslated bounds an answer that is translated as a whole, in bytes. A text completion is a hundredth of it.
-	maxTranslated = 4 << 20
-	// decodeFactor is how many times its own size such an answer takes while it is decoded and encoded.
-	decodeFactor = 4
-)
+// maxTranslated bounds an answer that is translated as a whole, in bytes. A text completion is a hundredth of it.
+const maxTranslated = 2 << 20
 
 // Why a call to Qwen was cut off, as its context's cause.
 var (
@@ -73,6 +69,8 @@ type proxy struct {
 	transport http.RoundTripper
 	fresh     http.RoundTripper // the same, but with a new connection for each request
 	reverse   httputil.ReverseProxy
+
+	translating sync.Mutex // held while a large answer is translated, which takes several times its size
 
 	defaultModel []byte            // as JSON
 	aliases      map[string][]byte // as JSON
@@ -585,20 +583,25 @@ func (p *proxy) translate(c *call, res *http.Response, body *responseBody) error
 	// An answer that drips is never silent. Silence comes first, for it has a message of its own.
 	defer time.AfterFunc(p.cfg.upstreamTimeout+p.cfg.idleTimeout, func() { c.cancel(errUpstreamTimeout) }).Stop()
 	err := c.answer.fill(body, maxTranslated, func(int) {})
-	if err == nil {
-		err = c.answer.charge(decodeFactor * len(c.answer.data))
-	}
 	if err == errTooLong {
 		return notAnAnswer(res.StatusCode, err)
 	} else if err != nil {
 		return err
 	}
+	if len(c.answer.data) > 64<<10 {
+		p.translating.Lock()
+		defer p.translating.Unlock()
+	}
 	text, err := c.completion.response(c.answer.data)
 	if err != nil {
 		return notAnAnswer(res.StatusCode, err)
 	}
+	c.answer.release()
+	if err := c.answer.fill(bytes.NewReader(text), int64(len(text)), func(int) {}); err != nil {
+		return err
+	}
 	res.Body.Close()
-	setJSON(res, text)
+	setJSON(res, c.answer.data)
 	return nil
 }
 
