@@ -187,8 +187,13 @@ func TestReadiness(t *testing.T) {
 		{name: "a broken file", file: `{"access_token":"good-token`, await: "the credential file can't be used", code: "not_signed_in", message: "open /auth"},
 		{
 			name: "expired, and nobody to renew it", file: `{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":1753142400000}`,
-			answer: func(w http.ResponseWriter) { w.WriteHeader(http.StatusBadGateway) },
-			await:  "token refresh failed", code: "token_refresh_failed", message: "can't be reached",
+			answer: func(w http.ResponseWriter) { w.WriteHeader(http.StatusTooManyRequests) },
+			await:  "token refresh failed", code: "token_refresh_failed", message: "answers, but does not renew it now",
+		},
+		{
+			name: "expired, and no network", file: `{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":1753142400000}`,
+			env:   map[string]string{"QWEN_OAUTH_BASE_URL": "http://127.0.0.1:1"},
+			await: "token refresh failed", code: "token_refresh_failed", message: "can't be reached",
 		},
 		{
 			name: "expired, and refused", file: `{"access_token":"good-token","refresh_token":"refresh-1","expiry_date":1753142400000}`,

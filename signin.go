@@ -135,7 +135,7 @@ func logoutCommand(ctx context.Context, cfg *config, stdout, stderr io.Writer) i
 	lock, err := store.lock(ctx, func() bool {
 		if !waiting {
 			waiting = true
-			fmt.Fprintf(stderr, "Another process holds %s. Waiting up to a minute for it …\n", absolute(filepath.Join(cfg.qwenDir, lockFile)))
+			fmt.Fprintf(stderr, "Another process holds %s. Waiting for up to half a minute …\n", absolute(filepath.Join(cfg.qwenDir, lockFile)))
 		}
 		return false
 	})

@@ -234,6 +234,8 @@ func unavailable(retryAfter time.Duration, err error) *apiError {
 		e.message = "The proxy's access token has expired, and another process that shares QWEN_DIR holds " + lockFile + " to renew it. Try again; the proxy keeps trying."
 	case errors.Is(err, errRenewing):
 		e.message = "The proxy's access token has expired and is being renewed. Try again."
+	case !unanswered(err):
+		e.message = "The proxy's access token has expired and Qwen's sign-in server answers, but does not renew it now. Try again; the proxy keeps trying."
 	default:
 		e.message = "The proxy's access token has expired and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying."
 	}
