@@ -31,7 +31,7 @@ func main() {
 	// signal would pass on to the browser that login starts.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal kills at once, but for a server: see exitOnSignal
+	context.AfterFunc(ctx, stop) // a second signal kills at once, but for a server: see secondSignal
 	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, ".env", os.Stdout, os.Stderr))
 }
 

@@ -2,8 +2,10 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -333,5 +335,62 @@ func TestFileThatBecomesADirectory(t *testing.T) {
 	p.terminate()
 	if c := w.counts(); c.replays+c.refreshesRefused+c.deviceAuthorizations != 0 {
 		t.Errorf("%+v: want nothing refused, and no sign-in", c)
+	}
+}
+
+// TestShutdownDuringARefreshThatHangs: the refresh is finished first and stored, and the log says so. A second signal gives it
+// up, and leaves no lock behind.
+func TestShutdownDuringARefreshThatHangs(t *testing.T) {
+	for _, signals := range []int{1, 2} {
+		t.Run(fmt.Sprint(signals, " signals"), func(t *testing.T) {
+			t.Parallel()
+			asked, answer := make(chan struct{}, 10), make(chan struct{})
+			oauth := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				asked <- struct{}{}
+				select {
+				case <-answer:
+					answerJSON(w, http.StatusOK, tokenAnswer(1, 3600))
+				case <-r.Context().Done():
+				}
+			}))
+			defer oauth.Close()
+			store := &credentialStore{dir: t.TempDir()}
+			if err := os.WriteFile(store.path(), []byte(fileOf(0, -time.Hour)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			p := startProcess(t, map[string]string{"QWEN_OAUTH_BASE_URL": oauth.URL, "QWEN_DIR": store.dir, "LOG_LEVEL": "info"})
+			<-asked
+			p.cmd.Process.Signal(syscall.SIGTERM)
+			p.stderr.await(t, `"msg":"waiting until the token refresh under way is done and stored`)
+			if strings.Contains(p.stderr.String(), `"msg":"stopped`) {
+				t.Error("the log says that the server has stopped, and it has not")
+			}
+			refresh, status := "refresh-1", 0
+			if signals == 1 {
+				close(answer)
+			} else {
+				p.cmd.Process.Signal(syscall.SIGTERM)
+				refresh, status = "refresh-0", 1
+			}
+			select {
+			case <-p.ended:
+			case <-time.After(5 * time.Second):
+				t.Fatal("the server did not end")
+			}
+			if got := p.cmd.ProcessState.ExitCode(); got != status {
+				t.Errorf("exit status %d, want %d", got, status)
+			}
+			if !strings.Contains(p.stderr.String(), `"msg":"stopped`) {
+				t.Error("the log does not say that the server has stopped")
+			}
+			if stored, err := store.load(); err != nil || stored.refresh != refresh {
+				t.Errorf("the file: %v; want %s in it", err, refresh)
+			}
+			entries, err := os.ReadDir(store.dir)
+			if err != nil || len(entries) != 1 {
+				t.Errorf("left in the directory: %v, %v; want the credential file alone", entries, err)
+			}
+		})
 	}
 }

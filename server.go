@@ -38,8 +38,8 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 	m := &metrics{started: time.Now()}
 	out := &logWriter{w: stderr, dropped: &m.logDropped}
 	defer out.flush(time.Second)
-	over := make(chan struct{})
-	defer close(over)
+	abort, cancelAbort := secondSignal(ctx)
+	defer cancelAbort()
 	log := newLogger(cfg, out)
 	ln, err := listen(cfg)
 	if err != nil {
@@ -99,12 +99,18 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 	tokensDone := make(chan struct{})
 	go func() {
 		defer close(tokensDone)
-		tokens.run(running)
+		tokens.run(running, abort)
 	}()
-	defer func() {
+	finishTokens := sync.OnceFunc(func() {
 		stopTokens()
-		<-tokensDone // a refresh under way is stored first
-	}()
+		select {
+		case <-tokensDone:
+		case <-time.After(100 * time.Millisecond):
+			log.Info("waiting until the token refresh under way is done and stored; a second signal gives it up", "at_most", oauthTimeout.String())
+			<-tokensDone
+		}
+	})
+	defer finishTokens()
 	manager := &notifier{socket: cfg.notifySocket, log: log}
 	managerTold := make(chan struct{})
 	go func() {
@@ -118,7 +124,6 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 		return 1
 	case <-ctx.Done():
 	}
-	go exitOnSignal(out, over)
 	if cfg.greet {
 		fmt.Fprintln(out, "Stopping. Ctrl-C again cuts off what is under way.")
 	}
@@ -134,35 +139,48 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 			log.Error("the server failed", "error", err)
 			return 1
 		case <-time.After(cfg.shutdownDelay):
+		case <-abort.Done():
 		}
 	}
 	log.Info("shutting down", "cause", context.Cause(ctx), "in_flight", m.inFlight.Load(), "timeout", cfg.shutdownTimeout.String())
-	deadline, cancel := context.WithTimeout(context.Background(), cfg.shutdownTimeout)
+	deadline, cancel := context.WithTimeout(abort, cfg.shutdownTimeout)
 	defer cancel()
 	if err := srv.Shutdown(deadline); err != nil {
 		log.Warn("requests were still in flight and are cut off", "in_flight", m.inFlight.Load())
 		cutOff(errShuttingDown) // streams end with an error event
-		last, cancel := context.WithTimeout(context.Background(), time.Second)
+		last, cancel := context.WithTimeout(abort, time.Second)
 		defer cancel()
 		if srv.Shutdown(last) != nil {
 			srv.Close()
 		}
 	}
+	finishTokens()
+	if abort.Err() != nil {
+		log.Warn("stopped by a second signal; what was under way is cut off")
+		return 1
+	}
 	log.Info("stopped")
 	return 0
 }
 
-// exitOnSignal ends the program when another signal asks for that before the server is over. What is in out is written first.
-func exitOnSignal(out *logWriter, over <-chan struct{}) {
-	again := make(chan os.Signal, 1)
-	signal.Notify(again, os.Interrupt, syscall.SIGTERM)
-	defer signal.Stop(again)
-	select {
-	case <-again:
-		out.flush(time.Second)
-		os.Exit(1)
-	case <-over:
-	}
+// secondSignal returns a context that ends when the program has been asked twice to stop. From here on no signal kills it, so
+// that it can release its lock first.
+func secondSignal(ctx context.Context) (context.Context, context.CancelFunc) {
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	twice, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	go func() {
+		defer signal.Stop(signals)
+		for range 2 {
+			select {
+			case <-signals:
+			case <-twice.Done():
+				return
+			}
+		}
+		cancel()
+	}()
+	return twice, cancel
 }
 
 // listen binds the address. It takes over a Unix socket that a dead process has left behind.

@@ -269,8 +269,8 @@ func wakeUp(c chan struct{}) {
 }
 
 // run renews the token, carries out sign-ins, and follows what other processes do to the credential file or the API
-// key's, until ctx ends. A refresh under way then is finished first: its refresh token is spent.
-func (s *tokenSource) run(ctx context.Context) {
+// key's, until ctx ends. A refresh under way then is finished first, since its refresh token is spent; abort ends that too.
+func (s *tokenSource) run(ctx, abort context.Context) {
 	if s.keyed() {
 		s.followKey(ctx)
 		return
@@ -292,7 +292,7 @@ func (s *tokenSource) run(ctx context.Context) {
 			close(done)
 		}
 		for s.due(time.Now()) <= 0 {
-			s.refresh(ctx)
+			s.refresh(ctx, abort)
 		}
 		nap.Reset(min(s.due(time.Now()), maxNap))
 	}
@@ -392,10 +392,10 @@ func (s *tokenSource) due(now time.Time) time.Duration {
 }
 
 // refresh renews the token once and puts what came of it into the state.
-func (s *tokenSource) refresh(ctx context.Context) {
+func (s *tokenSource) refresh(ctx, abort context.Context) {
 	old, before := s.state.Load().token, s.state.Load().failed
 	s.update(func(st *authState) { st.refreshing = true })
-	fresh, err := s.redeem(ctx, old)
+	fresh, err := s.redeem(ctx, abort, old)
 	if s.state.Load().token != old {
 		return // a sign-in has been completed meanwhile, and counts
 	}
@@ -445,7 +445,7 @@ func (s *tokenSource) newer(t, current *token) bool {
 
 // redeem exchanges old's refresh token for a fresh token and stores that, with other processes locked out. Where one
 // of them was faster, its token is the fresh one.
-func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
+func (s *tokenSource) redeem(ctx, abort context.Context, old *token) (*token, error) {
 	current := old
 	var fresh *token // another process's
 	faster := func() bool {
@@ -467,7 +467,7 @@ func (s *tokenSource) redeem(ctx context.Context, old *token) (*token, error) {
 	if faster() {
 		return fresh, nil
 	}
-	ctx = context.WithoutCancel(ctx) // from here on a refresh token is at stake
+	ctx = abort // from here on a refresh token is at stake
 
 	stored, loadErr := s.store.load()
 	if errors.Is(loadErr, errSignedOut) {

@@ -158,7 +158,7 @@ func (s *sourceTest) start() (stop func()) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		s.run(ctx)
+		s.run(ctx, context.Background())
 	}()
 	stop = func() {
 		cancel()
@@ -867,7 +867,7 @@ func TestKeySource(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := newSource(cfg, slog.New(slog.DiscardHandler), nil)
-	s.run(t.Context()) // there is nothing to do
+	s.run(t.Context(), t.Context()) // there is nothing to do
 	tok, err := s.Token(t.Context())
 	if err != nil || tok.authorization != "Bearer sk-secret" || tok.base.String() != "https://dashscope-intl.aliyuncs.com/compatible-mode/v1" || s.ready() != nil {
 		t.Errorf("token for %v, error %v, ready %v", tok.base, err, s.ready())
