@@ -28,6 +28,9 @@ import (
 // serveAPI starts a process in front of an API that api answers for.
 func serveAPI(t *testing.T, api http.HandlerFunc, env map[string]string) *process {
 	t.Helper()
+	if api == nil {
+		api = http.NotFound
+	}
 	upstream := httptest.NewServer(api)
 	t.Cleanup(upstream.Close)
 	full := map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": upstream.URL + "/v1", "QWEN_DIR": t.TempDir()}
@@ -492,6 +495,115 @@ func TestRapidResets(t *testing.T) {
 				t.Errorf("%d log lines of %d resets", lines-asked, resets)
 			}
 		})
+	}
+}
+
+// resident returns the memory that the process holds, in bytes.
+func (p *process) resident() int {
+	p.t.Helper()
+	if runtime.GOOS != "linux" {
+		p.t.Skip("needs /proc")
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(status), "\nVmRSS:")
+	var kB int
+	if _, err := fmt.Sscanf(after, "%d kB", &kB); err != nil {
+		p.t.Fatal(err)
+	}
+	return kB << 10
+}
+
+// flood opens streams over HTTP/2 for d, sends a part of a body on each and resets it. It returns their number.
+func flood(p *process, d time.Duration, path string, body []byte, flags byte) (n int) {
+	headers := headerBlock(path)
+	headers[0] = 0x80 | 3 // POST
+	code := []byte{0, 0, 0, codeCancel}
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		c := p.dial()
+		go io.Copy(io.Discard, c)
+		batch := []byte(helloHTTP2)
+		for id := uint32(1); time.Now().Before(end); id += 2 {
+			batch = appendFrame(batch, frameHeaders, 0x4, id, headers)
+			batch = appendFrame(batch, frameData, flags, id, body)
+			batch = appendFrame(batch, frameReset, 0, id, code)
+			if n++; n%20 == 0 {
+				if _, err := c.Write(batch); err != nil {
+					break // the server has had enough of the connection
+				}
+				batch = batch[:0]
+			}
+		}
+		c.Close()
+	}
+	return n
+}
+
+// TestRapidResetsHoldNoMemory resets streams that are being read or answered: none of their memory outlives them.
+func TestRapidResetsHoldNoMemory(t *testing.T) {
+	const limit = 50 << 20
+	d := time.Second
+	if longTests() {
+		d = 30 * time.Second
+	}
+	for _, tt := range []struct {
+		name, body string
+		flags      byte
+		env        map[string]string
+	}{
+		{"whole bodies", `{"messages":[]}`, 0x1, map[string]string{}},
+		{"half bodies", `{"messages":`, 0, map[string]string{}},
+		{"without a key", `{"messages":[]}`, 0x1, map[string]string{"PROXY_API_KEYS": "sk-mine"}},
+		{"without a key, half bodies", `{"messages":`, 0, map[string]string{"PROXY_API_KEYS": "sk-mine"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p := serveAPI(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				answerJSON(w, 200, "{}")
+			}, withTLS(t, tt.env))
+			before := p.resident()
+			stop, peak := make(chan struct{}), make(chan int)
+			go func() {
+				most := 0
+				for {
+					most = max(most, p.resident())
+					select {
+					case <-stop:
+						peak <- most
+						return
+					case <-time.After(20 * time.Millisecond):
+					}
+				}
+			}()
+			n := flood(p, d, "/v1/chat/completions", []byte(tt.body), tt.flags)
+			close(stop)
+			most := <-peak
+			t.Logf("%d streams; resident before %d MB, at most %d MB, after %d MB", n, before>>20, most>>20, p.resident()>>20)
+			if most-before > limit {
+				t.Errorf("%d MB more than before, want at most %d MB", (most-before)>>20, limit>>20)
+			}
+		})
+	}
+}
+
+// TestASmallAnswerThatNobodyTakesEnds: net/http holds a small answer back until the handler has returned.
+func TestASmallAnswerThatNobodyTakesEnds(t *testing.T) {
+	p := startWith(t, nil, withTLS(t, map[string]string{"WRITE_TIMEOUT": "200ms"}))
+	c := tls.Client(dialRaw(t, &program{t: t, url: strings.Replace(p.url, "https", "http", 1)}), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+	io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+	c.Write(appendFrame(nil, frameSettings, 0, 0, []byte{0, 4, 0, 0, 0, 0})) // SETTINGS_INITIAL_WINDOW_SIZE is 0
+	c.Write(appendFrame(nil, frameHeaders, flagEnd, 1, headerBlock("/v1/models")))
+	for {
+		kind, _, err := readFrame(c)
+		if err != nil {
+			t.Fatalf("the stream goes on: %v", err)
+		}
+		if kind == frameReset {
+			break
+		}
 	}
 }
 

@@ -38,6 +38,7 @@ type exchange struct {
 	bytes     int64      // of the body
 	lastWrite time.Time
 	deadline  time.Time   // of the connection's writes
+	unflushed bool        // net/http may hold some of the answer back
 	sse       bool        // the body is an event stream
 	beat      *time.Timer // writes the stream's keep-alives; nil for none
 	tail      [4]byte     // the last bytes of an event stream
@@ -63,6 +64,7 @@ func (x *exchange) writeHeader(status int) {
 		x.status = status
 		x.lastWrite = time.Now()
 	}
+	x.unflushed = true
 	x.w.WriteHeader(status)
 	if x.sse {
 		// The client shall know at once that it is served. Besides, net/http needs much stack to write a header, and further in
@@ -82,6 +84,7 @@ func (x *exchange) write(p []byte) (int, error) {
 		x.writeHeader(http.StatusOK)
 	}
 	x.renewDeadline()
+	x.unflushed = true
 	n, err := x.w.Write(p)
 	x.dropDeadline()
 	x.bytes += int64(n)
@@ -100,6 +103,7 @@ func (x *exchange) FlushError() error {
 
 func (x *exchange) flush() error {
 	x.renewDeadline()
+	x.unflushed = false
 	err := x.rc.Flush()
 	x.dropDeadline()
 	return err
@@ -116,8 +120,9 @@ func (x *exchange) renewDeadline() {
 	}
 }
 
-// dropDeadline takes the deadline back in HTTP/2, where it ends the stream when it passes, even while nothing is
-// being written: it would bound Qwen's silences.
+// dropDeadline takes the deadline back in HTTP/2. There it is a timer that resets the stream, also while nothing is being
+// written: it would bound Qwen's silences. And a timer that is set after the client has reset the stream keeps the stream
+// in memory until it fires.
 func (x *exchange) dropDeadline() {
 	if x.http2 {
 		x.deadline = time.Time{}
@@ -200,12 +205,19 @@ func (x *exchange) fail(err *apiError) {
 	}
 }
 
-// finish ends x: no handler writes to it any more. Where the answer is whole net/http has its end yet to write, such as
-// that of a chunked body, and the deadline of the last write may have passed long ago.
+// finish ends x: no handler writes to it any more. If the answer is whole, net/http has its end yet to write, such as that of
+// a chunked body, and the deadline of the last write may have passed long ago. In HTTP/2 no deadline may outlive the
+// handler (see dropDeadline), so what net/http holds back is written here; the frame that ends the stream never waits.
 func (x *exchange) finish(whole bool) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if whole {
+	switch {
+	case x.http2:
+		if whole && x.unflushed && x.flush() != nil {
+			x.fail(errNotTaken)
+		}
+		x.rc.SetReadDeadline(time.Time{})
+	case whole:
 		x.renewDeadline()
 	}
 	x.done = true

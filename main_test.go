@@ -145,6 +145,9 @@ func credentials(t *testing.T) string {
 // startWith runs serve, signed in, in front of an API that api answers for.
 func startWith(t *testing.T, api http.HandlerFunc, env map[string]string) *program {
 	t.Helper()
+	if api == nil {
+		api = http.NotFound
+	}
 	upstream := httptest.NewServer(api)
 	t.Cleanup(upstream.Close)
 	full := map[string]string{"API_BASE_URL": upstream.URL + "/v1", "QWEN_OAUTH_BASE_URL": upstream.URL, "QWEN_DIR": credentials(t)}
