@@ -72,6 +72,9 @@ func (s *tokenSource) auth(x *exchange, r *http.Request) error {
 // whether a sign-in mends it.
 func (s *tokenSource) trouble(st *authState) (err *apiError, needsSignIn bool) {
 	err = s.ready()
+	if u := s.unserved.Load(); err == nil && u != nil && !s.keyed() && time.Since(u.since) >= unservedPause {
+		err = notServed() // the server counts as ready again, and yet a sign-in is what helps
+	}
 	if err == nil && st.refused != nil {
 		err = signInRefused(st.refused)
 	}

@@ -8,9 +8,11 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -296,7 +298,7 @@ func TestNotReadyOnceTheAccountIsNotServed(t *testing.T) {
 		if err := store.save(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(time.Hour)}); err != nil {
 			t.Fatal(err)
 		}
-		h := &health{tokens: newTokenSource(nil, store, cfg, slog.New(slog.DiscardHandler), io.Discard), metrics: &metrics{}}
+		h := &health{tokens: newTokenSource(newOAuthClient(cfg), store, cfg, slog.New(slog.DiscardHandler), io.Discard), metrics: &metrics{}}
 		got := []string{readiness(t, h)}
 		h.tokens.servedWith(false)
 		for range 2 {
@@ -431,5 +433,90 @@ func TestMemoryFiguresLeaveOutTheBallast(t *testing.T) {
 		if tt.bytes < 100_000 || tt.bytes >= tt.below {
 			t.Errorf("%s is %.1f MB, want less than %.1f MB", tt.name, tt.bytes/1e6, tt.below/1e6)
 		}
+	}
+}
+
+// TestReadinessHeals: a minute after the last 401 requests can come again, and the first one decides.
+func TestReadinessHeals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, 24*time.Hour), nil, func(*http.Request) (int, string) { return 0, "" })
+		h := &health{tokens: s.tokenSource, metrics: &metrics{}}
+		var got []string
+		step := func(pause time.Duration, served ...bool) {
+			time.Sleep(pause)
+			for _, ok := range served {
+				s.servedWith(ok)
+			}
+			got = append(got, readiness(t, h))
+		}
+		step(0, false)
+		step(time.Minute, false)
+		step(time.Minute - time.Nanosecond)
+		s.refusedAgain(s.unserved.Load()) // a request that no refresh was tried for
+		step(time.Minute - time.Nanosecond)
+		step(time.Nanosecond)
+		step(time.Hour)
+		step(0, false)
+		step(time.Minute)
+		step(0, true, false)
+		const no, yes = "503 not_ready qwen_oauth_unavailable", "200 ready "
+		if diff := cmp.Diff([]string{yes, no, no, no, yes, yes, no, yes, yes}, got); diff != "" {
+			t.Errorf("readiness (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// TestNotReadyWhileTheKeyIsRefused: a key that was never good counts as refused at once, and one that was after a minute.
+func TestNotReadyWhileTheKeyIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		base := &url.URL{Scheme: "https", Host: "qwen.test"}
+		h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, base, slog.New(slog.DiscardHandler)), metrics: &metrics{}}
+		got := []string{readiness(t, h)}
+		step := func(pause time.Duration, served ...bool) {
+			time.Sleep(pause)
+			for _, ok := range served {
+				h.tokens.servedWith(ok)
+			}
+			got = append(got, readiness(t, h))
+		}
+		step(0, false)
+		step(time.Minute)
+		step(0, false)
+		step(0, true)
+		step(0, false)
+		step(time.Minute, false)
+		step(time.Minute)
+		const no, yes = "503 not_ready invalid_api_key", "200 ready "
+		if diff := cmp.Diff([]string{yes, no, yes, no, yes, yes, no, yes}, got); diff != "" {
+			t.Errorf("readiness (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// TestNotReadyAfterAChatWithARefusedKey asks the whole program, and has the upstream take the key again.
+func TestNotReadyAfterAChatWithARefusedKey(t *testing.T) {
+	var good atomic.Bool
+	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !good.Load() {
+			answerJSON(w, http.StatusUnauthorized, `{"error":{"message":"invalid access token or token expired","type":"invalid_request_error","code":"invalid_api_key"}}`)
+			return
+		}
+		answerJSON(w, http.StatusOK, "{}")
+	}))
+	defer upstream.Close()
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": upstream.URL})
+	var got []string
+	for _, ok := range []bool{false, true} {
+		good.Store(ok)
+		p.post("/v1/chat/completions", `{"messages":[]}`)
+		res, body := p.get("/health/ready")
+		code := "ready"
+		if strings.Contains(body, `"code":"invalid_api_key"`) && strings.Contains(body, "QWEN_API_KEY") {
+			code = "invalid_api_key"
+		}
+		got = append(got, fmt.Sprint(res.StatusCode, " ", code))
+	}
+	if diff := cmp.Diff([]string{"503 invalid_api_key", "200 ready"}, got); diff != "" {
+		t.Errorf("readiness after a refused chat and after an answered one (-want +got):\n%s", diff)
 	}
 }

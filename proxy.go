@@ -388,9 +388,13 @@ func (p *proxy) roundTrip(req *http.Request) (*http.Response, error) {
 	// The context that ReverseProxy made would hand on the upstream's 1xx answers.
 	req = req.WithContext(c.ctx)
 	res, err := p.send(c, req)
-	if err == nil && res.StatusCode == http.StatusUnauthorized && !p.tokens.keyed() {
+	switch {
+	case err != nil:
+	case res.StatusCode == http.StatusUnauthorized && p.tokens.keyed():
+		p.tokens.servedWith(false)
+	case res.StatusCode == http.StatusUnauthorized:
 		res, err = p.renew(c, req, res)
-	} else if err == nil && res.StatusCode < 300 && !p.tokens.keyed() {
+	case res.StatusCode < 300:
 		p.tokens.servedWith(true)
 	}
 	if err != nil {
@@ -462,6 +466,7 @@ func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Res
 	id := c.upstreamID(res.Header)
 	res.Body.Close() // unread: it may never end. The replay may need a new connection.
 	if u := p.tokens.unserved.Load(); u != nil && time.Since(u.last) < unservedPause {
+		p.tokens.refusedAgain(u)
 		c.x.upstreamID = id
 		return nil, notServed()
 	}
@@ -659,8 +664,7 @@ func (p *proxy) failure(c *call, res *http.Response) error {
 		message: fmt.Sprintf("Qwen answered with status %d and something other than an error of its API. Try again; if it lasts, check API_BASE_URL on the proxy.", status)}
 	switch {
 	case status == http.StatusUnauthorized && p.tokens.keyed():
-		e.code = "invalid_api_key"
-		e.message = fmt.Sprintf("Qwen refused the proxy's API key. Key, plan and base URL have to belong together: check QWEN_API_KEY and API_BASE_URL; the base URL in use is %s.", c.token.base)
+		e = keyRefused(c.token.base)
 	case quoted:
 		e.message = fmt.Sprintf("Qwen answered with status %d and an error that quotes the proxy's own credentials, so it is not passed on. The proxy's log has its type and code.", status)
 		e.err = fmt.Errorf("its type and code: %q", clip(c.token.redact(detail), 150))
@@ -691,6 +695,12 @@ func (c *call) tokenIn(text []byte, encoding string) bool {
 		}
 	}
 	return c.token.quotedIn(string(text))
+}
+
+// keyRefused is the answer where Qwen does not take the API key.
+func keyRefused(base *url.URL) *apiError {
+	return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
+		message: fmt.Sprintf("Qwen refused the proxy's API key. Key, plan and base URL have to belong together: check QWEN_API_KEY and API_BASE_URL; the base URL in use is %s.", base)}
 }
 
 // openAIError reports whether b is an error of OpenAI's shape, and returns its type and code, for the log.

@@ -51,6 +51,7 @@ type tokenSource struct {
 	seen   fs.FileInfo // the file at the last look; nil where there was none; guarded by fileMu
 	spent  sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
 
+	served     atomic.Bool              // the API has taken the token or the present key
 	unserved   atomic.Pointer[unserved] // nil while the API takes the token
 	refreshes  [len(refreshResults)]atomic.Int64
 	sayInPlace sync.Once
@@ -70,8 +71,12 @@ type authState struct {
 	changed    chan struct{} // closed when another state has taken this one's place
 }
 
-// An unserved is a run of 401s that fresh tokens got too: the account is signed in, and the API does not serve it.
-type unserved struct{ since, last time.Time }
+// An unserved is a run of 401s that the API key, or fresh tokens too, got: the API does not serve the account.
+type unserved struct {
+	since time.Time // the first
+	last  time.Time // the last one to the key or to a fresh token
+	seen  time.Time // the last one to a token that was not renewed for it; zero for none
+}
 
 // What may come of a refresh, as indices into refreshResults.
 const (
@@ -371,6 +376,8 @@ func (s *tokenSource) followKey(ctx context.Context) {
 		case err == nil && next != key:
 			key = next
 			s.setToken(&token{access: key})
+			s.served.Store(false)
+			s.unserved.Store(nil)
 			s.log.Info("the API key has changed")
 		}
 		if err == nil {
@@ -583,29 +590,51 @@ func (s *tokenSource) signedIn(ctx context.Context, t *token) bool {
 	return true
 }
 
-// servedWith notes how the API took a token: ok is false where it answered 401 to a fresh one too.
+// servedWith notes how the API took a key or a token: ok is false where it answered 401 to a key, or to a fresh token too.
 func (s *tokenSource) servedWith(ok bool) {
 	old := s.unserved.Load()
 	switch {
-	case ok && old != nil:
-		s.unserved.Store(nil)
-	case !ok:
+	case ok:
+		if !s.served.Load() {
+			s.served.Store(true)
+		}
+		if old != nil {
+			s.unserved.Store(nil)
+		}
+	default:
 		now := time.Now()
 		next := &unserved{since: now, last: now}
 		if old != nil {
 			next.since = old.since
+		} else if s.keyed() && !s.served.Load() {
+			next.since = now.Add(-unservedPause) // a key that was never good is hardly refused by accident
 		}
 		if s.unserved.CompareAndSwap(old, next) && old == nil {
-			s.log.Error(notServed().message)
+			s.log.Error(s.refusal().message)
 		}
 	}
 }
 
-// ready returns nil when a usable token or key is at hand, else what a request would be told.
+// refusedAgain notes a 401 for which no refresh is tried, since one has not helped within the last minute.
+func (s *tokenSource) refusedAgain(u *unserved) {
+	s.unserved.CompareAndSwap(u, &unserved{since: u.since, last: u.last, seen: time.Now()})
+}
+
+// refusal is the answer while the API refuses the key, or even fresh tokens.
+func (s *tokenSource) refusal() *apiError {
+	if s.keyed() {
+		return keyRefused(s.base)
+	}
+	return notServed()
+}
+
+// ready returns nil when a usable token or key is at hand, else what a request would be told. A minute after the last 401 the
+// server counts as ready again: behind a load balancer, only then can a request come that finds out whether it is.
 func (s *tokenSource) ready() *apiError {
 	now := time.Now()
-	if u := s.unserved.Load(); u != nil && now.Sub(u.since) >= unservedPause {
-		return notServed()
+	if u := s.unserved.Load(); u != nil && now.Sub(u.since) >= unservedPause &&
+		(now.Sub(u.last) < unservedPause || now.Sub(u.seen) < unservedPause) {
+		return s.refusal()
 	}
 	st := s.state.Load()
 	if err := s.problem(st, now); err != nil {
