@@ -2,8 +2,11 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
+	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -236,4 +239,82 @@ func TestAnAnnouncedLengthReservesNothing(t *testing.T) {
 		reading.Wait()
 		wantHeld(t, b, 0, 0)
 	}
+}
+
+// TestEveryWayOutGivesTheMemoryBack: whatever ends a request, and whoever still reads its body.
+func TestEveryWayOutGivesTheMemoryBack(t *testing.T) {
+	t.Parallel()
+	kinds := map[string]http.HandlerFunc{
+		"whole": func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			answerJSON(w, 200, "{}")
+		},
+		"stream": func(w http.ResponseWriter, r *http.Request) {
+			io.Copy(io.Discard, r.Body)
+			sse(w, "data: 1\n\n")
+			<-r.Context().Done()
+		},
+		"unread": func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
+		"early":  func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 400, "{}") },
+		"broken": func(w http.ResponseWriter, r *http.Request) {
+			io.CopyN(io.Discard, r.Body, 10000)
+			panic(http.ErrAbortHandler)
+		},
+	}
+	for _, http2 := range []bool{false, true} {
+		api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			kind, _, _ := strings.Cut(r.Header.Get("X-Request-Id"), ".")
+			kinds[kind](w, r)
+		}))
+		api.EnableHTTP2 = http2
+		api.Config.ErrorLog = log.New(io.Discard, "", 0)
+		api.StartTLS()
+		defer api.Close()
+		cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": api.URL + "/v1", "RATE_LIMIT_RPS": "0"}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		transport := newTransport()
+		transport.TLSClientConfig = api.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
+		defer transport.CloseIdleConnections()
+		quiet := slog.New(slog.DiscardHandler)
+		p := newProxy(cfg, newSource(cfg, quiet, io.Discard), &metrics{}, transport)
+		srv := httptest.NewServer(track(cfg, quiet, p.metrics, p.forward(pathChat)))
+		defer srv.Close()
+
+		var clients sync.WaitGroup
+		for kind := range kinds {
+			for i, size := range []int{100, 20000, 300000, 2000000, 100, 20000, 300000, 2000000} {
+				clients.Go(func() {
+					ctx, leave := context.WithTimeout(t.Context(), time.Duration(100+20*i)*time.Millisecond)
+					defer leave()
+					var body io.Reader = strings.NewReader(`{"messages":["` + strings.Repeat("x", size) + `"]}`)
+					if i >= 4 { // chunked, and the client leaves in the middle
+						body = io.MultiReader(io.LimitReader(body, int64(size/2)), blockedReader{ctx})
+					}
+					req, _ := http.NewRequestWithContext(ctx, "POST", srv.URL, body)
+					req.Header.Set("X-Request-ID", kind+".1")
+					if res, err := http.DefaultClient.Do(req); err == nil {
+						io.Copy(io.Discard, res.Body)
+						res.Body.Close()
+					}
+				})
+			}
+		}
+		clients.Wait()
+		for deadline := time.Now().Add(5 * time.Second); p.bodies.memory.held.Load() != 0 || len(p.bodies.memory.spares) != maxSpares; {
+			if time.Now().After(deadline) {
+				t.Fatalf("HTTP/2 %t: %d bytes are charged, %d spares of %d are back", http2, p.bodies.memory.held.Load(), len(p.bodies.memory.spares), maxSpares)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
+// A blockedReader brings nothing until its request ends.
+type blockedReader struct{ ctx context.Context }
+
+func (b blockedReader) Read([]byte) (int, error) {
+	<-b.ctx.Done()
+	return 0, b.ctx.Err()
 }
