@@ -91,15 +91,22 @@ func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Requ
 	}
 	rc := http.NewResponseController(w)
 	due := 0 // the length at which the deadline moves
+	if r.ProtoMajor == 1 {
+		due = readQuantum // the exchange began with a deadline
+	}
 	err := body.fill(r.Body, length, func(n int) {
 		if n >= due {
 			rc.SetReadDeadline(time.Now().Add(b.timeout))
 			due = n + max(readQuantum, n/16)
 		}
 	})
+	// A deadline that is left would end the request while the answer streams. In HTTP/2 its timer also holds a stream that was
+	// reset. In HTTP/1 the rest of a body that failed needs it.
+	if err == nil || r.ProtoMajor == 2 {
+		rc.SetReadDeadline(time.Time{})
+	}
 	switch {
 	case err == nil:
-		rc.SetReadDeadline(time.Time{}) // else it would end the request while the answer streams
 		return nil
 	case err == errTooLong:
 		return b.tooLarge()

@@ -241,6 +241,46 @@ func TestAnAnnouncedLengthReservesNothing(t *testing.T) {
 	}
 }
 
+// A deadlineWriter notes the read deadline.
+type deadlineWriter struct {
+	discard
+	moves    int
+	deadline time.Time
+}
+
+func (d *deadlineWriter) SetReadDeadline(t time.Time) error {
+	d.moves++
+	d.deadline = t
+	return nil
+}
+
+func TestADeadlineEndsWithItsBody(t *testing.T) {
+	b := testBodies(1<<20, 1<<30)
+	for _, tt := range []struct {
+		name    string
+		version int
+		body    io.Reader
+		moves   int
+		left    bool
+	}{
+		{"whole", 1, strings.NewReader("{}"), 1, false},
+		{"whole, HTTP/2", 2, strings.NewReader("{}"), 2, false},
+		{"broken", 1, iotest.ErrReader(io.ErrUnexpectedEOF), 0, false}, // the exchange's own stays
+		{"broken late", 1, io.MultiReader(strings.NewReader(strings.Repeat("x", 5000)), iotest.ErrReader(io.ErrUnexpectedEOF)), 1, true},
+		{"broken, HTTP/2", 2, iotest.ErrReader(io.ErrUnexpectedEOF), 2, false},
+	} {
+		w := &deadlineWriter{discard: discard{http.Header{}}}
+		r := httptest.NewRequest("POST", "/", tt.body)
+		r.ProtoMajor = tt.version
+		if body, err := b.read(w, r); err == nil {
+			body.release()
+		}
+		if left := !w.deadline.IsZero(); left != tt.left || w.moves != tt.moves {
+			t.Errorf("%s: the deadline moved %d times, and one is left: %t; want %d, %t", tt.name, w.moves, left, tt.moves, tt.left)
+		}
+	}
+}
+
 // TestEveryWayOutGivesTheMemoryBack: whatever ends a request, and whoever still reads its body.
 func TestEveryWayOutGivesTheMemoryBack(t *testing.T) {
 	t.Parallel()

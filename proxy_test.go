@@ -1055,7 +1055,7 @@ func (d *discard) SetReadDeadline(time.Time) error  { return nil }
 func (d *discard) SetWriteDeadline(time.Time) error { return nil }
 
 // benchHandlers runs bench with the whole handler, as it ships, and with a bare ReverseProxy; serve has it serve a request.
-func benchHandlers(b *testing.B, upstream http.RoundTripper, bench func(b *testing.B, serve func())) {
+func benchHandlers(b *testing.B, upstream http.RoundTripper, body []byte, bench func(b *testing.B, serve func())) {
 	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "RATE_LIMIT_RPS": "1000000", "RATE_LIMIT_BURST": "1000000"}))
 	if err != nil {
 		b.Fatal(err)
@@ -1064,7 +1064,6 @@ func benchHandlers(b *testing.B, upstream http.RoundTripper, bench func(b *testi
 	tokens := newSource(cfg, log, io.Discard)
 	m := &metrics{started: time.Now()}
 	target := &url.URL{Scheme: "http", Host: "127.0.0.1"}
-	body := []byte(`{"model":"m","messages":[{"role":"user","content":"` + strings.Repeat("x", 2000) + `"}]}`)
 	for _, bm := range []struct {
 		name string
 		h    http.Handler
@@ -1091,11 +1090,15 @@ func benchHandlers(b *testing.B, upstream http.RoundTripper, bench func(b *testi
 // BenchmarkHandler compares what a request costs in the whole handler with a bare ReverseProxy, without the network.
 func BenchmarkHandler(b *testing.B) {
 	upstream := benchTransport{http.Header{"Content-Type": {"application/json"}}}
-	benchHandlers(b, upstream, func(b *testing.B, serve func()) {
-		for b.Loop() {
-			serve()
-		}
-	})
+	for _, size := range []int{2 << 10, 100 << 10} {
+		b.Run(fmt.Sprintf("%d KB", size>>10), func(b *testing.B) {
+			benchHandlers(b, upstream, chatBody(size, codeText), func(b *testing.B, serve func()) {
+				for b.Loop() {
+					serve()
+				}
+			})
+		})
+	}
 }
 
 func withInformational(ctx context.Context, n *int) context.Context {
@@ -1124,7 +1127,7 @@ func BenchmarkEvent(b *testing.B) {
 		return &http.Response{StatusCode: 200, Status: "200 OK", Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 			Header: http.Header{"Content-Type": {"text/event-stream"}}, Body: events, ContentLength: -1, TransferEncoding: []string{"chunked"}, Request: r}, nil
 	})
-	benchHandlers(b, upstream, func(b *testing.B, serve func()) {
+	benchHandlers(b, upstream, chatBody(2<<10, codeText), func(b *testing.B, serve func()) {
 		events.n = b.N
 		serve()
 	})
