@@ -300,7 +300,7 @@ func TestEveryWayOutGivesTheMemoryBack(t *testing.T) {
 			case <-time.After(300 * time.Millisecond): // over HTTP/1.1 only a server that reads sees its client leave
 			}
 		},
-		"early":  func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 400, "{}") },
+		"early": func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 400, "{}") },
 		"broken": func(w http.ResponseWriter, r *http.Request) {
 			io.CopyN(io.Discard, r.Body, 10000)
 			panic(http.ErrAbortHandler)
