@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"crypto/sha256"
 	"crypto/subtle"
 	"log/slog"
@@ -24,10 +23,9 @@ type access struct {
 	log      *slog.Logger
 	keys     atomic.Pointer[[]digest] // empty: no key is needed
 	keysFile string
-	looks    chan chan struct{} // to look at keysFile now
-	trusted  []netip.Prefix     // reverse proxies whose X-Forwarded-For is believed
-	origins  []string           // nil is the loopback origins; "*" alone is all
-	hostname string             // the machine's own name, in lower case
+	trusted  []netip.Prefix // reverse proxies whose X-Forwarded-For is believed
+	origins  []string       // nil is the loopback origins; "*" alone is all
+	hostname string         // the machine's own name, in lower case
 	csrf     *http.CrossOriginProtection
 }
 
@@ -35,45 +33,35 @@ func newAccess(cfg *config, log *slog.Logger) *access {
 	name, _ := os.Hostname() // "" matches no Host
 	a := &access{log: log, keysFile: cfg.proxyKeysFile, trusted: cfg.trustedProxies, origins: cfg.corsOrigins,
 		hostname: strings.ToLower(name), csrf: http.NewCrossOriginProtection()}
-	if a.keysFile != "" {
-		a.looks = make(chan chan struct{})
-	}
 	a.setKeys(cfg.proxyKeys)
 	return a
 }
 
-func (a *access) setKeys(keys []string) {
+// setKeys puts keys into use. It reports whether they differ from the last ones.
+func (a *access) setKeys(keys []string) bool {
 	digests := make([]digest, len(keys))
 	for i, key := range keys {
 		digests[i] = sha256.Sum256([]byte(key))
 	}
-	a.keys.Store(&digests)
+	old := a.keys.Swap(&digests)
+	return old == nil || !slices.Equal(*old, digests)
 }
 
 // required reports whether a client needs a key.
 func (a *access) required() bool { return len(*a.keys.Load()) > 0 }
 
-// follow puts the keys of PROXY_API_KEYS_FILE into use when the file changes, until ctx ends.
-func (a *access) follow(ctx context.Context, current []string) {
+// files returns PROXY_API_KEYS_FILE if it is set.
+func (a *access) files() []*watchedFile {
 	if a.keysFile == "" {
-		return
+		return nil
 	}
-	failed := ""
-	for range looks(ctx, a.looks) {
-		next, err := readProxyKeys(a.keysFile)
-		switch {
-		case err != nil && err.Error() != failed:
-			failed = err.Error()
-			a.log.Error("PROXY_API_KEYS_FILE can't be read any more; the last keys stay in use", "error", err)
-		case err == nil && !slices.Equal(next, current):
-			current = next
-			a.setKeys(next)
-			a.log.Info("the proxy's keys have changed", "keys", len(next))
+	return []*watchedFile{{name: "PROXY_API_KEYS_FILE", fallback: "the last keys stay in use", read: func() error {
+		keys, err := readProxyKeys(a.keysFile)
+		if err == nil && a.setKeys(keys) {
+			a.log.Info("the proxy's keys have changed", "keys", len(keys))
 		}
-		if err == nil {
-			failed = ""
-		}
-	}
+		return err
+	}}}
 }
 
 // A client is what the proxy knows of the client of one request.

@@ -575,7 +575,7 @@ func TestTheFileOfTheProxysKeysIsFollowed(t *testing.T) {
 		t.Error("the file's new keys are not in use")
 	}
 	write("")
-	p.stderr.await(t, `"msg":"PROXY_API_KEYS_FILE can't be read any more`)
+	p.stderr.await(t, `"msg":"PROXY_API_KEYS_FILE can't be used`)
 	if status("") != 401 || status("new") != 200 {
 		t.Error("an emptied file opened the proxy, or lost the last keys")
 	}

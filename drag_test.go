@@ -632,8 +632,9 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		var log logBuffer
-		cfg := &config{certFile: filepath.Join(dir, "cert.pem"), keyFile: filepath.Join(dir, "key.pem")}
-		serving := tlsConfig(cfg, newLogger(cfg, &log))
+		cert := &servedCertificate{certFile: filepath.Join(dir, "cert.pem"), keyFile: filepath.Join(dir, "key.pem")}
+		serving := cert.tlsConfig()
+		files := []*watchedFile{{name: "the certificate", read: cert.read}}
 		for _, tt := range []struct {
 			name      string
 			cert, key string // put in place
@@ -643,10 +644,10 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 			{"the first", firstCert, firstKey, firstCert, 0},
 			{"a renewal", secondCert, secondKey, secondCert, 0},
 			{"a broken renewal", broken, secondKey, secondCert, 1},
-			{"a mended one", firstCert, firstKey, firstCert, 1},
-			{"a certificate before its key", secondCert, firstKey, firstCert, 2},
-			{"the key behind it", "", secondKey, secondCert, 2},
-			{"the same again", "", "", secondCert, 2},
+			{"a mended one", firstCert, firstKey, firstCert, 2},
+			{"a certificate before its key", secondCert, firstKey, firstCert, 3},
+			{"the key behind it", "", secondKey, secondCert, 4},
+			{"the same again", "", "", secondCert, 4},
 		} {
 			before := ""
 			served := func() string {
@@ -666,12 +667,15 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 				before = served()
 			}
 			if tt.cert != "" {
-				copyFile(t, cfg.certFile, tt.cert, time.Now())
+				copyFile(t, cert.certFile, tt.cert, time.Now())
 			}
 			if tt.key != "" {
-				copyFile(t, cfg.keyFile, tt.key, time.Now())
+				copyFile(t, cert.keyFile, tt.key, time.Now())
 			}
-			if before != "" {
+			if before == "" {
+				go watchFiles(t.Context(), newLogger(&config{}, &log), 5*time.Second, files)
+				synctest.Wait()
+			} else {
 				if got := served(); got != before {
 					t.Errorf("%s: served at once: %s", tt.name, got)
 				}

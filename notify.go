@@ -5,10 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 )
 
@@ -50,22 +47,8 @@ func (n *notifier) sendStatus(status string) {
 	}
 }
 
-// hangups returns a channel that receives each SIGHUP. It is never stopped: an unhandled SIGHUP would end the program, and with it
-// the streams that a shutdown waits for. At a terminal the channel stays empty. There SIGHUP means that the terminal is gone, and
-// it ends the program unless nohup has started it.
-func hangups() <-chan os.Signal {
-	c := make(chan os.Signal, 1)
-	if tty, err := os.Open("/dev/tty"); err == nil {
-		tty.Close()
-	} else {
-		signal.Notify(c, syscall.SIGHUP)
-	}
-	return c
-}
-
-// run sends that the server at url is ready, and then each change of its status, until ctx ends. It calls reload for each of
-// hangups. The status shows the sign-in's link only if open: then /auth shows it to everybody on this machine too.
-func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, open bool, hangups <-chan os.Signal, reload func()) {
+// run sends that the server at url is ready, and then each change of its status, until ctx ends. The status shows the sign-in's link only if open: then /auth shows it to everybody on this machine too.
+func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, open bool) {
 	n.send("READY=1")
 	for ctx.Err() == nil {
 		st, in := tokens.state.Load(), tokens.flow.state()
@@ -75,11 +58,6 @@ func (n *notifier) run(ctx context.Context, tokens *tokenSource, url string, ope
 		case <-st.changed:
 		case <-in.changed:
 		case <-time.After(time.Minute): // for changes without an event: 401s, and tokens that expire
-		case <-hangups:
-			n.log.Info("checking the credentials, keys and certificate for changes", "cause", "SIGHUP")
-			n.send("RELOADING=1", fmt.Sprintf("MONOTONIC_USEC=%d", monotonic()))
-			reload()
-			n.send("READY=1")
 		}
 	}
 }
@@ -107,43 +85,4 @@ func (s *tokenSource) status(st *authState, url string, open bool) string {
 		return "Renewing the token"
 	}
 	return err.message
-}
-
-// looks yields when it is time to check a file that others may change: every maxNap, and whenever a channel arrives on now,
-// until ctx ends. That channel is closed once the check is done.
-func looks(ctx context.Context, now <-chan chan struct{}) func(yield func() bool) {
-	return func(yield func() bool) {
-		for {
-			var done chan struct{}
-			select {
-			case <-ctx.Done():
-				return
-			case <-time.After(maxNap):
-			case done = <-now:
-			}
-			if !yield() {
-				return
-			}
-			if done != nil {
-				close(done)
-			}
-		}
-	}
-}
-
-// lookNow requests a check on now, and returns when it is done or ctx has ended. A nil now has no checks.
-func lookNow(ctx context.Context, now chan<- chan struct{}) {
-	if now == nil {
-		return
-	}
-	done := make(chan struct{})
-	select {
-	case now <- done:
-	case <-ctx.Done():
-		return
-	}
-	select {
-	case <-done:
-	case <-ctx.Done():
-	}
 }

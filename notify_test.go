@@ -3,11 +3,7 @@
 package main
 
 import (
-	"bytes"
-	"crypto/tls"
-	"encoding/pem"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -102,19 +98,10 @@ func TestServiceManagerHearsOfALife(t *testing.T) {
 			p := startProcess(t, map[string]string{"NOTIFY_SOCKET": socket, "QWEN_API_KEY": "sk-test", "API_BASE_URL": upstream.URL, "SHUTDOWN_TIMEOUT": "20s"}, detached)
 			m.want(`READY=1`, `STATUS=Serving at `+regexp.QuoteMeta(p.url))
 
-			p.cmd.Process.Signal(syscall.SIGHUP)
-			m.want(`RELOADING=1\nMONOTONIC_USEC=\d+`, `READY=1`)
-
 			go p.chat()
 			<-streaming
 			p.cmd.Process.Signal(syscall.SIGTERM)
 			m.want(`STOPPING=1\nSTATUS=Shutting down, requests in flight: 1\nEXTEND_TIMEOUT_USEC=50000000`)
-			p.cmd.Process.Signal(syscall.SIGHUP) // does not end the stream
-			select {
-			case <-p.ended:
-				t.Fatalf("SIGHUP while the stream runs on ended the program: %v", p.status)
-			case <-time.After(200 * time.Millisecond):
-			}
 			finish()
 			<-p.ended
 			if p.status != nil {
@@ -180,113 +167,6 @@ func TestServesWhereTheServiceManagerDoesNotListen(t *testing.T) {
 	}
 }
 
-// TestHangupLooksAtTheFilesNow has each file changed that the server follows. Once the manager hears that the reload
-// is over the new content is in use.
-func TestHangupLooksAtTheFilesNow(t *testing.T) {
-	t.Parallel()
-	write := func(t *testing.T, file, content string) {
-		t.Helper()
-		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// reload starts the server with env, has change change a file, and returns once that has been looked at.
-	reload := func(t *testing.T, env map[string]string, change func(p *process)) *process {
-		t.Helper()
-		socket := filepath.Join(shortDir(t), "notify")
-		m := newManager(t, socket)
-		env["NOTIFY_SOCKET"] = socket
-		p := startProcess(t, env, detached)
-		m.want(`READY=1`, `STATUS=Serving .*`)
-		change(p)
-		p.cmd.Process.Signal(syscall.SIGHUP)
-		m.want(`RELOADING=1\n.*`)
-		for m.next() != "READY=1" {
-		}
-		return p
-	}
-	upstream := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		fmt.Fprintf(w, `{"authorization":%q}`, r.Header.Get("Authorization"))
-	}))
-	defer upstream.Close()
-	chat := func(t *testing.T, url, key string) string {
-		t.Helper()
-		req, err := http.NewRequest(http.MethodPost, url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Authorization", "Bearer "+key)
-		res, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer res.Body.Close()
-		body, _ := io.ReadAll(res.Body)
-		return fmt.Sprint(res.StatusCode, " ", string(body))
-	}
-
-	t.Run("keys of clients", func(t *testing.T) {
-		file := filepath.Join(t.TempDir(), "keys")
-		write(t, file, "old\n")
-		p := reload(t, map[string]string{"PROXY_API_KEYS_FILE": file, "QWEN_API_KEY": "sk-test", "API_BASE_URL": upstream.URL}, func(*process) { write(t, file, "new\n") })
-		if got := chat(t, p.url, "new"); !strings.HasPrefix(got, "200") {
-			t.Errorf("the new key: %s", got)
-		}
-		if got := chat(t, p.url, "old"); !strings.HasPrefix(got, "401") {
-			t.Errorf("the old key: %s", got)
-		}
-	})
-	t.Run("API key", func(t *testing.T) {
-		file := filepath.Join(t.TempDir(), "key")
-		write(t, file, "sk-old")
-		p := reload(t, map[string]string{"QWEN_API_KEY_FILE": file, "API_BASE_URL": upstream.URL}, func(*process) { write(t, file, "sk-new") })
-		if diff := cmp.Diff(`200 {"authorization":"Bearer sk-new"}`, chat(t, p.url, "")); diff != "" {
-			t.Errorf("the answer (-want +got):\n%s", diff)
-		}
-	})
-	t.Run("credential file", func(t *testing.T) {
-		dir := credentials(t)
-		p := reload(t, map[string]string{"QWEN_DIR": dir, "API_BASE_URL": upstream.URL, "QWEN_OAUTH_BASE_URL": upstream.URL}, func(*process) {
-			write(t, filepath.Join(dir, credentialFile), fmt.Sprintf(`{"access_token":"another-token","refresh_token":"refresh-2","token_type":"Bearer","expiry_date":%d}`,
-				time.Now().Add(2*time.Hour).UnixMilli()))
-		})
-		if diff := cmp.Diff(`200 {"authorization":"Bearer another-token"}`, chat(t, p.url, "")); diff != "" {
-			t.Errorf("the answer (-want +got):\n%s", diff)
-		}
-	})
-	t.Run("certificate", func(t *testing.T) {
-		cert, key := certificate(t)
-		next, nextKey := certificate(t)
-		read := func(file string) string {
-			b, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return string(b)
-		}
-		served := func(url string) []byte {
-			conn, err := tls.Dial("tcp", strings.TrimPrefix(url, "https://"), &tls.Config{InsecureSkipVerify: true})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer conn.Close()
-			return conn.ConnectionState().PeerCertificates[0].Raw
-		}
-		want, _ := pem.Decode([]byte(read(next)))
-		p := reload(t, map[string]string{"ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "QWEN_API_KEY": "sk-test"}, func(p *process) {
-			if bytes.Equal(want.Bytes, served(p.url)) {
-				t.Error("the two certificates are the same")
-			}
-			write(t, cert, read(next))
-			write(t, key, read(nextKey))
-		})
-		if !bytes.Equal(want.Bytes, served(p.url)) {
-			t.Error("the server has the old certificate")
-		}
-	})
-}
-
 func TestStatusOfASource(t *testing.T) {
 	now := time.Now()
 	good := &token{access: "a", expiry: now.Add(time.Hour)}
@@ -308,38 +188,6 @@ func TestStatusOfASource(t *testing.T) {
 			if diff := cmp.Diff(tt.want, s.status(&tt.st, "http://localhost:8080", true)); diff != "" {
 				t.Errorf("status (-want +got):\n%s", diff)
 			}
-		})
-	}
-}
-
-// TestAFileThatIsLostAgainIsReportedAgain: it has been there in between, as it was.
-func TestAFileThatIsLostAgainIsReportedAgain(t *testing.T) {
-	t.Parallel()
-	for name, env := range map[string]map[string]string{
-		"PROXY_API_KEYS_FILE": {"QWEN_API_KEY": "sk-test"},
-		"QWEN_API_KEY_FILE":   {},
-	} {
-		t.Run(name, func(t *testing.T) {
-			file, socket := filepath.Join(t.TempDir(), "keys"), filepath.Join(shortDir(t), "notify")
-			if err := os.WriteFile(file, []byte("sk-key"), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			m := newManager(t, socket)
-			env["NOTIFY_SOCKET"], env[name] = socket, file
-			p := startProcess(t, env, detached)
-			m.want(`READY=1`, `STATUS=Serving .*`)
-			for n := range 4 {
-				from, to := file, file+".away"
-				if n%2 == 1 {
-					from, to = to, from
-				}
-				if err := os.Rename(from, to); err != nil {
-					t.Fatal(err)
-				}
-				p.cmd.Process.Signal(syscall.SIGHUP)
-				m.want(`RELOADING=1\n.*`, `READY=1`)
-			}
-			p.stderr.await(t, `(?s)(can't be read any more.*can't be read any more)`)
 		})
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"runtime"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -65,19 +66,17 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
 	}
+	files := append(tokens.files(), keys.files()...)
 	if cfg.tls {
-		srv.TLSConfig = tlsConfig(cfg, log)
-	}
-	reload := func() {
-		lookNow(ctx, keys.looks)
-		lookNow(ctx, tokens.looks)
-		if cfg.tls {
-			srv.TLSConfig.GetCertificate(nil)
+		cert := &servedCertificate{certFile: cfg.certFile, keyFile: cfg.keyFile}
+		if err := cert.read(); err != nil {
+			fmt.Fprintf(out, "qwen-go-proxy: %v\n", err)
+			return 1
 		}
+		srv.TLSConfig = cert.tlsConfig()
+		files = append(files, &watchedFile{name: "the certificate", fallback: "the last one stays in use", read: cert.read})
 	}
-
 	base := baseURL(cfg, ln.Addr())
-	hangups := hangups() // before anybody can know that the program runs, and close its terminal
 	listening(out, base, tokens)
 	log.Info("listening", "address", ln.Addr().String(), "url", base, "version", version().Version)
 	if cfg.envFile != "" {
@@ -94,7 +93,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 		}
 	}()
 	running, stopTokens := context.WithCancel(context.WithoutCancel(ctx))
-	go keys.follow(running, cfg.proxyKeys)
+	go watchFiles(running, log, fileInterval, files)
 	go h.follow(running)
 	tokensDone := make(chan struct{})
 	go func() {
@@ -115,7 +114,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 	managerTold := make(chan struct{})
 	go func() {
 		defer close(managerTold)
-		manager.run(ctx, tokens, base, ln.Addr().Network() == "tcp" && !keys.required(), hangups, reload)
+		manager.run(ctx, tokens, base, ln.Addr().Network() == "tcp" && !keys.required())
 	}()
 
 	select {
@@ -260,45 +259,61 @@ func warn(cfg *config, log *slog.Logger, a net.Addr) {
 	}
 }
 
-// tlsConfig serves the certificate in the files as they are now: a renewed one is picked up without a restart,
-// and a broken renewal leaves the old one in use. They are looked at every ten seconds at most, and at once for no hello.
-func tlsConfig(cfg *config, log *slog.Logger) *tls.Config {
-	var mu sync.Mutex
-	var current *tls.Certificate
-	var modified, looked time.Time
-	var problem string // as it was logged last
+// A servedCertificate is the pair of files that TLS_CERT_FILE and TLS_KEY_FILE name, as last read without error.
+type servedCertificate struct {
+	certFile, keyFile string
+	current           atomic.Pointer[tls.Certificate]
+}
+
+func (c *servedCertificate) read() error {
+	pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	if err == nil {
+		c.current.Store(&pair)
+	}
+	return err
+}
+
+// tlsConfig returns a configuration that serves c as it is at each handshake.
+func (c *servedCertificate) tlsConfig() *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
-		// For TLS 1.2; all those of 1.3 are AEAD.
-		CipherSuites: []uint16{
+		CipherSuites: []uint16{ // for TLS 1.2; all those of 1.3 are AEAD
 			tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
 			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
 			tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 		},
-		GetCertificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-			mu.Lock()
-			defer mu.Unlock()
-			if hello != nil && current != nil && time.Since(looked) < 10*time.Second {
-				return current, nil
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.current.Load(), nil },
+	}
+}
+
+// fileInterval is how often the server reads the files that may change.
+const fileInterval = 5 * time.Second
+
+// A watchedFile is a file, or a pair of files, that may change while the server runs.
+type watchedFile struct {
+	name     string       // as the log names it
+	fallback string       // for the log: what happens while it can't be used
+	read     func() error // puts the content into use; on error the last good content stays in use
+}
+
+// watchFiles reads each of files at once and then every interval, until ctx ends. It logs each cause of failure once, and its end.
+func watchFiles(ctx context.Context, log *slog.Logger, interval time.Duration, files []*watchedFile) {
+	causes := make([]string, len(files)) // as logged; "" while the file can be used
+	for ctx.Err() == nil {
+		for i, f := range files {
+			err := f.read()
+			switch {
+			case err == nil && causes[i] != "":
+				causes[i] = ""
+				log.Info(f.name + " can be used again")
+			case err != nil && causes[i] != err.Error():
+				causes[i] = err.Error()
+				log.Error(f.name+" can't be used; "+f.fallback, "error", err)
 			}
-			looked = time.Now()
-			info, err := os.Stat(cfg.certFile)
-			if err == nil && current != nil && info.ModTime().Equal(modified) {
-				return current, nil
-			}
-			pair, pairErr := tls.LoadX509KeyPair(cfg.certFile, cfg.keyFile)
-			if err = errors.Join(err, pairErr); err != nil {
-				if current == nil {
-					return nil, err
-				}
-				if err.Error() != problem {
-					problem = err.Error()
-					log.Error("the renewed certificate can't be used; the old one stays in use", "error", err)
-				}
-				return current, nil
-			}
-			current, modified, problem = &pair, info.ModTime(), ""
-			return current, nil
-		},
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(interval):
+		}
 	}
 }

@@ -418,7 +418,7 @@ func TestTheAPIKeysFileIsFollowed(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p.stderr.await(t, `"msg":"QWEN_API_KEY_FILE can't be read any more`)
+	p.stderr.await(t, `"msg":"QWEN_API_KEY_FILE can't be used`)
 	p.post("/v1/chat/completions", `{"messages":[]}`)
 	if key := <-got; key != "Bearer sk-new" {
 		t.Errorf("sent %q after the file was emptied", key)

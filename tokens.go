@@ -22,8 +22,7 @@ const (
 	maxTokenWait = 30 * time.Second
 	// maxRefreshPause bounds the growing pauses between attempts to refresh.
 	maxRefreshPause = 30 * time.Second
-	// maxNap bounds how long the source sleeps: this often it looks whether another process has changed the credential
-	// file, and notices a wall clock that jumped or a laptop that slept.
+	// maxNap bounds how long the source sleeps: this often it notices a wall clock that jumped or a laptop that slept.
 	maxNap = 5 * time.Second
 	// unservedPause is how long no refresh is tried for a 401 after one that a fresh token got too.
 	unservedPause = time.Minute
@@ -43,9 +42,8 @@ type tokenSource struct {
 
 	flow  deviceFlow // signs in where there is no token, or none that can be renewed; unused with an API key
 	state atomic.Pointer[authState]
-	mu    sync.Mutex         // held while state is replaced
-	wake  chan struct{}      // 1 slot: there may be something to do for run
-	looks chan chan struct{} // to look at the file now, for run; nil where there is none
+	mu    sync.Mutex    // held while state is replaced
+	wake  chan struct{} // 1 slot: there may be something to do for run
 
 	fileMu sync.Mutex  // held while a change of the credential file is put into use, or a sign-in is stored
 	seen   fs.FileInfo // the file at the last look; nil where there was none; guarded by fileMu
@@ -92,15 +90,13 @@ func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log
 	s := &tokenSource{
 		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, demo: cfg.demo, log: log,
 		flow: deviceFlow{oauth: oauth, log: log, prompt: prompt, demo: cfg.demo},
-		wake: make(chan struct{}, 1), looks: make(chan chan struct{}),
+		wake: make(chan struct{}, 1),
 	}
 	s.flow.complete = s.signedIn
 	s.flow.current.Store(&signIn{changed: make(chan struct{})})
 	s.seen, _ = os.Stat(store.path())
 	t, err := store.load()
-	if unusable(err) {
-		log.Error(unusableFile, "error", err)
-	} else {
+	if !unusable(err) {
 		err = nil
 	}
 	if err := store.check(); err != nil {
@@ -110,14 +106,9 @@ func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log
 	return s
 }
 
-const unusableFile = "the credential file can't be used; it is left as it is until a sign-in is complete"
-
 // newKeySource returns a source of cfg's API key, which goes to base. It needs run to follow the key's file.
 func newKeySource(cfg *config, base *url.URL, log *slog.Logger) *tokenSource {
 	s := &tokenSource{base: base, log: log, keyFile: cfg.apiKeyFile}
-	if s.keyFile != "" {
-		s.looks = make(chan chan struct{})
-	}
 	s.state.Store(&authState{token: s.prepare(&token{access: cfg.apiKey}), changed: make(chan struct{})})
 	return s
 }
@@ -273,11 +264,9 @@ func wakeUp(c chan struct{}) {
 	}
 }
 
-// run renews the token, carries out sign-ins, and follows what other processes do to the credential file or the API
-// key's, until ctx ends. A refresh under way then is finished first, since its refresh token is spent; abort ends that too.
+// run renews the token and carries out sign-ins, until ctx ends. A refresh under way then is finished first, since its refresh token is spent; abort ends that too.
 func (s *tokenSource) run(ctx, abort context.Context) {
 	if s.keyed() {
-		s.followKey(ctx)
 		return
 	}
 	defer s.flow.close()
@@ -291,10 +280,6 @@ func (s *tokenSource) run(ctx, abort context.Context) {
 			return
 		case <-s.wake:
 		case <-nap.C:
-			s.follow()
-		case done := <-s.looks:
-			s.follow()
-			close(done)
 		}
 		for s.due(time.Now()) <= 0 {
 			s.refresh(ctx, abort)
@@ -303,37 +288,59 @@ func (s *tokenSource) run(ctx, abort context.Context) {
 	}
 }
 
-// follow puts into use what another process has done to the credential file.
-func (s *tokenSource) follow() {
-	s.fileMu.Lock()
-	defer s.fileMu.Unlock()
-	s.look()
+// files returns the credential file, or the API key's file if there is one.
+func (s *tokenSource) files() []*watchedFile {
+	switch {
+	case !s.keyed():
+		return []*watchedFile{{name: "the credential file", fallback: "it is left as it is until a sign-in is complete", read: s.readCredentials}}
+	case s.keyFile != "":
+		return []*watchedFile{{name: "QWEN_API_KEY_FILE", fallback: "the last key stays in use", read: s.readKey}}
+	}
+	return nil
 }
 
-// look does what follow does. The caller holds fileMu.
-func (s *tokenSource) look() {
+// readKey puts the key in keyFile into use.
+func (s *tokenSource) readKey() error {
+	key, err := readKeyFile(s.keyFile)
+	if err == nil && key != s.state.Load().token.access {
+		s.setToken(&token{access: key})
+		s.log.Info("the API key has changed")
+	}
+	return err
+}
+
+// readCredentials puts into use what another process has done to the credential file. The error says why the file can't be used.
+func (s *tokenSource) readCredentials() error {
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	return s.look()
+}
+
+// look does what readCredentials does. The caller holds fileMu.
+func (s *tokenSource) look() error {
 	st := s.state.Load()
 	info, _ := os.Stat(s.store.path())
 	if st.fileErr == nil && sameFile(info, s.seen) {
-		return
+		return nil
 	}
 	s.seen = info
 	t, err := s.store.load()
 	if unusable(err) {
 		if st.fileErr == nil || st.fileErr.Error() != err.Error() {
-			s.log.Error(unusableFile, "error", err)
 			s.update(func(st *authState) { st.fileErr = err })
 		}
-		return
+		return err
 	}
 	if st.fileErr != nil {
 		s.update(func(st *authState) { st.fileErr, st.retryAt = nil, time.Time{} }) // a refresh may have waited for it
+		wakeUp(s.wake)
 	}
 	now := time.Now()
 	switch {
 	case err == nil && st.token != nil && !s.newer(t, st.token):
 		s.log.Warn("the credential file holds an older token again, as from a backup; it is written anew with the next refresh, which is due now")
 		s.update(func(st *authState) { st.outdated = true })
+		wakeUp(s.wake)
 	case err == nil && st.token == nil,
 		err == nil && t.access != st.token.access && (t.good(now) || !st.token.good(now)),
 		err == nil && t.refresh != st.token.refresh && st.refused != nil:
@@ -349,6 +356,7 @@ func (s *tokenSource) look() {
 	case errors.Is(err, fs.ErrNotExist) && st.token != nil:
 		s.log.Warn("the credential file has vanished; the token in memory stays in use, and the next refresh writes the file again", "file", s.store.path())
 	}
+	return nil
 }
 
 // signedOut drops the token, since the credential file says so, and starts a sign-in as at a start without credentials. One
@@ -358,32 +366,6 @@ func (s *tokenSource) signedOut() {
 	s.log.Warn("signed out by another process")
 	s.flow.end(signInNone, errSignedOut)
 	s.flow.start()
-}
-
-// followKey puts a new API key into use when its file changes.
-func (s *tokenSource) followKey(ctx context.Context) {
-	if s.keyFile == "" {
-		return
-	}
-	key := s.state.Load().token.access
-	failed := ""
-	for range looks(ctx, s.looks) {
-		next, err := readKeyFile(s.keyFile)
-		switch {
-		case err != nil && err.Error() != failed:
-			failed = err.Error()
-			s.log.Error("QWEN_API_KEY_FILE can't be read any more; the last key stays in use", "error", err)
-		case err == nil && next != key:
-			key = next
-			s.setToken(&token{access: key})
-			s.served.Store(false)
-			s.unserved.Store(nil)
-			s.log.Info("the API key has changed")
-		}
-		if err == nil {
-			failed = ""
-		}
-	}
 }
 
 // due returns how long it is from now until the token is to be renewed.

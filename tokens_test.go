@@ -160,6 +160,7 @@ func (s *sourceTest) start() (stop func()) {
 		defer close(done)
 		s.run(ctx, context.Background())
 	}()
+	go watchFiles(ctx, s.tokenSource.log, fileInterval, s.files())
 	stop = func() {
 		cancel()
 		<-done
@@ -1003,7 +1004,9 @@ func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 	if err := os.WriteFile(s.store.path(), []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.follow()
+	if err := s.readCredentials(); err != nil {
+		t.Fatal(err)
+	}
 	if tok, err := s.Token(t.Context()); err != nil || tok == old {
 		t.Fatalf("the new token was not taken: %v", err)
 	}
