@@ -2,10 +2,17 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
 	"math"
+	"net"
 	"net/http"
+	"net/netip"
 	"runtime"
+	"strconv"
 	"sync/atomic"
 	"time"
 )
@@ -14,33 +21,34 @@ import (
 type health struct {
 	tokens   *tokenSource
 	metrics  *metrics
-	stopping atomic.Bool          // the server is shutting down
-	logged   atomic.Pointer[bool] // whether the server was ready at the last call of note; nil before the first
+	stopping atomic.Bool // the server is shutting down
 }
 
-// follow logs each change of readiness, until ctx ends.
-func (h *health) follow(ctx context.Context) {
+// watch logs each change of readiness until ctx ends. It calls tell with each reason for not being ready, and with "" when
+// the server is ready.
+func (h *health) watch(ctx context.Context, tell func(reason string)) {
+	reason, first := "", true
 	for ctx.Err() == nil {
-		st := h.tokens.state.Load()
-		h.note()
+		last := reason
+		reason = ""
+		if err := h.tokens.ready(); err != nil {
+			reason = err.message
+		}
+		if reason != last || first {
+			tell(reason)
+		}
+		switch {
+		case first || (reason == "") == (last == ""):
+		case reason == "":
+			h.tokens.log.Info("the server is ready")
+		default:
+			h.tokens.log.Warn("the server is not ready", "reason", reason)
+		}
+		first = false
 		select {
 		case <-ctx.Done():
-		case <-st.changed:
-		case <-time.After(maxNap): // for changes without an event: 401s, and tokens that expire
+		case <-time.After(time.Second):
 		}
-	}
-}
-
-// note logs a change of readiness. It ignores a shutdown, which has log lines of its own.
-func (h *health) note() {
-	err := h.tokens.ready()
-	ready := err == nil
-	switch last := h.logged.Swap(&ready); {
-	case last == nil || *last == ready:
-	case ready:
-		h.tokens.log.Info("the server is ready")
-	default:
-		h.tokens.log.Warn("the server is not ready", "reason", err.message)
 	}
 }
 
@@ -85,7 +93,6 @@ func (h *health) reason() *apiError {
 // ready handles GET /health/ready.
 func (h *health) ready(x *exchange, _ *http.Request) error {
 	x.quiet = true
-	h.note()
 	if err := h.reason(); err != nil {
 		writeJSON(x, http.StatusServiceUnavailable, map[string]string{"status": "not_ready", "code": err.code, "reason": err.message})
 		return nil
@@ -145,4 +152,58 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 		"request_id": x.id(),
 	})
 	return nil
+}
+
+// healthcheckCommand asks the server that the same environment configures for /health.
+func healthcheckCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
+	res, err := askServer(ctx, cfg, "/health")
+	if err == nil {
+		res.Body.Close()
+		if res.StatusCode != http.StatusOK {
+			err = fmt.Errorf("/health answered %s", res.Status)
+		}
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy healthcheck: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+// serverAddress returns the address at which this machine reaches the server that cfg configures.
+func serverAddress(cfg *config) string {
+	network, address := cfg.addr()
+	if addr, err := netip.ParseAddr(cfg.host); network == "tcp" && err == nil && addr.IsUnspecified() {
+		loopback := "127.0.0.1"
+		if addr.Is6() {
+			loopback = "::1"
+		}
+		return net.JoinHostPort(loopback, strconv.Itoa(cfg.port))
+	}
+	return address
+}
+
+// askServer gets path from the server that cfg configures. The caller closes the answer's body.
+func askServer(ctx context.Context, cfg *config, path string) (*http.Response, error) {
+	network, _ := cfg.addr()
+	if network == "tcp" && cfg.port == 0 {
+		return nil, errors.New("SERVER_PORT=0 picks any port, so there is none to ask")
+	}
+	scheme := "http"
+	if cfg.tls {
+		scheme = "https"
+	}
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, network, serverAddress(cfg))
+		},
+		// The certificate is for the server's public name, and this asks by its address. Nothing secret is sent.
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true},
+		DisableKeepAlives: true,
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://localhost"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	return client.Do(req)
 }

@@ -358,7 +358,7 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 		var b logBuffer
 		h := &health{tokens: newTokenSource(nil, &credentialStore{dir: t.TempDir()}, cfg, newLogger(cfg, &b), io.Discard), metrics: &metrics{}}
 		ctx, stop := context.WithCancel(t.Context())
-		go h.follow(ctx)
+		go h.watch(ctx, func(string) {})
 		var got []string
 		check := func(when string) {
 			for range 3 {

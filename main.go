@@ -5,7 +5,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -19,7 +18,6 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -319,54 +317,4 @@ func planMismatch(key string, base *url.URL) string {
 		return "the key looks like a pay-as-you-go key, and the base URL is that of a Coding Plan or Token Plan: take the plan's key, or another API_BASE_URL"
 	}
 	return ""
-}
-
-// healthcheckCommand asks the server that the same environment configures for /health.
-func healthcheckCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
-	res, err := askServer(ctx, cfg, "/health")
-	if err == nil {
-		res.Body.Close()
-		if res.StatusCode != http.StatusOK {
-			err = fmt.Errorf("/health answered %s", res.Status)
-		}
-	}
-	if err != nil {
-		fmt.Fprintf(stderr, "qwen-go-proxy healthcheck: %v\n", err)
-		return 1
-	}
-	return 0
-}
-
-// serverAddress returns where the server that cfg configures can be reached from this machine.
-func serverAddress(cfg *config) string {
-	network, address := cfg.addr()
-	if network == "tcp" {
-		address = net.JoinHostPort(reachable(cfg.host), strconv.Itoa(cfg.port))
-	}
-	return address
-}
-
-// askServer gets path from the server that cfg configures. The caller closes the answer's body.
-func askServer(ctx context.Context, cfg *config, path string) (*http.Response, error) {
-	network, _ := cfg.addr()
-	if network == "tcp" && cfg.port == 0 {
-		return nil, errors.New("SERVER_PORT=0 picks any port, so there is none to ask")
-	}
-	scheme := "http"
-	if cfg.tls {
-		scheme = "https"
-	}
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, network, serverAddress(cfg))
-		},
-		// The certificate is for the server's public name, and this asks by its address. Nothing secret is sent.
-		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true},
-		DisableKeepAlives: true,
-	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://localhost"+path, nil)
-	if err != nil {
-		return nil, err
-	}
-	return client.Do(req)
 }

@@ -4,7 +4,6 @@ package main
 
 import (
 	"fmt"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -18,8 +17,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // A manager is the side of the notify socket that systemd has.
@@ -101,7 +98,7 @@ func TestServiceManagerHearsOfALife(t *testing.T) {
 			go p.chat()
 			<-streaming
 			p.cmd.Process.Signal(syscall.SIGTERM)
-			m.want(`STOPPING=1\nSTATUS=Shutting down, requests in flight: 1\nEXTEND_TIMEOUT_USEC=50000000`)
+			m.want(`STOPPING=1\nSTATUS=Shutting down\nEXTEND_TIMEOUT_USEC=50000000`)
 			finish()
 			<-p.ended
 			if p.status != nil {
@@ -116,30 +113,10 @@ func TestServiceManagerHearsOfTheSignIn(t *testing.T) {
 	qwen := newStandIn()
 	server := httptest.NewServer(qwen)
 	defer server.Close()
-	for _, tt := range []struct {
-		name string
-		env  map[string]string
-		want string
-	}{
-		{"open", nil, `STATUS=Waiting for sign-in: http://\S+/authorize\?user_code=\S+`},
-		{"with keys", map[string]string{"PROXY_API_KEYS": "k"}, `STATUS=Waiting for sign-in: the link is in the log`},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			socket := filepath.Join(shortDir(t), "notify")
-			m, dir := newManager(t, socket), t.TempDir()
-			env := map[string]string{"NOTIFY_SOCKET": socket, "QWEN_OAUTH_BASE_URL": server.URL, "QWEN_DIR": dir}
-			for k, v := range tt.env {
-				env[k] = v
-			}
-			startProcess(t, env, detached)
-			m.want(`READY=1`)
-			for got := m.next(); !regexp.MustCompile(tt.want).MatchString(got); got = m.next() {
-				if !strings.HasPrefix(got, "STATUS=Waiting for Qwen") && !strings.HasPrefix(got, "STATUS=The proxy is not signed in") {
-					t.Fatalf("the manager heard %q, want %q", got, tt.want)
-				}
-			}
-		})
-	}
+	socket := filepath.Join(shortDir(t), "notify")
+	m := newManager(t, socket)
+	startProcess(t, map[string]string{"NOTIFY_SOCKET": socket, "QWEN_OAUTH_BASE_URL": server.URL, "QWEN_DIR": t.TempDir()}, detached)
+	m.want(`READY=1`, `STATUS=The proxy is not signed in to Qwen\..*`, `STATUS=Serving at http://.*`)
 }
 
 func TestServesWhereTheServiceManagerDoesNotListen(t *testing.T) {
@@ -162,31 +139,6 @@ func TestServesWhereTheServiceManagerDoesNotListen(t *testing.T) {
 			}
 			if n := strings.Count(p.stderr.String(), "the service manager can't be notified"); n != 1 {
 				t.Errorf("it is logged %d times, want once", n)
-			}
-		})
-	}
-}
-
-func TestStatusOfASource(t *testing.T) {
-	now := time.Now()
-	good := &token{access: "a", expiry: now.Add(time.Hour)}
-	for _, tt := range []struct {
-		name string
-		st   authState
-		in   *signIn
-		want string
-	}{
-		{"signed in", authState{token: good}, noSignIn, "Serving at http://localhost:8080"},
-		{"being renewed", authState{token: &token{access: "a", refresh: "r", expiry: now.Add(-time.Hour)}, refreshing: true}, noSignIn, "Renewing the token"},
-		{"no link yet", authState{}, &signIn{status: signInStarting}, "Waiting for Qwen, to start a sign-in"},
-		{"no sign-in", authState{}, noSignIn, "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			s := &tokenSource{log: slog.New(slog.DiscardHandler)}
-			s.state.Store(&tt.st)
-			s.flow.current.Store(tt.in)
-			if diff := cmp.Diff(tt.want, s.status(&tt.st, "http://localhost:8080", true)); diff != "" {
-				t.Errorf("status (-want +got):\n%s", diff)
 			}
 		})
 	}

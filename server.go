@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -16,28 +17,29 @@ import (
 	"os/signal"
 	"runtime"
 	"strconv"
-	"sync"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
 )
 
-// ballast is how much more garbage than by itself the collector lets gather, in bytes. It goes by the size of the heap, which
-// is so small here that it would run after every 4 MB, all the time under load. An array of this size, never touched and so
-// without memory of its own, counts as part of the heap: 6 % less CPU a request. GOGC=400 does the same, and would let
-// thousands of streams grow to five times their memory.
+// ballast is the size in bytes of an array that nobody touches. It counts as part of the heap, which is so small here that the
+// garbage collector would run after every 4 MB, all the time under load: with it a request takes 6 % less CPU. GOGC=400 would
+// do the same, and let thousands of streams grow to five times their memory.
 const ballast = 8 << 20
 
-// withoutBallast returns a figure of the Go runtime, in bytes, less the ballast that it includes: nothing uses that memory.
+// withoutBallast returns a figure of the Go runtime, in bytes, less the ballast that it includes. The array takes no memory.
 func withoutBallast(n uint64) uint64 { return max(n, ballast) - ballast }
 
-// serve runs the server until ctx ends and returns the exit status. Once it listens, it calls listening with a URL to reach it
-// by, and with the writer for text that has to keep its place among the log lines.
-func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(out io.Writer, base string, tokens *tokenSource)) int {
+// serve runs the server until ctx ends and returns the exit status. Once it listens, it calls greet with the URL to reach it by
+// from this machine, and with the writer of its log.
+func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io.Writer, url string, tokens *tokenSource)) int {
 	heap := make([]byte, ballast)
 	defer runtime.KeepAlive(heap)
 	m := &metrics{started: time.Now()}
-	out := &logWriter{w: stderr, dropped: &m.logDropped}
+	logging, stopLogging := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopLogging()
+	out := newLogWriter(logging, stderr, &m.logDropped)
 	defer out.flush(time.Second)
 	abort, cancelAbort := secondSignal(ctx)
 	defer cancelAbort()
@@ -47,8 +49,11 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 		fmt.Fprintf(out, "qwen-go-proxy: %v\n", err)
 		return 1
 	}
+	defer ln.Close()
+
 	tokens := newSource(cfg, log, out)
 	keys := newAccess(cfg, log)
+	files := append(tokens.files(), keys.files()...)
 	h := &health{tokens: tokens, metrics: m}
 	requests, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cutOff(nil)
@@ -66,100 +71,96 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, listening func(ou
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
 	}
-	files := append(tokens.files(), keys.files()...)
+	serve := srv.Serve
 	if cfg.tls {
 		cert := &servedCertificate{certFile: cfg.certFile, keyFile: cfg.keyFile}
 		if err := cert.read(); err != nil {
 			fmt.Fprintf(out, "qwen-go-proxy: %v\n", err)
 			return 1
 		}
-		srv.TLSConfig = cert.tlsConfig()
 		files = append(files, &watchedFile{name: "the certificate", fallback: "the last one stays in use", read: cert.read})
+		srv.TLSConfig = cert.tlsConfig()
+		serve = func(ln net.Listener) error { return srv.ServeTLS(ln, "", "") }
 	}
-	base := baseURL(cfg, ln.Addr())
-	listening(out, base, tokens)
-	log.Info("listening", "address", ln.Addr().String(), "url", base, "version", version().Version)
+
+	url := serverURL(cfg, ln.Addr())
+	greet(out, url, tokens)
+	log.Info("listening", "address", ln.Addr().String(), "url", url, "version", version().Version)
 	if cfg.envFile != "" {
 		log.Info("settings were read from a file; the environment wins", "file", cfg.envFile)
 	}
 	warn(cfg, log, ln.Addr())
 
-	served := make(chan error, 1)
-	go func() {
-		if cfg.tls {
-			served <- srv.ServeTLS(ln, "", "")
-		} else {
-			served <- srv.Serve(ln)
-		}
-	}()
-	running, stopTokens := context.WithCancel(context.WithoutCancel(ctx))
-	go watchFiles(running, log, fileInterval, files)
-	go h.follow(running)
-	tokensDone := make(chan struct{})
+	running, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	served, tokensDone := make(chan error, 1), make(chan struct{})
+	go func() { served <- serve(ln) }()
 	go func() {
 		defer close(tokensDone)
 		tokens.run(running, abort)
 	}()
-	finishTokens := sync.OnceFunc(func() {
-		stopTokens()
-		select {
-		case <-tokensDone:
-		case <-time.After(100 * time.Millisecond):
-			log.Info("waiting until the token refresh under way is done and stored; a second signal gives it up", "at_most", oauthTimeout.String())
-			<-tokensDone
-		}
-	})
-	defer finishTokens()
-	manager := &notifier{socket: cfg.notifySocket, log: log}
-	managerTold := make(chan struct{})
-	go func() {
-		defer close(managerTold)
-		manager.run(ctx, tokens, base, ln.Addr().Network() == "tcp" && !keys.required())
-	}()
+	go watchFiles(running, log, fileInterval, files)
+	if err := notifyManager(cfg, "READY=1"); err != nil {
+		log.Warn("the service manager can't be notified of the server's state", "NOTIFY_SOCKET", cfg.notifySocket, "error", err)
+	}
+	go h.watch(ctx, func(status string) { notifyManager(cfg, "STATUS="+cmp.Or(status, "Serving at "+url)) })
 
 	select {
-	case err := <-served:
+	case err = <-served:
+	case <-ctx.Done():
+		h.stopping.Store(true)
+		if cfg.greet {
+			fmt.Fprintln(out, "Stopping. Ctrl-C again cuts off what is under way.")
+		}
+		// After the timeout streams are cut off, and a refresh is finished and stored.
+		atMost := cfg.shutdownDelay + cfg.shutdownTimeout + oauthTimeout + 5*time.Second
+		notifyManager(cfg, "STOPPING=1", "STATUS=Shutting down", fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", atMost.Microseconds()))
+		shutDown(ctx, abort, cfg, log, srv, &m.inFlight, cutOff)
+	}
+	stop()
+	select {
+	case <-tokensDone:
+	case <-time.After(100 * time.Millisecond):
+		log.Info("waiting until the token refresh under way is done and stored; a second signal gives it up", "at_most", oauthTimeout.String())
+		<-tokensDone
+	}
+	switch {
+	case err != nil:
 		log.Error("the server failed", "error", err)
 		return 1
-	case <-ctx.Done():
-	}
-	if cfg.greet {
-		fmt.Fprintln(out, "Stopping. Ctrl-C again cuts off what is under way.")
-	}
-	h.stopping.Store(true)
-	<-managerTold
-	manager.stopping(m.inFlight.Load(), cfg.shutdownDelay+cfg.shutdownTimeout)
-	if cfg.shutdownDelay > 0 {
-		// Closing the listener resets connections that the kernel has taken and nobody has accepted. A load balancer must not
-		// send their requests again, since it can't know that nobody has read them, so it has to stop sending them before.
-		log.Info("not ready any more, and serving on until load balancers have noticed", "delay", cfg.shutdownDelay.String())
-		select {
-		case err := <-served:
-			log.Error("the server failed", "error", err)
-			return 1
-		case <-time.After(cfg.shutdownDelay):
-		case <-abort.Done():
-		}
-	}
-	log.Info("shutting down", "cause", context.Cause(ctx), "in_flight", m.inFlight.Load(), "timeout", cfg.shutdownTimeout.String())
-	deadline, cancel := context.WithTimeout(abort, cfg.shutdownTimeout)
-	defer cancel()
-	if err := srv.Shutdown(deadline); err != nil {
-		log.Warn("requests were still in flight and are cut off", "in_flight", m.inFlight.Load())
-		cutOff(errShuttingDown) // streams end with an error event
-		last, cancel := context.WithTimeout(abort, time.Second)
-		defer cancel()
-		if srv.Shutdown(last) != nil {
-			srv.Close()
-		}
-	}
-	finishTokens()
-	if abort.Err() != nil {
+	case abort.Err() != nil:
 		log.Warn("stopped by a second signal; what was under way is cut off")
 		return 1
 	}
 	log.Info("stopped")
 	return 0
+}
+
+// shutDown lets the requests in flight finish within cfg's bounds, and ends those that remain with cutOff. It returns early when
+// abort ends.
+func shutDown(ctx, abort context.Context, cfg *config, log *slog.Logger, srv *http.Server, inFlight *atomic.Int64, cutOff context.CancelCauseFunc) {
+	if cfg.shutdownDelay > 0 {
+		// Closing the listener resets connections that nobody has accepted yet. A load balancer can't know that nobody has read
+		// their requests and must not send them again. So it has to stop sending before.
+		log.Info("not ready any more, and serving on until load balancers have noticed", "delay", cfg.shutdownDelay.String())
+		select {
+		case <-time.After(cfg.shutdownDelay):
+		case <-abort.Done():
+		}
+	}
+	log.Info("shutting down", "cause", context.Cause(ctx), "in_flight", inFlight.Load(), "timeout", cfg.shutdownTimeout.String())
+	deadline, cancel := context.WithTimeout(abort, cfg.shutdownTimeout)
+	defer cancel()
+	if srv.Shutdown(deadline) == nil {
+		return
+	}
+	log.Warn("requests were still in flight and are cut off", "in_flight", inFlight.Load())
+	cutOff(errShuttingDown) // streams end with an error event
+	last, cancelLast := context.WithTimeout(abort, time.Second)
+	defer cancelLast()
+	if srv.Shutdown(last) != nil {
+		srv.Close()
+	}
 }
 
 // secondSignal returns a context that ends when the program has been asked twice to stop. From here on no signal kills it, so
@@ -182,6 +183,23 @@ func secondSignal(ctx context.Context) (context.Context, context.CancelFunc) {
 	return twice, cancel
 }
 
+// notifyManager sends lines to the service manager by systemd's protocol, sd_notify(3). It does nothing if there is no manager.
+//
+// There is no watchdog: it would kill a server on a machine that is short of CPU, and with it all open streams.
+func notifyManager(cfg *config, lines ...string) error {
+	if cfg.notifySocket == "" {
+		return nil
+	}
+	conn, err := net.Dial("unixgram", cfg.notifySocket) // a path, or @ and the name of an abstract socket
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetWriteDeadline(time.Now().Add(time.Second)) // the manager's queue may be full
+	_, err = io.WriteString(conn, strings.Join(lines, "\n"))
+	return err
+}
+
 // listen binds the address. It takes over a Unix socket that a dead process has left behind.
 func listen(cfg *config) (net.Listener, error) {
 	network, address := cfg.addr()
@@ -195,15 +213,7 @@ func listen(cfg *config) (net.Listener, error) {
 			os.Remove(address)
 		}
 	}
-	config := net.ListenConfig{Control: func(network, _ string, c syscall.RawConn) error {
-		if network == "unix" {
-			return nil
-		}
-		// Without the option the server serves all the same.
-		return c.Control(func(fd uintptr) { boundUnsent(fd, cfg.writeTimeout) })
-	}}
-	config.SetMultipathTCP(false) // its sockets don't know the option
-	ln, err := config.Listen(context.Background(), network, address)
+	ln, err := net.Listen(network, address)
 	switch {
 	case network == "tcp" && errors.Is(err, syscall.EADDRINUSE):
 		return nil, fmt.Errorf("%w: stop the other program, or set SERVER_PORT to another port", err)
@@ -213,33 +223,42 @@ func listen(cfg *config) (net.Listener, error) {
 	return ln, err
 }
 
-// baseURL returns the URL by which this machine reaches the server that listens on a.
-func baseURL(cfg *config, a net.Addr) string {
+// serverURL returns the URL by which this machine reaches the server that listens on a: http, https, or unix: and a path.
+func serverURL(cfg *config, a net.Addr) string {
 	tcp, ok := a.(*net.TCPAddr)
 	if !ok {
 		return "unix:" + a.String()
 	}
-	scheme := "http"
+	scheme, host := "http", tcp.IP.String()
 	if cfg.tls {
 		scheme = "https"
 	}
-	host := tcp.IP.String()
 	if tcp.IP.IsUnspecified() {
 		host = "localhost"
 	}
 	return scheme + "://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
 }
 
-// reachable returns the host to connect to for a server that is bound to host.
-func reachable(host string) string {
-	addr, err := netip.ParseAddr(host)
-	switch {
-	case err != nil || !addr.IsUnspecified():
-		return host
-	case addr.Is4():
-		return "127.0.0.1"
+// greet tells the user at a terminal what to do with the server at url.
+func greet(out io.Writer, cfg *config, url string, tokens *tokenSource) {
+	listens, baseURL, key := url, url+"/v1", "any text"
+	if addr, err := netip.ParseAddr(cfg.host); err == nil && addr.IsUnspecified() {
+		listens += " and all other addresses"
 	}
-	return "::1"
+	if path, ok := strings.CutPrefix(url, "unix:"); ok {
+		baseURL, url = "http://localhost/v1, through the socket "+path, "http://localhost"
+	}
+	if cfg.tls {
+		baseURL += ", by a name in the certificate"
+	}
+	if len(cfg.proxyKeys) > 0 {
+		key = "one of the proxy's keys (PROXY_API_KEYS)"
+	}
+	fmt.Fprintf(out, "\nqwen-go-proxy listens on %s.\n\n  Base URL  %s\n  API key   %s\n", listens, baseURL, key)
+	if tokens.ready() != nil {
+		fmt.Fprintf(out, "  Sign in   at %s/auth, or set QWEN_API_KEY\n", url)
+	}
+	fmt.Fprint(out, "  Stop      Ctrl-C; twice to cut off what is under way\n\n")
 }
 
 // warn logs what is allowed but may not be meant.

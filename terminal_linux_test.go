@@ -86,7 +86,7 @@ qwen-go-proxy listens on http://127.0.0.1:PORT.
 
   Base URL  http://127.0.0.1:PORT/v1
   API key   any text
-  Account   none: set QWEN_API_KEY, or sign in at http://127.0.0.1:PORT/auth
+  Sign in   at http://127.0.0.1:PORT/auth, or set QWEN_API_KEY
   Stop      Ctrl-C; twice to cut off what is under way
 
 `},
@@ -95,7 +95,6 @@ qwen-go-proxy listens on http://localhost:PORT and all other addresses.
 
   Base URL  http://localhost:PORT/v1
   API key   any text
-  Account   signed in to Qwen
   Stop      Ctrl-C; twice to cut off what is under way
 
 `},
@@ -104,16 +103,14 @@ qwen-go-proxy listens on https://127.0.0.1:PORT.
 
   Base URL  https://127.0.0.1:PORT/v1, by a name in the certificate
   API key   one of the proxy's keys (PROXY_API_KEYS)
-  Account   an API key, at dashscope-intl.aliyuncs.com
   Stop      Ctrl-C; twice to cut off what is under way
 
 `},
 		{"Unix socket", map[string]string{"QWEN_API_KEY": "sk-test", "SERVER_HOST": "unix:" + socket}, `
 qwen-go-proxy listens on unix:` + socket + `.
 
-  Try       curl --unix-socket ` + socket + ` http://localhost/v1/models
+  Base URL  http://localhost/v1, through the socket ` + socket + `
   API key   any text
-  Account   an API key, at dashscope-intl.aliyuncs.com
   Stop      Ctrl-C; twice to cut off what is under way
 
 `},
