@@ -1,12 +1,15 @@
 package main
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"html/template"
+	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -15,6 +18,52 @@ import (
 	"sync"
 	"time"
 )
+
+// demoCommand serves with a standIn in Qwen's place, over real sockets and on the same code path.
+func demoCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
+		return 1
+	}
+	qwen := &http.Server{Handler: newStandIn(), ReadHeaderTimeout: 10 * time.Second}
+	go qwen.Serve(ln)
+	defer qwen.Close()
+	cfg.demo = true
+	cfg.qwenDir = ""
+	cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
+	return serve(ctx, cfg, stderr, func(out io.Writer, base string, _ *tokenSource) {
+		fmt.Fprintf(out, "\n%s\n", demoBanner(cfg, base))
+		if cfg.greet {
+			fmt.Fprint(out, "Ctrl-C stops it.\n\n")
+		}
+	})
+}
+
+// demoBanner says what to try with a demo that this machine reaches by base.
+func demoBanner(cfg *config, base string) string {
+	curl, key := "curl", "any API key"
+	if path, ok := strings.CutPrefix(base, "unix:"); ok {
+		curl, base = "curl --unix-socket "+path, "http://localhost"
+	}
+	if cfg.tls {
+		curl += " -k"
+	}
+	if len(cfg.proxyKeys) > 0 {
+		curl += " -H 'Authorization: Bearer KEY'"
+		key = "one of PROXY_API_KEYS in the place of KEY"
+	}
+	return fmt.Sprintf(`This is a demo: a stand-in inside the program answers in Qwen's place.
+No account, no network, no model.
+
+The sign-in below approves itself after %[4]v. Then try:
+
+  %[1]s %[2]s/v1/chat/completions -d '{"messages":[{"role":"user","content":"Hello"}]}'
+  %[1]s -N %[2]s/v1/chat/completions -d '{"stream":true,"messages":[{"role":"user","content":"Hello"}]}'
+
+Base URL for OpenAI clients: %[2]s/v1 (%[3]s)
+`, curl, base, key, demoApproval)
+}
 
 // A standIn is the demo's stand-in for Qwen: its OAuth server, the page where a sign-in is approved, and its API with chat
 // and models. It is an http.Handler, safe for concurrent use. It takes its own base URL from each request's Host. Make one

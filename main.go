@@ -9,10 +9,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
-	"net"
-	"net/http"
-	"net/url"
 	"os"
 	"os/signal"
 	"runtime"
@@ -21,7 +17,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"time"
 )
 
 func main() {
@@ -228,93 +223,4 @@ func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 			fmt.Fprintf(out, "Listening on %s\n", base)
 		}
 	})
-}
-
-// demoCommand serves with a standIn in Qwen's place, over real sockets and on the same code path.
-func demoCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
-		return 1
-	}
-	qwen := &http.Server{Handler: newStandIn(), ReadHeaderTimeout: 10 * time.Second}
-	go qwen.Serve(ln)
-	defer qwen.Close()
-	cfg.demo = true
-	cfg.qwenDir = ""
-	cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
-	return serve(ctx, cfg, stderr, func(out io.Writer, base string, _ *tokenSource) {
-		fmt.Fprintf(out, "\n%s\n", demoBanner(cfg, base))
-		if cfg.greet {
-			fmt.Fprint(out, "Ctrl-C stops it.\n\n")
-		}
-	})
-}
-
-// demoBanner says what to try with a demo that this machine reaches by base.
-func demoBanner(cfg *config, base string) string {
-	curl, key := "curl", "any API key"
-	if path, ok := strings.CutPrefix(base, "unix:"); ok {
-		curl, base = "curl --unix-socket "+path, "http://localhost"
-	}
-	if cfg.tls {
-		curl += " -k"
-	}
-	if len(cfg.proxyKeys) > 0 {
-		curl += " -H 'Authorization: Bearer KEY'"
-		key = "one of PROXY_API_KEYS in the place of KEY"
-	}
-	return fmt.Sprintf(`This is a demo: a stand-in inside the program answers in Qwen's place.
-No account, no network, no model.
-
-The sign-in below approves itself after %[4]v. Then try:
-
-  %[1]s %[2]s/v1/chat/completions -d '{"messages":[{"role":"user","content":"Hello"}]}'
-  %[1]s -N %[2]s/v1/chat/completions -d '{"stream":true,"messages":[{"role":"user","content":"Hello"}]}'
-
-Base URL for OpenAI clients: %[2]s/v1 (%[3]s)
-`, curl, base, key, demoApproval)
-}
-
-// newSource returns the source of tokens that cfg asks for.
-func newSource(cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
-	if cfg.apiKey != "" {
-		return newKeySource(cfg, keyBase(cfg), log)
-	}
-	return newTokenSource(newOAuthClient(cfg), &credentialStore{dir: cfg.qwenDir}, cfg, log, prompt)
-}
-
-func newOAuthClient(cfg *config) *oauthClient {
-	client := &http.Client{
-		Transport: newTransport(),
-		// A redirect would carry refresh tokens elsewhere.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	return &oauthClient{http: client, base: cfg.oauthBase, clientID: cfg.oauthClientID, scope: cfg.oauthScope}
-}
-
-// keyBase returns the base URL that the API key goes to: where none is set, international pay as you go.
-func keyBase(cfg *config) *url.URL {
-	if cfg.apiBase != nil {
-		return cfg.apiBase
-	}
-	return &url.URL{Scheme: "https", Host: "dashscope-intl.aliyuncs.com", Path: "/compatible-mode/v1"}
-}
-
-// planMismatch returns what is wrong between the kind of key and the host that it goes to, "" for nothing. Only
-// Alibaba's own hosts are judged.
-func planMismatch(key string, base *url.URL) string {
-	host := base.Hostname()
-	if !strings.HasSuffix(host, ".aliyuncs.com") {
-		return ""
-	}
-	planHost := strings.HasPrefix(host, "coding.") || strings.HasPrefix(host, "coding-intl.") || strings.HasPrefix(host, "token-plan.")
-	planKey := strings.HasPrefix(key, "sk-sp-")
-	switch {
-	case planKey && !planHost:
-		return "the key looks like a Coding Plan or Token Plan key (sk-sp-…), and the base URL is for pay as you go: set API_BASE_URL to the plan's"
-	case !planKey && planHost:
-		return "the key looks like a pay-as-you-go key, and the base URL is that of a Coding Plan or Token Plan: take the plan's key, or another API_BASE_URL"
-	}
-	return ""
 }

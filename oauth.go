@@ -379,3 +379,12 @@ func randomBytes(n int) []byte {
 	rand.Read(b) // never fails
 	return b
 }
+
+func newOAuthClient(cfg *config) *oauthClient {
+	client := &http.Client{
+		Transport: newTransport(),
+		// A redirect would carry refresh tokens elsewhere.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	return &oauthClient{http: client, base: cfg.oauthBase, clientID: cfg.oauthClientID, scope: cfg.oauthScope}
+}

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -626,4 +627,38 @@ func (s *tokenSource) ready() *apiError {
 		return unavailable(0, errRenewing)
 	}
 	return nil
+}
+
+// newSource returns the source of tokens that cfg asks for.
+func newSource(cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
+	if cfg.apiKey != "" {
+		return newKeySource(cfg, keyBase(cfg), log)
+	}
+	return newTokenSource(newOAuthClient(cfg), &credentialStore{dir: cfg.qwenDir}, cfg, log, prompt)
+}
+
+// keyBase returns the base URL that the API key goes to: where none is set, international pay as you go.
+func keyBase(cfg *config) *url.URL {
+	if cfg.apiBase != nil {
+		return cfg.apiBase
+	}
+	return &url.URL{Scheme: "https", Host: "dashscope-intl.aliyuncs.com", Path: "/compatible-mode/v1"}
+}
+
+// planMismatch returns what is wrong between the kind of key and the host that it goes to, "" for nothing. Only
+// Alibaba's own hosts are judged.
+func planMismatch(key string, base *url.URL) string {
+	host := base.Hostname()
+	if !strings.HasSuffix(host, ".aliyuncs.com") {
+		return ""
+	}
+	planHost := strings.HasPrefix(host, "coding.") || strings.HasPrefix(host, "coding-intl.") || strings.HasPrefix(host, "token-plan.")
+	planKey := strings.HasPrefix(key, "sk-sp-")
+	switch {
+	case planKey && !planHost:
+		return "the key looks like a Coding Plan or Token Plan key (sk-sp-…), and the base URL is for pay as you go: set API_BASE_URL to the plan's"
+	case !planKey && planHost:
+		return "the key looks like a pay-as-you-go key, and the base URL is that of a Coding Plan or Token Plan: take the plan's key, or another API_BASE_URL"
+	}
+	return ""
 }
