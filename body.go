@@ -3,10 +3,12 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"net"
 	"net/http"
 	"os"
 	"slices"
@@ -20,17 +22,16 @@ import (
 const (
 	// A body of up to smallBody stays in Go's heap. net/http sends it in one write with the header.
 	smallBody = 4 << 10
-	// perRequest is what a request with a larger body takes beside it: connections, goroutines, and buffers for copying.
+	// perRequest is charged for a request with a larger body: connections, goroutines and buffers for copying.
 	perRequest = 96 << 10
-	// The last eighth of MAX_BUFFERED_BYTES is for the first smallShare of each body, so that large bodies don't keep small
-	// ones out.
+	// The last eighth of MAX_BUFFERED_BYTES is for the first smallShare of each body, so that large bodies leave room for small ones.
 	smallShare = 64 << 10
-	// Buffers of spareSize are kept for the next body. They are at most maxSpares, and not charged while nobody uses them.
+	// At most maxSpares buffers of spareSize are kept for the next body. They are not charged while they are unused.
 	spareSize = 256 << 10
 	maxSpares = 32
 	// largestBody bounds MAX_BODY_BYTES: address space is reserved for a body of unknown length.
 	largestBody = min(64<<30, math.MaxInt) - 1
-	// In each READ_TIMEOUT readQuantum of a body has to arrive, and a sixteenth of what is there already.
+	// In each READ_TIMEOUT readQuantum of a body has to arrive, and a sixteenth of what has arrived before.
 	readQuantum = 4 << 10
 )
 
@@ -46,36 +47,20 @@ func newBodyReader(cfg *config) bodyReader {
 	return bodyReader{max: largest, timeout: cfg.readTimeout, memory: newBufferMemory(cfg.maxBuffered, largest)}
 }
 
-// A requestBody is a request's body in memory, with the changes that the proxy makes to it. Its readers may outlive it.
-type requestBody struct {
-	buffer
-	edits []edit
-	size  int64 // of what goes to Qwen, once sealed
-
-	mu       sync.Mutex // guards the buffer against the readers, and what follows
-	pieces   [][]byte   // what goes to Qwen; nil before seal and after release
-	latest   *bodyUse   // the reader opened last; nil before the first
-	answered bool       // no reader will be opened any more
-}
-
-// An edit puts text in the place of the bytes from start to end.
-type edit struct {
-	start, end int
-	text       []byte
-}
-
 // read reads r's body to its end. The caller releases it. The error is an *apiError.
 func (b *bodyReader) read(w http.ResponseWriter, r *http.Request) (*requestBody, error) {
 	body := &requestBody{buffer: buffer{memory: b.memory}}
-	if err := b.fill(body, w, r); err != nil {
+	if err := b.fill(&body.buffer, w, r); err != nil {
 		body.release()
-		closeAfter(w, r)
+		if r.ProtoMajor == 1 { // the rest of the body may still come; HTTP/2 needs no new connection
+			w.Header()["Connection"] = valueClose
+		}
 		return nil, err
 	}
 	return body, nil
 }
 
-func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Request) error {
+func (b *bodyReader) fill(buf *buffer, w http.ResponseWriter, r *http.Request) error {
 	for _, coding := range r.Header["Content-Encoding"] {
 		if coding != "" && !strings.EqualFold(coding, "identity") {
 			return &apiError{status: http.StatusUnsupportedMediaType, typ: typeInvalidRequest, code: "compressed_body",
@@ -90,11 +75,11 @@ func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Requ
 		length = b.max
 	}
 	rc := http.NewResponseController(w)
-	due := 0 // the length at which the deadline moves
+	due := 0 // the deadline moves when this many bytes have come
 	if r.ProtoMajor == 1 {
-		due = readQuantum // the exchange began with a deadline
+		due = readQuantum // track has set the first deadline
 	}
-	err := body.fill(r.Body, length, func(n int) {
+	err := buf.fill(r.Body, length, func(n int) {
 		if n >= due {
 			rc.SetReadDeadline(time.Now().Add(b.timeout))
 			due = n + max(readQuantum, n/16)
@@ -106,12 +91,10 @@ func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Requ
 		rc.SetReadDeadline(time.Time{})
 	}
 	switch {
-	case err == nil:
-		return nil
+	case err == nil || err == errOverloaded:
+		return err
 	case err == errTooLong:
 		return b.tooLarge()
-	case err == errOverloaded:
-		return err
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return &apiError{status: http.StatusRequestTimeout, typ: typeInvalidRequest, code: "request_timeout",
 			message: fmt.Sprintf("The request body came too slowly. In each %v (READ_TIMEOUT) at least %d bytes have to arrive, and of a large body a sixteenth of what has arrived before.", b.timeout, readQuantum)}
@@ -120,16 +103,27 @@ func (b *bodyReader) fill(body *requestBody, w http.ResponseWriter, r *http.Requ
 		message: "The request body broke off or is malformed. Send the request again.", err: err}
 }
 
-// closeAfter closes the connection behind an answer to a request whose body was not read to its end.
-func closeAfter(w http.ResponseWriter, r *http.Request) {
-	if r.ProtoMajor == 1 { // in HTTP/2 it would end the other streams too
-		w.Header()["Connection"] = valueClose
-	}
-}
-
 func (b *bodyReader) tooLarge() *apiError {
 	return &apiError{status: http.StatusRequestEntityTooLarge, typ: typeInvalidRequest, code: "request_too_large",
 		message: fmt.Sprintf("The request body is larger than %d bytes. Send less, or raise MAX_BODY_BYTES on the proxy.", b.max)}
+}
+
+// A requestBody is a request's body in memory, with the changes that the proxy makes to it. Its readers may outlive it.
+type requestBody struct {
+	buffer
+	edits []edit
+	size  int64 // of what goes to Qwen, once sealed
+
+	mu       sync.Mutex   // guards the buffer against the readers, and what follows
+	pieces   net.Buffers  // what goes to Qwen; nil before seal and after release
+	latest   *sentRequest // the reader opened last; nil before the first
+	answered bool         // no reader will be opened any more
+}
+
+// An edit puts text in the place of the bytes from start to end.
+type edit struct {
+	start, end int
+	text       []byte
 }
 
 // replace puts text in the place of the bytes from start to end of what was read.
@@ -154,35 +148,32 @@ func (body *requestBody) seal() {
 	}
 	add(body.data[at:])
 	body.edits = nil
-	if body.mapped == nil && len(body.pieces) > 1 {
-		body.pieces = [][]byte{bytes.Join(body.pieces, nil)}
-	}
 }
 
 // open returns a new reader of what goes to Qwen.
 func (body *requestBody) open() io.ReadCloser {
 	body.mu.Lock()
 	defer body.mu.Unlock()
-	if body.mapped == nil && len(body.pieces) == 1 {
-		// net/http sends header and body in one write where it knows the reader to be in memory. That takes a
-		// system call less, and a connection that turns out dead then shows it before anything is sent.
-		return io.NopCloser(bytes.NewReader(body.pieces[0]))
+	if body.mapped == nil {
+		// net/http sends header and body in one write if it knows that the reader is in memory. That takes a system call less,
+		// and a dead connection shows before anything is sent.
+		return io.NopCloser(bytes.NewReader(bytes.Join(body.pieces, nil)))
 	}
-	body.latest = &bodyUse{body: body, left: body.size}
+	body.latest = &sentRequest{body: body, rest: slices.Clone(body.pieces)}
 	return body.latest
 }
 
-// answer says that Qwen's answer has begun, so that nothing is sent again. The body goes as soon as its last reader has
-// read it: an answer may come before that.
+// answer says that Qwen's answer has begun: the request is not sent again. The body is released as soon as its last reader has
+// read it; an answer may come before that.
 func (body *requestBody) answer() {
 	body.mu.Lock()
 	defer body.mu.Unlock()
 	body.answered = true
-	body.releaseIfRead()
+	body.releaseIfSent()
 }
 
-func (body *requestBody) releaseIfRead() {
-	if body.answered && (body.latest == nil || body.latest.left == 0 || body.latest.closed) {
+func (body *requestBody) releaseIfSent() {
+	if body.answered && (body.latest == nil || body.latest.closed || len(body.latest.rest) == 0) {
 		body.free()
 	}
 }
@@ -195,73 +186,48 @@ func (body *requestBody) release() {
 }
 
 func (body *requestBody) free() {
-	body.pieces, body.edits = nil, nil
+	body.pieces = nil
 	body.buffer.release()
 }
 
-// A bodyUse is one reader of a requestBody. A transport may hold it after the answer has ended, and may close it
-// in the middle of a read.
-type bodyUse struct {
+// A sentRequest is one reader of a requestBody. A transport may read it after the answer has ended, and may close it in the
+// middle of a read.
+type sentRequest struct {
 	body *requestBody
 
 	// Guarded by body.mu.
-	piece, at int   // what to read next
-	left      int64 // bytes
-	buffer    int   // the size of the transport's buffer, if it is larger than perRequest allows for
-	closed    bool
+	rest   net.Buffers // what is not read yet
+	frame  int         // the size of the transport's buffer, if it is larger than perRequest allows for
+	closed bool
 }
 
-func (u *bodyUse) Read(p []byte) (int, error) {
-	u.body.mu.Lock()
-	defer u.body.mu.Unlock()
-	pieces := u.body.pieces
+func (s *sentRequest) Read(p []byte) (int, error) {
+	s.body.mu.Lock()
+	defer s.body.mu.Unlock()
 	switch {
-	case u.left == 0:
+	case len(s.rest) == 0:
 		return 0, io.EOF
-	case u.closed || pieces == nil:
+	case s.closed || s.body.pieces == nil:
 		return 0, os.ErrClosed
 	}
-	if more := len(p) - u.buffer; more > 0 && len(p) > 32<<10 {
+	if more := len(p) - s.frame; more > 0 && len(p) > 32<<10 {
 		// HTTP/2 reads into a frame as large as the peer takes it, of up to 512 KiB.
-		u.buffer = len(p)
-		if err := u.body.charge(more); err != nil {
+		s.frame = len(p)
+		if err := s.body.charge(more); err != nil {
 			return 0, err
 		}
 	}
-	n := copy(p, pieces[u.piece][u.at:])
-	if u.at += n; u.at == len(pieces[u.piece]) {
-		u.piece, u.at = u.piece+1, 0
-	}
-	u.left -= int64(n)
-	u.body.releaseIfRead()
-	return n, nil
+	n, err := s.rest.Read(p)
+	s.body.releaseIfSent()
+	return n, err
 }
 
-func (u *bodyUse) Close() error {
-	u.body.mu.Lock()
-	defer u.body.mu.Unlock()
-	u.closed = true
-	u.body.releaseIfRead()
+func (s *sentRequest) Close() error {
+	s.body.mu.Lock()
+	defer s.body.mu.Unlock()
+	s.closed = true
+	s.body.releaseIfSent()
 	return nil
-}
-
-// A bufferMemory is MAX_BUFFERED_BYTES, of which buffers take their parts.
-type bufferMemory struct {
-	all   int64        // bytes of all buffers
-	large int64        // of those, what buffers may use beyond their first smallShare
-	held  atomic.Int64 // bytes in use
-
-	spares chan []byte // those not in use; nil is one that is yet to be made
-}
-
-// newBufferMemory returns memory of size bytes. There is always room for a body of largest bytes.
-func newBufferMemory(size, largest int64) *bufferMemory {
-	m := &bufferMemory{large: max(size-size/8, largest+perRequest+smallShare), spares: make(chan []byte, maxSpares)}
-	m.all = max(size, m.large)
-	for range maxSpares {
-		m.spares <- nil
-	}
-	return m
 }
 
 var (
@@ -270,14 +236,32 @@ var (
 		message: "The proxy's memory for requests is full (MAX_BUFFERED_BYTES). Try again in a moment."}
 )
 
+// mapMemory returns memory outside of Go's heap where the system has it. unmapMemory gives it back.
+var (
+	mapMemory   = func(size int) ([]byte, error) { return make([]byte, size), nil }
+	unmapMemory = func([]byte) {}
+)
+
+// A bufferMemory is MAX_BUFFERED_BYTES, of which buffers take their parts.
+type bufferMemory struct {
+	all    int64        // bytes of all buffers
+	large  int64        // of those, what buffers may use beyond their first smallShare
+	held   atomic.Int64 // bytes in use
+	spares chan []byte  // mapped memory of spareSize that is not in use
+}
+
+// newBufferMemory returns memory of size bytes. There is always room for a body of largest bytes.
+func newBufferMemory(size, largest int64) *bufferMemory {
+	large := max(size-size/8, largest+perRequest+smallShare)
+	return &bufferMemory{all: max(size, large), large: large, spares: make(chan []byte, maxSpares)}
+}
+
 // A buffer holds what has come over the network. It is outside of Go's heap unless it is small: the collector
 // would let the heap grow to twice the buffers' size.
 type buffer struct {
 	memory *bufferMemory
-	data   []byte
-	room   int    // how long data may get; this much is charged
+	data   []byte // its capacity is charged
 	mapped []byte // memory outside of the heap that data is in; nil if it is small
-	spare  bool   // mapped is one of memory's spares
 	held   int64  // bytes charged
 }
 
@@ -286,12 +270,12 @@ type buffer struct {
 func (b *buffer) fill(src io.Reader, length int64, before func(n int)) error {
 	for {
 		before(len(b.data))
-		if len(b.data) == b.room {
-			if err := b.grow(length + 1); err != nil { // one more byte shows that it is too long
+		if len(b.data) == cap(b.data) {
+			if err := b.grow(int(length + 1)); err != nil { // one more byte shows that it is too long
 				return err
 			}
 		}
-		n, err := src.Read(b.data[len(b.data):b.room])
+		n, err := src.Read(b.data[len(b.data):cap(b.data)])
 		b.data = b.data[:len(b.data)+n]
 		switch {
 		case int64(len(b.data)) > length:
@@ -304,40 +288,33 @@ func (b *buffer) fill(src io.Reader, length int64, before func(n int)) error {
 	}
 }
 
-// grow makes room for more of what has size bytes at most. What is charged goes by what has come, not by the size.
-func (b *buffer) grow(size int64) error {
-	switch {
-	case b.room == 0:
-		b.room = int(min(size, smallBody))
-		b.data = make([]byte, 0, b.room)
+// grow makes room for more of something that has size bytes at most. The charge goes by what has come, not by the size.
+func (b *buffer) grow(size int) (err error) {
+	room := cap(b.data)
+	if room == 0 {
+		b.data = make([]byte, 0, min(size, smallBody))
 		return b.charge(smallBody)
-	case b.mapped == nil:
+	}
+	if b.mapped == nil {
 		if err := b.charge(perRequest); err != nil {
 			return err
 		}
-		if err := b.mapMemory(int(size)); err != nil {
-			return errOverloaded
+		if size <= spareSize {
+			select {
+			case b.mapped = <-b.memory.spares:
+			default:
+			}
 		}
-		b.data = append(b.mapped[:0], b.data...)
+		if b.mapped == nil {
+			if b.mapped, err = mapMemory(max(size, spareSize)); err != nil {
+				return errOverloaded
+			}
+		}
+		copy(b.mapped, b.data)
 	}
-	more := min(max(b.room, 16<<10-b.room), 64<<10, int(size)-b.room)
-	b.room += more
+	more := min(max(room, 16<<10-room), 64<<10, size-room)
+	b.data = b.mapped[: len(b.data) : room+more]
 	return b.charge(more)
-}
-
-func (b *buffer) mapMemory(size int) (err error) {
-	if size <= spareSize {
-		size = spareSize
-		select {
-		case b.mapped = <-b.memory.spares:
-			b.spare = true
-		default: // all are in use
-		}
-	}
-	if b.mapped == nil {
-		b.mapped, err = mapMemory(size)
-	}
-	return err
 }
 
 // charge accounts for n bytes more.
@@ -355,12 +332,199 @@ func (b *buffer) charge(n int) error {
 
 // release gives the memory back. A buffer may be released more than once.
 func (b *buffer) release() {
-	b.memory.held.Add(-b.held)
-	switch {
-	case b.spare:
-		b.memory.spares <- b.mapped
-	case b.mapped != nil:
+	if len(b.mapped) == spareSize {
+		select {
+		case b.memory.spares <- b.mapped:
+			b.mapped = nil
+		default: // there are enough
+		}
+	}
+	if b.mapped != nil {
 		unmapMemory(b.mapped)
 	}
+	b.memory.held.Add(-b.held)
 	*b = buffer{memory: b.memory}
+}
+
+// A member is where one member of a JSON object stands in its text. The zero member is not there.
+type member struct {
+	name       int // the index of the name's opening quote
+	start, end int // the value, without the white space around it
+	next       int // the index of the next member's name, or of the closing brace
+}
+
+// of returns the value of m in data; nil if it is not there.
+func (m member) of(data []byte) []byte {
+	if m.end == 0 {
+		return nil
+	}
+	return data[m.start:m.end]
+}
+
+// findMembers finds the members called names in data, which has to be one JSON object (RFC 8259). The names are ASCII
+// letters and underscores. The result has a member for each name. The error is an *apiError (400): the object is malformed,
+// or has one of the names twice.
+//
+// It reads the outermost object alone. Inside a value it only finds the ends of strings and counts brackets, of both kinds
+// together, so {"a":[1}} passes: Qwen judges what is inside values. In a valid object it finds what encoding/json finds.
+func findMembers(data []byte, names ...string) ([]member, error) {
+	i := skipSpace(data, 0)
+	if byteAt(data, i) != '{' {
+		return nil, notObject(data, i)
+	}
+	found := make([]member, len(names))
+	i = skipSpace(data, i+1)
+	for more := byteAt(data, i) != '}'; more; {
+		m := member{name: i}
+		nameEnd, err := skipString(data, i)
+		if err != nil {
+			return nil, err
+		}
+		if i = skipSpace(data, nameEnd); byteAt(data, i) != ':' {
+			return nil, unexpected(data, i)
+		}
+		m.start = skipSpace(data, i+1)
+		if m.end, err = skipValue(data, m.start); err != nil {
+			return nil, err
+		}
+		i = skipSpace(data, m.end)
+		if more = byteAt(data, i) == ','; more {
+			i = skipSpace(data, i+1)
+		} else if byteAt(data, i) != '}' {
+			return nil, unexpected(data, i)
+		}
+		m.next = i
+		for k, name := range names {
+			if !spells(data[m.name+1:nameEnd-1], name) {
+				continue
+			}
+			if found[k].end != 0 { // Qwen may take the other one than we do
+				return nil, invalidRequest(name, "duplicate_member", "The request has %q twice. Send it once.", name)
+			}
+			found[k] = m
+		}
+	}
+	if i = skipSpace(data, i+1); i < len(data) {
+		return nil, badJSON("unexpected data after the JSON object at byte %d", i)
+	}
+	return found, nil
+}
+
+// spells reports whether text, the inside of a JSON string, stands for name.
+func spells(text []byte, name string) bool {
+	for _, c := range []byte(name) {
+		switch {
+		case len(text) == 0:
+			return false
+		case text[0] == c:
+			text = text[1:]
+		case len(text) >= 6 && text[0] == '\\' && text[1] == 'u':
+			var code [2]byte
+			if n, _ := hex.Decode(code[:], text[2:6]); n != 2 || code != [2]byte{0, c} {
+				return false
+			}
+			text = text[6:]
+		default: // no short escape stands for a letter
+			return false
+		}
+	}
+	return len(text) == 0
+}
+
+// skipValue returns the index after the value that starts at i. It only counts brackets: a body may be nothing but brackets.
+func skipValue(data []byte, i int) (int, error) {
+	start := i
+	switch byteAt(data, i) {
+	case '"':
+		return skipString(data, i)
+	case '{', '[':
+		for depth := 0; i < len(data); i++ {
+			switch data[i] {
+			case '"':
+				end, err := skipString(data, i)
+				if err != nil {
+					return 0, err
+				}
+				i = end - 1
+			case '{', '[':
+				depth++
+			case '}', ']':
+				if depth--; depth == 0 {
+					return i + 1, nil
+				}
+			}
+		}
+		return 0, unexpected(data, i)
+	}
+	// A number, true, false or null consists of these.
+	for i < len(data) && strings.IndexByte("+-.0123456789Eaeflnrstu", data[i]) >= 0 {
+		i++
+	}
+	if i == start {
+		return 0, unexpected(data, i)
+	}
+	return i, nil
+}
+
+// skipString returns the index after the string whose opening quote is expected at i.
+func skipString(data []byte, i int) (int, error) {
+	if byteAt(data, i) != '"' {
+		return 0, unexpected(data, i)
+	}
+	for start := i + 1; ; {
+		n := bytes.IndexByte(data[i+1:], '"')
+		if n < 0 {
+			return 0, unexpected(data, len(data))
+		}
+		i += 1 + n
+		text := i
+		for text > start && data[text-1] == '\\' {
+			text--
+		}
+		if (i-text)%2 == 0 { // else the last backslash escapes the quote
+			return i + 1, nil
+		}
+	}
+}
+
+// skipSpace returns the index of the first byte from i on that is not white space, or len(data).
+func skipSpace(data []byte, i int) int {
+	for i < len(data) && (data[i] == ' ' || data[i] == '\n' || data[i] == '\r' || data[i] == '\t') {
+		i++
+	}
+	return i
+}
+
+// byteAt returns data[i], or 0 at the end. JSON allows no NUL outside of strings, so callers refuse both.
+func byteAt(data []byte, i int) byte {
+	if i < len(data) {
+		return data[i]
+	}
+	return 0
+}
+
+// notObject returns the error for data, whose first byte that is not white space is at i and begins no object.
+func notObject(data []byte, i int) error {
+	switch {
+	case i == len(data):
+		return badJSON("the body is empty")
+	case bytes.HasPrefix(data, []byte("\xEF\xBB\xBF")): // RFC 8259 §8.1: "MUST NOT add a byte order mark"
+		return badJSON("the body starts with a byte order mark: send UTF-8 without one")
+	case data[i] == '[':
+		return badJSON("want a JSON object, got an array")
+	}
+	return badJSON("want a JSON object, which begins with {")
+}
+
+// unexpected returns the error for the byte at i, or for the end of data there.
+func unexpected(data []byte, i int) error {
+	if i >= len(data) {
+		return badJSON("unexpected end at byte %d", len(data))
+	}
+	return badJSON("unexpected character at byte %d", i)
+}
+
+// badJSON returns the error for a body that is malformed. The text never quotes the body.
+func badJSON(format string, args ...any) error {
+	return invalidRequest("", "invalid_json", "The request body can't be read: %s.", fmt.Sprintf(format, args...))
 }

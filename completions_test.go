@@ -162,6 +162,15 @@ func TestNewCompletionErrors(t *testing.T) {
 	}
 }
 
+// translateAnswer returns what translate makes of a whole answer.
+func translateAnswer(c completion, chat string) ([]byte, error) {
+	text, _, err := c.translate([]byte(chat), "message")
+	if err != nil {
+		return nil, err
+	}
+	return bytes.Join(text, nil), nil
+}
+
 func TestCompletionResponse(t *testing.T) {
 	tests := []struct {
 		name string
@@ -190,7 +199,7 @@ func TestCompletionResponse(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := tt.c.response([]byte(tt.chat))
+			got, err := translateAnswer(tt.c, tt.chat)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -209,13 +218,14 @@ func TestCompletionResponseErrors(t *testing.T) {
 		`{"choices":[{"delta":{"content":"secret"}}]}`,
 		`{"choices":[{"message":{"content":["secret"]}}]}`,
 		`{"choices":[{"message":{"content":"a"}}]}secret`,
-		`{"choices":[{"index":314159265358979323846,"message":{"content":"a"}}]}`,
+		`{"choices":[{"message":{"content":"secret"},}]}`,
+		`{"choices":[{"message":{"content":"secret"},"message":{"content":"a"}}]}`,
 	} {
-		got, err := new(completion).response([]byte(chat))
+		got, err := translateAnswer(completion{}, chat)
 		if err == nil {
-			t.Errorf("response(%s) = %s, want an error", chat, got)
+			t.Errorf("translate(%s) = %s, want an error", chat, got)
 		} else if s := err.Error(); strings.Contains(s, "secret") || strings.Contains(s, "314") {
-			t.Errorf("response(%s): the error %q quotes the answer", chat, s)
+			t.Errorf("translate(%s): the error %q quotes the answer", chat, s)
 		}
 	}
 }
@@ -285,12 +295,12 @@ data: {"id":"chatcmpl-1","created":1,"choices":null,"usage":{"a":3}}
 			textChunk(`"choices":[],"usage":{"a":3}`),
 	},
 	{
-		name: "line ends, a byte order mark, no space, data in several lines",
+		name: "line ends, no space, data in several lines",
 		c:    completion{model: "m"},
-		in: "\uFEFFdata:{\"id\":\"chatcmpl-1\",\rdata:\"created\":1,\r\ndata: \"choices\":[{\"delta\":{\"content\":\"\\r\\n\"}}],\ndata:\"usage\":{\ndata:}\ndata: }\n\r" +
-			"data: [DONE]\r\n\r\n" + ": one\r\r" + ":two\n\n" + ":three\n\r\n" + ":four\r\n\r\n\r\n",
-		want: textChunk(`"choices":[{"text":"\r\n","index":0,"logprobs":null,"finish_reason":null}],"usage":{}`) +
-			"data: [DONE]\n\n: one\n\n:two\n\n:three\n\n:four\n\n\n",
+		in: "data:{\"id\":\"chatcmpl-1\",\ndata:\"created\":1,\r\ndata: \"choices\":[{\"delta\":{\"content\":\"\\r\\n\"}}],\ndata:\"usage\":{\ndata:}\ndata: }\n\r\n" +
+			"data: [DONE]\r\n\r\n" + ": one\n\n" + ":two\r\n\n" + ":three\n\r\n" + "\r\n\n",
+		want: textChunk(`"choices":[{"text":"\r\n","index":0,"logprobs":null,"finish_reason":null}],"usage":{ }`) +
+			"data: [DONE]\r\n\r\n" + ": one\n\n" + ":two\r\n\n" + ":three\n\r\n" + "\r\n\n",
 	},
 	{
 		name: "comments and other fields",
@@ -304,8 +314,7 @@ data: {"id":"chatcmpl-1","created":1,"choices":null,"usage":{"a":3}}
 			"id: 4\ndata: [DONE] \n\n",
 		want: ": keep-alive\n\n" +
 			"retry: 3000\n\n" +
-			":c\nid: 1\nevent: result\n" + textChunk(`"choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}]`) +
-			":of a dropped chunk\n\n" +
+			"id: 1\nevent: result\n:c\n" + textChunk(`"choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}]`) +
 			"data:\n\n" +
 			"id: 4\ndata: [DONE] \n\n",
 	},
@@ -328,7 +337,7 @@ data: {"id":"chatcmpl-1","created":1,"choices":null,"usage":{"a":3}}
 	},
 	{
 		name: "and a chunk of the wrong types",
-		in:   `data: {"id":5,"choices":[{"delta":{"content":"secret"}}]}` + "\n\n",
+		in:   `data: {"id":"","choices":[{"delta":{"content":["secret"]}}]}` + "\n\n",
 		err:  "the stream has data that is not a chat completion chunk",
 	},
 	{
@@ -345,7 +354,7 @@ data: {"id":"chatcmpl-1","created":1,"choices":null,"usage":{"a":3}}
 	{
 		name: "the last line without its end",
 		in:   ": c\r\n\r\ndata: [DONE]",
-		want: ": c\n\ndata: [DONE]\n\n",
+		want: ": c\r\n\r\ndata: [DONE]\n\n",
 	},
 }
 
@@ -391,7 +400,7 @@ func errorText(err error) string {
 }
 
 func TestCompletionStreamWaitsForOneEventAlone(t *testing.T) {
-	for _, end := range []string{"\n\n", "\r\r", "\r\n\r\n", "\r\n\r", "\n\r", "\r\n\n"} {
+	for _, end := range []string{"\n\n", "\r\n\r\n", "\n\r\n", "\r\n\n"} {
 		synctest.Test(t, func(t *testing.T) {
 			upstream, w := io.Pipe()
 			stream := (&completion{model: "m"}).stream(upstream)
@@ -415,12 +424,9 @@ func TestCompletionStreamWaitsForOneEventAlone(t *testing.T) {
 			event := `data: {"id":"chatcmpl-1","created":1,"choices":[{"delta":{"content":"a"}}]}`
 			want := textChunk(`"choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}]`)
 			write(event+end, want)
-			if strings.HasSuffix(end, "\r") {
-				write("\n", "") // the other half of the line end
-			}
 			write(event[:30], "")
 			write(event[30:]+end, want)
-			write(": keep-alive"+end, ": keep-alive\n\n")
+			write(": keep-alive"+end, ": keep-alive"+end)
 			if err := errors.Join(w.Close(), <-done); err != nil {
 				t.Error(err)
 			}
@@ -443,11 +449,11 @@ func TestCompletionStreamUpstreamError(t *testing.T) {
 }
 
 func TestCompletionStreamEventSize(t *testing.T) {
-	for _, n := range []int{maxEventBytes - 1, maxEventBytes} { // with its \n the line is one longer
-		in := ":" + strings.Repeat("x", n-1) + "\n\n"
+	for _, n := range []int{maxEventBytes, maxEventBytes + 1} {
+		in := ":" + strings.Repeat("x", n-3) + "\n\n"
 		got, err := io.Copy(io.Discard, new(completion).stream(strings.NewReader(in)))
-		if fits := n < maxEventBytes; fits && (err != nil || got != int64(len(in))) || !fits && (err == nil || got != 0) {
-			t.Errorf("a line of %d bytes: %d bytes, error %v", n, got, err)
+		if fits := n == maxEventBytes; fits && (err != nil || got != int64(len(in))) || !fits && (err == nil || got != 0) {
+			t.Errorf("an event of %d bytes: %d bytes, error %v", n, got, err)
 		}
 	}
 }
@@ -506,32 +512,38 @@ func FuzzCompletionResponse(f *testing.F) {
 	f.Add([]byte(`{"created":"1e5","choices":[]}`))
 	f.Add([]byte(`{"error":{}}`))
 	f.Fuzz(func(t *testing.T, chat []byte) {
-		text, err := new(completion).response(chat)
+		text, err := translateAnswer(completion{}, string(chat))
 		if (err == nil) == (text == nil) {
-			t.Fatalf("response = %q, %v: want one of both", text, err)
+			t.Fatalf("translate = %q, %v: want one of both", text, err)
 		}
 		if err != nil {
 			return
 		}
-		var in struct {
-			Choices []struct{ Message struct{ Content string } }
-		}
+		var in map[string]json.RawMessage // its keys compare exactly
+		var choices []map[string]json.RawMessage
 		var out struct {
 			Object  string
 			Choices []struct{ Text string }
 		}
-		if err := errors.Join(json.Unmarshal(chat, &in), json.Unmarshal(text, &out)); err != nil {
+		if err := errors.Join(json.Unmarshal(chat, &in), json.Unmarshal(in["choices"], &choices), json.Unmarshal(text, &out)); err != nil {
 			t.Fatal(err)
 		}
 		var want, got []string
-		for _, c := range in.Choices {
-			want = append(want, c.Message.Content)
+		for _, c := range choices {
+			var message map[string]json.RawMessage
+			var content string
+			if err := json.Unmarshal(c["message"], &message); err != nil {
+				t.Fatal(err)
+			}
+			if raw := message["content"]; raw != nil {
+				if err := json.Unmarshal(raw, &content); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want = append(want, content)
 		}
 		for _, c := range out.Choices {
-			got = append(got, strings.ReplaceAll(c.Text, "\uFFFD", ""))
-		}
-		for i := range want {
-			want[i] = strings.ReplaceAll(want[i], "\uFFFD", "")
+			got = append(got, c.Text)
 		}
 		if diff := cmp.Diff(want, got); diff != "" || out.Object != "text_completion" {
 			t.Errorf("object %q, texts (-want +got):\n%s", out.Object, diff)
@@ -557,7 +569,7 @@ func FuzzCompletionStream(f *testing.F) {
 				t.Fatalf("error %v, want %v; stream (-whole +split):\n%s", err, wantErr, diff)
 			}
 		}
-		if len(want) > 0 && want[0] != '\n' && !bytes.HasSuffix(want, []byte("\n\n")) {
+		if len(want) > 0 && !endsEvent(want) {
 			t.Errorf("the stream ends within an event: %q", want)
 		}
 	})

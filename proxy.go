@@ -70,8 +70,6 @@ type proxy struct {
 	fresh     http.RoundTripper // the same, but with a new connection for each request
 	reverse   httputil.ReverseProxy
 
-	translating sync.Mutex // held while a large answer is translated, which takes several times its size
-
 	defaultModel []byte            // as JSON
 	aliases      map[string][]byte // as JSON
 }
@@ -593,20 +591,18 @@ func (p *proxy) translate(c *call, res *http.Response, body *responseBody) error
 	} else if err != nil {
 		return err
 	}
-	if len(c.answer.data) > 64<<10 {
-		p.translating.Lock()
-		defer p.translating.Unlock()
-	}
-	text, err := c.completion.response(c.answer.data)
+	text, _, err := c.completion.translate(c.answer.data, "message")
 	if err != nil {
 		return notAnAnswer(res.StatusCode, err)
 	}
-	c.answer.release()
-	if err := c.answer.fill(bytes.NewReader(text), int64(len(text)), func(int) {}); err != nil {
-		return err
-	}
 	res.Body.Close()
-	setJSON(res, c.answer.data)
+	res.ContentLength = 0
+	for _, piece := range text {
+		res.ContentLength += int64(len(piece))
+	}
+	res.Body = io.NopCloser(&text)
+	res.Header["Content-Type"] = valueJSON
+	res.Header.Set("Content-Length", strconv.FormatInt(res.ContentLength, 10))
 	return nil
 }
 
@@ -689,8 +685,10 @@ func (c *call) tokenIn(text []byte, encoding string) bool {
 	}
 	var v any
 	if bytes.IndexByte(text, '\\') >= 0 && json.Unmarshal(text, &v) == nil {
-		plain, err := plainJSON(v)
-		if err == nil && c.token.quotedIn(string(plain)) {
+		var plain bytes.Buffer
+		enc := json.NewEncoder(&plain)
+		enc.SetEscapeHTML(false)
+		if enc.Encode(v) == nil && c.token.quotedIn(plain.String()) {
 			return true
 		}
 	}
