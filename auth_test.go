@@ -26,7 +26,7 @@ func (s *sourceTest) askAuth(method, target, accept string) *httptest.ResponseRe
 	r.Header.Set("Accept", accept)
 	w := httptest.NewRecorder()
 	w.Header().Set("Vary", "Origin") // by another handler before
-	track(s.cfg, s.tokenSource.log, &metrics{}, s.tokenSource.auth).ServeHTTP(w, r)
+	track(s.cfg, s.tokenSource.log, newMetrics(), s.tokenSource.auth).ServeHTTP(w, r)
 	return w
 }
 
@@ -254,7 +254,7 @@ func TestAuthEscapesForeignText(t *testing.T) {
 		r.Host = hostile
 		w := httptest.NewRecorder()
 		w.Header().Set("Vary", "Origin")
-		track(s.cfg, s.tokenSource.log, &metrics{}, s.tokenSource.auth).ServeHTTP(w, r)
+		track(s.cfg, s.tokenSource.log, newMetrics(), s.tokenSource.auth).ServeHTTP(w, r)
 		const escaped = "&#34;&#39;&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;lt;{{.}}"
 		wantPage(t, w, []string{`<strong class="code">` + escaped + "</strong>", "on <strong>" + escaped + "</strong>",
 			`href="https://chat.qwen.ai/?%22%27%3e%3cscript%3ealert%281%29%3c/script%3e&amp;lt;%7b%7b.%7d%7d"`}, []string{"<script>alert"})

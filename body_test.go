@@ -323,7 +323,7 @@ func TestEveryWayOutGivesTheMemoryBack(t *testing.T) {
 		transport.TLSClientConfig = api.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
 		defer transport.CloseIdleConnections()
 		quiet := slog.New(slog.DiscardHandler)
-		p := newProxy(cfg, newSource(cfg, quiet, io.Discard), &metrics{}, transport)
+		p := newProxy(cfg, newSource(cfg, quiet, io.Discard), newMetrics(), transport)
 		srv := httptest.NewServer(track(cfg, quiet, p.metrics, p.forward(pathChat)))
 		defer srv.Close()
 

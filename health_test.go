@@ -279,7 +279,7 @@ func readiness(t *testing.T, h *health) string {
 }
 
 func TestNotReadyWhileShuttingDown(t *testing.T) {
-	h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, nil, slog.New(slog.DiscardHandler)), metrics: &metrics{}}
+	h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, nil, slog.New(slog.DiscardHandler)), metrics: newMetrics()}
 	before := readiness(t, h)
 	h.stopping.Store(true)
 	if diff := cmp.Diff([]string{"200 ready ", "503 not_ready shutting_down"}, []string{before, readiness(t, h)}); diff != "" {
@@ -298,7 +298,7 @@ func TestNotReadyOnceTheAccountIsNotServed(t *testing.T) {
 		if err := store.save(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(time.Hour)}); err != nil {
 			t.Fatal(err)
 		}
-		h := &health{tokens: newTokenSource(newOAuthClient(cfg), store, cfg, slog.New(slog.DiscardHandler), io.Discard), metrics: &metrics{}}
+		h := &health{tokens: newTokenSource(newOAuthClient(cfg), store, cfg, slog.New(slog.DiscardHandler), io.Discard), metrics: newMetrics()}
 		got := []string{readiness(t, h)}
 		h.tokens.servedWith(false)
 		for range 2 {
@@ -356,7 +356,7 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 			t.Fatal(err)
 		}
 		var b logBuffer
-		h := &health{tokens: newTokenSource(nil, &credentialStore{dir: t.TempDir()}, cfg, newLogger(cfg, &b), io.Discard), metrics: &metrics{}}
+		h := &health{tokens: newTokenSource(nil, &credentialStore{dir: t.TempDir()}, cfg, newLogger(cfg, &b), io.Discard), metrics: newMetrics()}
 		ctx, stop := context.WithCancel(t.Context())
 		go h.watch(ctx, func(string) {})
 		var got []string
@@ -440,7 +440,7 @@ func TestMemoryFiguresLeaveOutTheBallast(t *testing.T) {
 func TestReadinessHeals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSourceTest(t, fileOf(0, 24*time.Hour), nil, func(*http.Request) (int, string) { return 0, "" })
-		h := &health{tokens: s.tokenSource, metrics: &metrics{}}
+		h := &health{tokens: s.tokenSource, metrics: newMetrics()}
 		var got []string
 		step := func(pause time.Duration, served ...bool) {
 			time.Sleep(pause)
@@ -470,7 +470,7 @@ func TestReadinessHeals(t *testing.T) {
 func TestNotReadyWhileTheKeyIsRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := &url.URL{Scheme: "https", Host: "qwen.test"}
-		h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, base, slog.New(slog.DiscardHandler)), metrics: &metrics{}}
+		h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, base, slog.New(slog.DiscardHandler)), metrics: newMetrics()}
 		got := []string{readiness(t, h)}
 		step := func(pause time.Duration, served ...bool) {
 			time.Sleep(pause)

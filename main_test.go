@@ -704,7 +704,7 @@ func TestPanicsStayInside(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := httptest.NewServer(track(cfg, slog.New(slog.NewJSONHandler(&log, nil)), &metrics{}, func(x *exchange, r *http.Request) error {
+	srv := httptest.NewServer(track(cfg, slog.New(slog.NewJSONHandler(&log, nil)), newMetrics(), func(x *exchange, r *http.Request) error {
 		if r.URL.Path == "/before" {
 			panic("at once")
 		}

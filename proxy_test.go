@@ -90,7 +90,7 @@ func inBubble(t *testing.T, env map[string]string, api http.HandlerFunc) *bubble
 	b := &bubble{log: &logBuffer{}}
 	log := newLogger(cfg, b.log)
 	tokens := newSource(cfg, log, b.log)
-	m := &metrics{started: time.Now()}
+	m := newMetrics()
 	front := newPipeNet()
 	server := &http.Server{
 		Handler:           newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, transport),
@@ -1062,7 +1062,7 @@ func benchHandlers(b *testing.B, upstream http.RoundTripper, body []byte, bench 
 	}
 	log := slog.New(slog.NewJSONHandler(io.Discard, nil))
 	tokens := newSource(cfg, log, io.Discard)
-	m := &metrics{started: time.Now()}
+	m := newMetrics()
 	target := &url.URL{Scheme: "http", Host: "127.0.0.1"}
 	for _, bm := range []struct {
 		name string

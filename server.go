@@ -36,7 +36,7 @@ func withoutBallast(n uint64) uint64 { return max(n, ballast) - ballast }
 func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io.Writer, url string, tokens *tokenSource)) int {
 	heap := make([]byte, ballast)
 	defer runtime.KeepAlive(heap)
-	m := &metrics{started: time.Now()}
+	m := newMetrics()
 	logging, stopLogging := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopLogging()
 	out := newLogWriter(logging, stderr, &m.logDropped)

@@ -209,7 +209,7 @@ func (s *sourceTest) wantLogged(part string, want int) {
 func (s *sourceTest) getAuth() (int, map[string]any) {
 	s.t.Helper()
 	w := httptest.NewRecorder()
-	track(s.cfg, s.tokenSource.log, &metrics{}, s.tokenSource.auth).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/auth", nil))
+	track(s.cfg, s.tokenSource.log, newMetrics(), s.tokenSource.auth).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/auth", nil))
 	var answer map[string]any
 	if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil {
 		s.t.Errorf("/auth: %v in %q", err, w.Body)

@@ -173,7 +173,7 @@ func handlerOver(t *testing.T, cfg *config, api *httptest.Server) http.Handler {
 	t.Cleanup(transport.CloseIdleConnections)
 	log := newLogger(cfg, io.Discard)
 	tokens := newSource(cfg, log, io.Discard)
-	m := &metrics{started: time.Now()}
+	m := newMetrics()
 	return newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, transport)
 }
 
