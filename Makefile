@@ -46,7 +46,7 @@ test-coverage: ## run the tests, and say what they cover
 	@go tool cover -func=coverage.out | tail -n 1
 
 soak: ## run the program amid faults for SOAK (10m), and check every outcome
-	QWEN_SOAK=$(SOAK) go test -count=1 -timeout $(SOAK_TIMEOUT) -run '^TestSoak$$' -v .
+	QWEN_SOAK=$(SOAK) go test -count=1 -timeout $(SOAK_TIMEOUT) -run '^TestSoak$$' -v ./e2e
 
 bench: ## compare with other proxies, on Linux; BENCH=-quick takes a minute, BENCH=-h tells more
 	cd bench && go run . $(BENCH)

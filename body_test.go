@@ -13,6 +13,7 @@ import (
 	"sync"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
 	"time"
 )
 
@@ -362,4 +363,70 @@ type blockedReader struct{ ctx context.Context }
 func (b blockedReader) Read([]byte) (int, error) {
 	<-b.ctx.Done()
 	return 0, b.ctx.Err()
+}
+
+// A slowBody is a body of which a piece comes after each pause.
+type slowBody struct {
+	ctx          context.Context // of the request, which ends its pauses
+	pieces, size int
+	pause        time.Duration
+	end          time.Duration // of silence before the end
+	sent         int
+}
+
+func (s *slowBody) Read(p []byte) (int, error) {
+	if s.sent == s.pieces {
+		sleep(s.ctx, s.end)
+		return copy(p, `"]}`), io.EOF
+	}
+	n := copy(p[:min(len(p), s.size)], bytes.Repeat([]byte("x"), s.size))
+	if s.sent == 0 {
+		copy(p, `{"messages":["`)
+	}
+	s.sent++
+	sleep(s.ctx, s.pause)
+	return n, nil
+}
+
+func TestASlowBodyPassesWhileItComes(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		body slowBody
+		want int
+		took time.Duration
+	}{
+		{"1.6 MB in seven minutes", slowBody{pieces: 400, size: readQuantum, pause: 1100 * time.Millisecond}, 200, 440 * time.Second},
+		{"a large one that comes as slowly", slowBody{pieces: 5000, size: readQuantum, pause: 1100 * time.Millisecond}, 408, 532 * time.Second},
+		{"each piece at the last moment", slowBody{pieces: 10, size: readQuantum, pause: 29 * time.Second}, 200, 290 * time.Second},
+		{"one that stops", slowBody{pieces: 2500, size: readQuantum, end: time.Hour}, 408, 30 * time.Second},
+		{"a drip", slowBody{pieces: 1000, size: 10, pause: time.Second}, 408, 30 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) {
+					io.Copy(io.Discard, r.Body)
+					answerJSON(w, 200, "{}")
+				})
+				started := time.Now()
+				ctx, stop := context.WithCancel(t.Context())
+				defer stop()
+				tt.body.ctx = ctx
+				req, err := http.NewRequestWithContext(ctx, "POST", "http://proxy/v1/chat/completions", &tt.body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				res, err := b.client.Do(req)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer res.Body.Close()
+				if body, _ := io.ReadAll(res.Body); res.StatusCode != tt.want {
+					t.Errorf("%s %s, want %d", res.Status, body, tt.want)
+				}
+				if took := time.Since(started).Round(time.Second); took != tt.took {
+					t.Errorf("it took %v, want %v", took, tt.took)
+				}
+			})
+		})
+	}
 }

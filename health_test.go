@@ -394,48 +394,6 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 	})
 }
 
-// TestMemoryFiguresLeaveOutTheBallast asks a new process, which has yet to use much memory.
-func TestMemoryFiguresLeaveOutTheBallast(t *testing.T) {
-	t.Parallel()
-	p := startProcess(t, map[string]string{"QWEN_DIR": credentials(t)})
-	get := func(path string) []byte {
-		res, err := http.Get(p.url + path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer res.Body.Close()
-		body, err := io.ReadAll(res.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return body
-	}
-	var detailed struct{ Memory map[string]float64 }
-	if err := json.Unmarshal(get("/health/detailed"), &detailed); err != nil {
-		t.Fatal(err)
-	}
-	page, err := parsePage(string(get("/metrics")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, tt := range []struct {
-		name  string
-		bytes float64
-		below float64
-	}{
-		{"heap_bytes", detailed.Memory["heap_bytes"], ballast},
-		{"system_bytes", detailed.Memory["system_bytes"], 2 * ballast},
-		{"go_memstats_heap_alloc_bytes", page["go_memstats_heap_alloc_bytes"], ballast},
-		{"go_memstats_alloc_bytes_total", page["go_memstats_alloc_bytes_total"], ballast},
-		{"go_memstats_next_gc_bytes", page["go_memstats_next_gc_bytes"], 2 * ballast},
-		{"go_memstats_sys_bytes", page["go_memstats_sys_bytes"], 2 * ballast},
-	} {
-		if tt.bytes < 100_000 || tt.bytes >= tt.below {
-			t.Errorf("%s is %.1f MB, want less than %.1f MB", tt.name, tt.bytes/1e6, tt.below/1e6)
-		}
-	}
-}
-
 // TestReadinessHeals: a minute after the last 401 requests can come again, and the first one decides.
 func TestReadinessHeals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -2,120 +2,16 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"log/slog"
-	"net/http"
 	"os"
-	"os/exec"
-	"runtime"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
-
-// startLogging starts the program with its log at level info on a pipe. The log is read until the program listens, and
-// the reader's end is returned.
-func startLogging(t *testing.T, env map[string]string) (p *process, log *os.File) {
-	t.Helper()
-	if runtime.GOOS == "windows" {
-		t.Skip("there is no SIGTERM")
-	}
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { r.Close() })
-	full := map[string]string{"QWEN_DIR": credentials(t), "LOG_LEVEL": "info"}
-	for k, v := range env {
-		full[k] = v
-	}
-	p = startProcess(t, full, func(cmd *exec.Cmd) {
-		seen := cmd.Stderr.(*logBuffer)
-		cmd.Stderr = w
-		go func() {
-			defer w.Close()
-			for !strings.Contains(seen.String(), `"msg":"listening"`) {
-				b := make([]byte, 4096)
-				n, err := r.Read(b)
-				if err != nil {
-					return
-				}
-				seen.Write(b[:n])
-			}
-		}()
-	})
-	return p, r
-}
-
-// requests sends n requests to p, one after the other. Each must be answered.
-func (p *process) requests(n int, adapt func(i int, r *http.Request)) {
-	p.t.Helper()
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{}}
-	defer client.CloseIdleConnections()
-	for i := range n {
-		req, err := http.NewRequest("GET", p.url+"/v1/models", nil)
-		if err != nil {
-			p.t.Fatal(err)
-		}
-		req.Header.Set("X-Request-ID", fmt.Sprintf("request.%d", i))
-		if adapt != nil {
-			adapt(i, req)
-		}
-		res, err := client.Do(req)
-		if err != nil {
-			p.t.Fatalf("request %d: %v", i, err)
-		}
-		io.Copy(io.Discard, res.Body)
-		res.Body.Close()
-		if res.StatusCode != http.StatusOK {
-			p.t.Fatalf("request %d: %s", i, res.Status)
-		}
-	}
-}
-
-// dropped returns how many log lines p has dropped, as /metrics says.
-func (p *process) dropped() float64 {
-	p.t.Helper()
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-	res, err := client.Get(p.url + "/metrics")
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	page, err := parsePage(string(body))
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	n, ok := page["qwen_proxy_log_lines_dropped_total"]
-	if !ok {
-		p.t.Fatal("/metrics does not count dropped log lines")
-	}
-	return n
-}
-
-// stopsWithin checks that p ends with status 0 within d of a SIGTERM.
-func (p *process) stopsWithin(d time.Duration) {
-	p.t.Helper()
-	p.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-p.ended:
-		if p.status != nil {
-			p.t.Errorf("the program ended with %v", p.status)
-		}
-	case <-time.After(d):
-		p.t.Errorf("the program still runs %v after SIGTERM", d)
-	}
-}
 
 // A stalledWriter takes what is written only once it is released.
 type stalledWriter struct {
@@ -171,110 +67,6 @@ func TestLogWriterWithAStalledReader(t *testing.T) {
 	})
 }
 
-func TestLogPipeClosed(t *testing.T) {
-	t.Parallel()
-	p, log := startLogging(t, nil)
-	log.Close()
-	p.requests(20, nil)
-	if n := p.dropped(); n < 19 { // the last line may be on its way
-		t.Errorf("%v lines counted as dropped, want all 20", n)
-	}
-	p.stopsWithin(5 * time.Second)
-}
-
-func TestLogPipeNeverRead(t *testing.T) {
-	t.Parallel()
-	p, log := startLogging(t, map[string]string{"DEBUG_MODE": "true"})
-	p.requests(400, nil) // fill the pipe
-	if n := p.dropped(); n != 0 {
-		t.Errorf("%v lines dropped, want them in the buffer", n)
-	}
-	long := "X-" + strings.Repeat("a", 30_000) // debug lines hold the names of all headers
-	p.requests(100, func(_ int, r *http.Request) { r.Header.Set(long, "1") })
-	if n := p.dropped(); n < 1 || n > 100 {
-		t.Errorf("%v of 100 lines dropped, want those beyond the buffer", n)
-	}
-	p.stopsWithin(5 * time.Second)
-	rest, err := io.ReadAll(log) // what the pipe has taken
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(rest) == 0 || rest[len(rest)-1] != '\n' {
-		t.Errorf("the log ends with %q, want a whole line", rest[max(0, len(rest)-200):])
-	}
-}
-
-func TestNoLogLineIsLost(t *testing.T) {
-	t.Parallel()
-	p, log := startLogging(t, nil)
-	read := make(chan string, 1)
-	go func() {
-		b, _ := io.ReadAll(log)
-		read <- string(b)
-	}()
-	const n = 1000
-	p.requests(n, nil)
-	p.stopsWithin(5 * time.Second)
-	var want, got []string
-	for i := range n {
-		want = append(want, fmt.Sprintf("request.%d", i))
-	}
-	all := <-read
-	for line := range strings.Lines(all) {
-		if !strings.HasPrefix(line, `{"time":`) || !strings.HasSuffix(line, "}\n") {
-			t.Errorf("not a whole line: %q", line)
-		}
-		if _, rest, ok := strings.Cut(line, `"request_id":"`); ok {
-			id, _, _ := strings.Cut(rest, `"`)
-			got = append(got, id)
-		}
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("requests in the log (-want +got):\n%s", diff)
-	}
-	if !strings.HasSuffix(all, `"msg":"stopped"}`+"\n") {
-		t.Errorf("the log ends in %q, want the line that says stopped", all[max(0, len(all)-200):])
-	}
-}
-
-func TestASecondSignalWritesTheLog(t *testing.T) {
-	for name, reads := range map[string]bool{"a reader that comes back": true, "no reader": false} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			p, log := startLogging(t, map[string]string{"SHUTDOWN_DELAY": "30s"})
-			const n = 400
-			p.requests(n, nil) // more than the pipe takes
-			p.cmd.Process.Signal(syscall.SIGTERM)
-			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-				res, err := http.Get(p.url + "/health/ready")
-				if err != nil || time.Now().After(deadline) {
-					t.Fatalf("the server is not about to stop: %v", err)
-				}
-				res.Body.Close()
-				if res.StatusCode == http.StatusServiceUnavailable {
-					break
-				}
-			}
-			p.cmd.Process.Signal(syscall.SIGTERM)
-			if !reads {
-				select {
-				case <-p.ended:
-				case <-time.After(5 * time.Second):
-					t.Error("the program still runs 5 s after a second SIGTERM")
-				}
-				return
-			}
-			all, err := io.ReadAll(log)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if got := strings.Count(string(all), `"msg":"request"`); got < n {
-				t.Errorf("%d requests are in the log, want all %d", got, n)
-			}
-		})
-	}
-}
-
 // BenchmarkLogToAPipe is what a line costs the request that logs it.
 func BenchmarkLogToAPipe(b *testing.B) {
 	r, w, err := os.Pipe()
@@ -306,5 +98,33 @@ func BenchmarkLogToAPipe(b *testing.B) {
 	}
 	if n := dropped.Load(); n != 0 {
 		b.Errorf("%d lines dropped", n)
+	}
+}
+
+func TestIsTerminal(t *testing.T) {
+	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	file, err := os.Create(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	r, pipe, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer pipe.Close()
+	for _, tt := range []struct {
+		name string
+		w    io.Writer
+		want bool
+	}{{"/dev/null", null, false}, {"file", file, false}, {"pipe", pipe, false}, {"no file", io.Discard, false}} {
+		if got := isTerminal(tt.w); got != tt.want {
+			t.Errorf("isTerminal of %s is %t", tt.name, got)
+		}
 	}
 }

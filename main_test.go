@@ -10,7 +10,9 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
+	"flag"
 	"fmt"
+	"go/build"
 	"io"
 	"log/slog"
 	"math/big"
@@ -21,6 +23,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -28,6 +31,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 )
+
+func TestMain(m *testing.M) {
+	flag.Set("test.parallel", "8") // what runs in parallel waits
+	m.Run()
+}
 
 // A program is one run of the whole program in process.
 type program struct {
@@ -348,28 +356,6 @@ func TestEnvFile(t *testing.T) {
 	status = run(t.Context(), []string{"healthcheck"}, lookup(map[string]string{"SERVER_PORT": "1", "SERVER_HOST": "127.0.0.1"}), file, io.Discard, &stderr)
 	if out := stderr.String(); status != 1 || !strings.Contains(out, "refused") {
 		t.Errorf("healthcheck: exit status %d, want 1, from the server:\n%s", status, out)
-	}
-}
-
-// TestEnvFileOfTheWorkingDirectory starts a process where there is one.
-func TestEnvFileOfTheWorkingDirectory(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, ".env"), []byte("QWEN_API_KEY='sk-1'\nMODELS=from-file\nLOG_LEVEL=error\nSERVER_HOST=127.0.0.9\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	p := startProcess(t, map[string]string{"LOG_LEVEL": "info"}, func(cmd *exec.Cmd) { cmd.Dir = dir })
-	p.stderr.await(t, `"msg":"settings were read from a file; the environment wins","file":".*/\.env"`)
-	if !strings.HasPrefix(p.url, "http://127.0.0.1:") {
-		t.Errorf("it listens on %s: the file has won over the environment", p.url)
-	}
-	res, err := http.Get(p.url + "/health/ready")
-	if err != nil {
-		t.Fatal(err)
-	}
-	res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		t.Errorf("/health/ready: %s: the file's key is not in use", res.Status)
 	}
 }
 
@@ -757,4 +743,25 @@ func certificate(t *testing.T) (certFile, keyFile string) {
 		}
 	}
 	return certFile, keyFile
+}
+
+// A file that is embedded but kept out of the build context would break the image alone.
+func TestDockerContextHasWhatIsEmbedded(t *testing.T) {
+	b, err := os.ReadFile(".dockerignore")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(string(b), "\n")
+	pkg, err := build.ImportDir(".", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(pkg.EmbedPatterns) == 0 {
+		t.Fatal("nothing is embedded")
+	}
+	for _, pattern := range pkg.EmbedPatterns {
+		if !slices.Contains(lines, "!"+pattern) {
+			t.Errorf(".dockerignore leaves out %s, which is embedded: want a line !%s", pattern, pattern)
+		}
+	}
 }

@@ -5,8 +5,6 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -397,26 +395,6 @@ func TestMessagesNeedAKey(t *testing.T) {
 	}
 }
 
-// TestABrokenStreamOfMessages: Anthropic's clients know an error by the event's name.
-func TestABrokenStreamOfMessages(t *testing.T) {
-	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": rawAPI(t,
-		"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n16\r\nevent: ping\ndata: {}\n\n\r\n")})
-	res, err := http.Post(p.url+"/v1/messages", "application/json", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer res.Body.Close()
-	got, err := io.ReadAll(res.Body)
-	event, ok := strings.CutPrefix(string(got), "event: ping\ndata: {}\n\n\n\nevent: error\ndata: ")
-	var data struct {
-		Type  string
-		Error struct{ Type, Message string }
-	}
-	if jsonErr := json.Unmarshal([]byte(event), &data); jsonErr != nil || !ok || data.Type != "error" || data.Error.Type != typeStreaming || data.Error.Message == "" || !errors.Is(err, io.ErrUnexpectedEOF) {
-		t.Errorf("%q, %v, %v", got, err, jsonErr)
-	}
-}
-
 func TestRequestIDs(t *testing.T) {
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") }, nil)
 	for id, keep := range map[string]bool{
@@ -520,112 +498,6 @@ func TestAClientThatLeavesEndsTheUpstreamRequest(t *testing.T) {
 			if !headers {
 				p.stderr.await(t, `"status":499`)
 			}
-		})
-	}
-}
-
-func TestABrokenStreamEndsWithAnErrorEventAndACut(t *testing.T) {
-	head := "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-	for name, body := range map[string]string{
-		"between events":  "9\r\ndata: 1\n\n\r\n",
-		"within an event": "9\r\ndata: 1\n\n\r\n7\r\ndata: h\r\n",
-		"within a chunk":  "9\r\ndata: 1\n\n\r\nff\r\ndata: h",
-	} {
-		t.Run(name, func(t *testing.T) {
-			p := start(t, map[string]string{"API_BASE_URL": rawAPI(t, head+body), "QWEN_DIR": credentials(t)})
-			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer res.Body.Close()
-			got, err := io.ReadAll(res.Body)
-			if !errors.Is(err, io.ErrUnexpectedEOF) {
-				t.Errorf("the stream ended with %v, want a cut", err)
-			}
-			before, event, ok := strings.Cut(string(got), "\n\ndata: {\"error\":")
-			if !ok || !strings.HasPrefix(before, "data: 1\n\n") && before != "data: 1" || !strings.Contains(event, typeStreaming) || !strings.HasSuffix(event, "}\n\n") || strings.Contains(event, "[DONE]") {
-				t.Errorf("got %q", got)
-			}
-			p.stderr.await(t, `"status":200.*"error_type":"streaming_error"`)
-		})
-	}
-}
-
-// serveRaw returns the base URL of an API for tests that write their own bytes: answer has each connection, from
-// behind its first request on, until it returns.
-func serveRaw(t *testing.T, answer func(c *net.TCPConn, br *bufio.Reader)) string {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				if br := bufio.NewReader(c); readRaw(br) {
-					answer(c.(*net.TCPConn), br)
-				}
-			}()
-		}
-	}()
-	return "http://" + ln.Addr().String() + "/v1"
-}
-
-// readRaw reads a request, body and all, and reports whether there was one.
-func readRaw(br *bufio.Reader) bool {
-	req, err := http.ReadRequest(br)
-	if err == nil {
-		_, err = io.Copy(io.Discard, req.Body)
-	}
-	return err == nil
-}
-
-// rawAPI answers each request with the bytes of answer and closes.
-func rawAPI(t *testing.T, answer string) string {
-	t.Helper()
-	return serveRaw(t, func(c *net.TCPConn, _ *bufio.Reader) { io.WriteString(c, answer) })
-}
-
-func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
-	for name, tt := range map[string]struct {
-		answer string
-		code   string // of a 502; "" for a 200 that is cut
-	}{
-		"nothing at all":           {"", "upstream_unreachable"},
-		"half a header":            {"HTTP/1.1 200 OK\r\nContent-Ty", "upstream_unreachable"},
-		"not HTTP":                 {"SSH-2.0-OpenSSH_9\r\n", "upstream_unreachable"},
-		"no byte of the body":      {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n", "upstream_broken"},
-		"half the body":            {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{\"a\"", "upstream_broken"},
-		"no last chunk":            {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n{\"a\"\r\n", "upstream_broken"},
-		"half a large body":        {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n{\"a\"" + strings.Repeat(" ", 50000), ""},
-		"switching protocols":      {"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", "bad_upstream_answer"},
-		"an early answer, then it": {"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", "upstream_unreachable"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			p := start(t, map[string]string{"API_BASE_URL": rawAPI(t, tt.answer), "QWEN_DIR": credentials(t)})
-			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer res.Body.Close()
-			body, err := io.ReadAll(res.Body)
-			if tt.code == "" {
-				if err == nil || res.StatusCode != 200 {
-					t.Errorf("got %s %q, want it cut", res.Status, body)
-				}
-				return
-			}
-			typ := typeNetwork
-			if tt.code == "upstream_broken" {
-				typ = typeStreaming
-			}
-			wantError(t, res, string(body), 502, typ, tt.code)
 		})
 	}
 }
@@ -777,29 +649,6 @@ func TestAResourceURLOfAnotherHostIsRefused(t *testing.T) {
 	}
 	if res, _ := p.get("/health/ready"); res.StatusCode != 503 {
 		t.Errorf("ready: %s", res.Status)
-	}
-}
-
-// TestADeadKeptAliveConnectionCostsNoRequest: the API closes each connection once it has been idle, at
-// the moment when the next request comes.
-func TestADeadKeptAliveConnectionCostsNoRequest(t *testing.T) {
-	var served atomic.Int32
-	api := serveRaw(t, func(c *net.TCPConn, br *bufio.Reader) {
-		served.Add(1)
-		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
-		br.ReadByte() // the next request's first byte: now the connection dies
-		c.SetLinger(0)
-	})
-	p := start(t, map[string]string{"API_BASE_URL": api, "QWEN_DIR": credentials(t)})
-	// What fits into one write, what takes two, and what takes many.
-	sizes := []int{0, 4 << 10, 16 << 10, 100 << 10}
-	for i := range 800 {
-		if res, body := p.post("/v1/chat/completions", `{"messages":["`+strings.Repeat("x", sizes[i%len(sizes)])+`"]}`); res.StatusCode != 200 {
-			t.Fatalf("request %d: %s %s", i, res.Status, body)
-		}
-	}
-	if n := served.Load(); n != 800 {
-		t.Errorf("the API served %d requests, want 800", n)
 	}
 }
 
@@ -1131,4 +980,29 @@ func BenchmarkEvent(b *testing.B) {
 		events.n = b.N
 		serve()
 	})
+}
+
+// TestNoReplayAfterASecond: what took longer to fail may well have been worked on.
+func TestNoReplayAfterASecond(t *testing.T) {
+	for _, tt := range []struct {
+		work             time.Duration
+		status, executed int
+	}{{900 * time.Millisecond, 200, 2}, {1100 * time.Millisecond, 502, 1}} {
+		synctest.Test(t, func(t *testing.T) {
+			var served atomic.Int32
+			b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				if served.Add(1) == 2 {
+					time.Sleep(tt.work)
+					panic(http.ErrAbortHandler)
+				}
+				answerJSON(w, 200, "{}")
+			})
+			io.Copy(io.Discard, b.post(t, "/v1/chat/completions", `{"messages":[]}`).Body)
+			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+			if n := int(served.Load()) - 1; res.StatusCode != tt.status || n != tt.executed {
+				t.Errorf("after %v of work: %s, executed %d times, want %d and %d", tt.work, res.Status, n, tt.status, tt.executed)
+			}
+		})
+	}
 }

@@ -1,7 +1,11 @@
 package main
 
 import (
+	"bytes"
+	"crypto/tls"
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -37,4 +41,91 @@ func TestWatchFilesLogsEachCauseOnce(t *testing.T) {
 			t.Errorf("log (-want +got):\n%s", diff)
 		}
 	})
+}
+
+func TestARenewedCertificateIsServed(t *testing.T) {
+	firstCert, firstKey := certificate(t)
+	secondCert, secondKey := certificate(t)
+	dir := t.TempDir()
+	broken := filepath.Join(dir, "broken")
+	if err := os.WriteFile(broken, []byte("-----BEGIN CERT"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		var log logBuffer
+		cert := &servedCertificate{certFile: filepath.Join(dir, "cert.pem"), keyFile: filepath.Join(dir, "key.pem")}
+		serving := cert.tlsConfig()
+		files := []*watchedFile{{name: "the certificate", read: cert.read}}
+		for _, tt := range []struct {
+			name      string
+			cert, key string // put in place
+			want      string // the certificate served 10 s later
+			complains int    // log lines so far
+		}{
+			{"the first", firstCert, firstKey, firstCert, 0},
+			{"a renewal", secondCert, secondKey, secondCert, 0},
+			{"a broken renewal", broken, secondKey, secondCert, 1},
+			{"a mended one", firstCert, firstKey, firstCert, 2},
+			{"a certificate before its key", secondCert, firstKey, firstCert, 3},
+			{"the key behind it", "", secondKey, secondCert, 4},
+			{"the same again", "", "", secondCert, 4},
+		} {
+			before := ""
+			served := func() string {
+				t.Helper()
+				c, err := serving.GetCertificate(&tls.ClientHelloInfo{})
+				if err != nil {
+					t.Fatalf("%s: %v", tt.name, err)
+				}
+				for _, file := range []string{firstCert, secondCert} {
+					if pair, err := tls.LoadX509KeyPair(file, strings.Replace(file, "cert.pem", "key.pem", 1)); err == nil && bytes.Equal(pair.Certificate[0], c.Certificate[0]) {
+						return file
+					}
+				}
+				return "another"
+			}
+			if tt.name != "the first" {
+				before = served()
+			}
+			if tt.cert != "" {
+				copyFile(t, cert.certFile, tt.cert, time.Now())
+			}
+			if tt.key != "" {
+				copyFile(t, cert.keyFile, tt.key, time.Now())
+			}
+			if before == "" {
+				go watchFiles(t.Context(), newLogger(&config{}, &log), 5*time.Second, files)
+				synctest.Wait()
+			} else {
+				if got := served(); got != before {
+					t.Errorf("%s: served at once: %s", tt.name, got)
+				}
+				time.Sleep(10 * time.Second)
+			}
+			for range 3 {
+				if got := served(); got != tt.want {
+					t.Errorf("%s: %s is served, want %s", tt.name, got, tt.want)
+				}
+				time.Sleep(10 * time.Second)
+			}
+			if n := strings.Count(log.String(), "\n"); n != tt.complains {
+				t.Errorf("%s: %d log lines, want %d:\n%s", tt.name, n, tt.complains, &log)
+			}
+		}
+	})
+}
+
+// copyFile puts the content of one file into another, as of time at.
+func copyFile(t *testing.T, to, from string, at time.Time) {
+	t.Helper()
+	b, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chtimes(to, at, at); err != nil {
+		t.Fatal(err)
+	}
 }

@@ -9,4 +9,4 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 npm pack --silent --pack-destination "$dir" "@qwen-code/qwen-code@$version" >/dev/null
 tar -xzf "$dir"/*.tgz -C "$dir"
-QWEN_CODE_DIR=$dir/package go test -count=1 -timeout 30m -run '^TestBesideQwenCode$' -v .
+QWEN_CODE_DIR=$dir/package go test -count=1 -timeout 30m -run '^TestBesideQwenCode$' -v ./e2e

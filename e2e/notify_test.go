@@ -1,6 +1,6 @@
 //go:build unix
 
-package main
+package e2e
 
 import (
 	"fmt"
@@ -92,7 +92,7 @@ func TestServiceManagerHearsOfALife(t *testing.T) {
 			finish := sync.OnceFunc(func() { close(release) })
 			defer finish() // Close waits for the stream
 			m := newManager(t, socket)
-			p := startProcess(t, map[string]string{"NOTIFY_SOCKET": socket, "QWEN_API_KEY": "sk-test", "API_BASE_URL": upstream.URL, "SHUTDOWN_TIMEOUT": "20s"}, detached)
+			p := start(t, map[string]string{"NOTIFY_SOCKET": socket, "QWEN_API_KEY": "sk-test", "API_BASE_URL": upstream.URL, "SHUTDOWN_TIMEOUT": "20s"}, detached)
 			m.want(`READY=1`, `STATUS=Serving at `+regexp.QuoteMeta(p.url))
 
 			go p.chat()
@@ -110,12 +110,10 @@ func TestServiceManagerHearsOfALife(t *testing.T) {
 
 func TestServiceManagerHearsOfTheSignIn(t *testing.T) {
 	t.Parallel()
-	qwen := newStandIn()
-	server := httptest.NewServer(qwen)
-	defer server.Close()
+	w := newWitness(t, t.TempDir(), time.Hour)
 	socket := filepath.Join(shortDir(t), "notify")
 	m := newManager(t, socket)
-	startProcess(t, map[string]string{"NOTIFY_SOCKET": socket, "QWEN_OAUTH_BASE_URL": server.URL, "QWEN_DIR": t.TempDir()}, detached)
+	start(t, map[string]string{"NOTIFY_SOCKET": socket, "QWEN_OAUTH_BASE_URL": w.url, "QWEN_DIR": t.TempDir()}, detached)
 	m.want(`READY=1`, `STATUS=The proxy is not signed in to Qwen\..*`, `STATUS=Serving at http://.*`)
 }
 
@@ -133,10 +131,7 @@ func TestServesWhereTheServiceManagerDoesNotListen(t *testing.T) {
 			if res, body := p.get("/health/ready"); res.StatusCode != http.StatusOK {
 				t.Errorf("%s %s", res.Status, body)
 			}
-			p.stop()
-			if status := p.wait(); status != 0 {
-				t.Errorf("exit status %d", status)
-			}
+			p.terminate()
 			if n := strings.Count(p.stderr.String(), "the service manager can't be notified"); n != 1 {
 				t.Errorf("it is logged %d times, want once", n)
 			}

@@ -1,15 +1,15 @@
-package main
+package e2e
 
 import (
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -42,7 +42,7 @@ func remount(t *testing.T, dir string, readOnly bool) {
 }
 
 // serving checks that p answers chat requests with status until done, and that of errors the body holds want.
-func (p *process) serving(done func() bool, status int, want string) {
+func (p *program) serving(done func() bool, status int, want string) {
 	p.t.Helper()
 	deadline := time.Now().Add(20 * time.Second)
 	for {
@@ -62,7 +62,7 @@ func (p *process) serving(done func() bool, status int, want string) {
 }
 
 // becomes waits until p answers a chat request with status.
-func (p *process) becomes(status int) {
+func (p *program) becomes(status int) {
 	p.t.Helper()
 	deadline := time.Now().Add(20 * time.Second)
 	for {
@@ -78,7 +78,7 @@ func (p *process) becomes(status int) {
 }
 
 // warned returns what p has logged at level warn and above, but for requests and changes of readiness, which follow from it.
-func (p *process) warned() (lines []string) {
+func (p *program) warned() (lines []string) {
 	for line := range strings.Lines(p.stderr.String()) {
 		if strings.HasPrefix(line, "{") && !strings.Contains(line, `"msg":"request"`) && !strings.Contains(line, `"msg":"the server is not ready"`) {
 			lines = append(lines, line)
@@ -88,7 +88,7 @@ func (p *process) warned() (lines []string) {
 }
 
 // warnings checks what p has warned of: want in this order, each a substring of one line.
-func (p *process) warnings(want ...string) {
+func (p *program) warnings(want ...string) {
 	p.t.Helper()
 	got := p.warned()
 	if len(got) != len(want) {
@@ -150,7 +150,7 @@ func TestStorageThatFails(t *testing.T) {
 			t.Parallel()
 			dir := tmpfs(t, t.TempDir())
 			w := newWitness(t, dir, life)
-			p := startProcess(t, w.env())
+			p := start(t, w.env())
 			p.becomes(http.StatusOK)
 			good := time.Now()
 			tt.breaks(t, dir)
@@ -193,7 +193,7 @@ func TestReadOnlyDirectoryFromTheStart(t *testing.T) {
 	env := w.env()
 	mode, reason := readOnly(t, dir)
 	env["QWEN_DIR"] = filepath.Join(dir, "qwen")
-	p := startProcess(t, env, mode)
+	p := start(t, env, mode)
 	p.becomes(http.StatusOK)
 	n := w.counts().refreshes
 	p.serving(w.refreshed(n), http.StatusOK, "")
@@ -258,24 +258,24 @@ func TestFileMountedByItself(t *testing.T) {
 	t.Parallel()
 	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 2*time.Second)
 	other := filepath.Join(t.TempDir(), "elsewhere")
-	content, err := os.ReadFile(w.store.path())
+	content, err := os.ReadFile(w.file())
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(other, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := syscall.Mount(other, w.store.path(), "", syscall.MS_BIND, ""); err != nil {
+	if err := syscall.Mount(other, w.file(), "", syscall.MS_BIND, ""); err != nil {
 		t.Skipf("a bind mount is not permitted here: %v", err)
 	}
-	t.Cleanup(func() { syscall.Unmount(w.store.path(), syscall.MNT_DETACH) })
-	p := startProcess(t, w.env())
+	t.Cleanup(func() { syscall.Unmount(w.file(), syscall.MNT_DETACH) })
+	p := start(t, w.env())
 	p.becomes(http.StatusOK)
 	p.serving(w.refreshed(3), http.StatusOK, "")
 	p.terminate()
 	p.warnings("the credentials were written in place")
-	stored, err := w.store.load()
-	if refresh, _ := w.settled(); err != nil || stored.refresh != refresh {
+	stored, err := w.load()
+	if refresh, _ := w.settled(); err != nil || stored.Refresh != refresh {
 		t.Errorf("the file does not hold the last token, but %v, %v", stored, err)
 	}
 	if c := w.counts(); c.refreshesRefused+c.unauthorized != 0 || w.unstored != 0 {
@@ -290,9 +290,9 @@ func TestFileMountedByItself(t *testing.T) {
 func TestFileThatVanishes(t *testing.T) {
 	t.Parallel()
 	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 12*time.Second)
-	p := startProcess(t, w.env())
+	p := start(t, w.env())
 	p.becomes(http.StatusOK)
-	if err := os.Remove(w.store.path()); err != nil {
+	if err := os.Remove(w.file()); err != nil {
 		t.Fatal(err)
 	}
 	const warning = "the credential file has vanished"
@@ -300,7 +300,7 @@ func TestFileThatVanishes(t *testing.T) {
 	p.serving(w.refreshed(1), http.StatusOK, "")
 	p.serving(after(500*time.Millisecond), http.StatusOK, "")
 	p.warnings(warning)
-	if stored, err := w.store.load(); err != nil || !stored.good(time.Now()) {
+	if stored, err := w.load(); err != nil || stored.Expiry <= time.Now().UnixMilli() {
 		t.Errorf("stored: %v, %v", stored, err)
 	}
 	p.terminate()
@@ -314,10 +314,10 @@ func TestFileThatBecomesADirectory(t *testing.T) {
 	t.Parallel()
 	const life = 2 * time.Second
 	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), life)
-	p := startProcess(t, w.env())
+	p := start(t, w.env())
 	p.becomes(http.StatusOK)
 	good := time.Now()
-	path := w.store.path()
+	path := w.file()
 	if err := errors.Join(os.Rename(path, path+".away"), os.Mkdir(path, 0o700)); err != nil {
 		t.Fatal(err)
 	}
@@ -344,34 +344,26 @@ func TestShutdownDuringARefreshThatHangs(t *testing.T) {
 	for _, signals := range []int{1, 2} {
 		t.Run(fmt.Sprint(signals, " signals"), func(t *testing.T) {
 			t.Parallel()
-			asked, answer := make(chan struct{}, 10), make(chan struct{})
-			oauth := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-				io.Copy(io.Discard, r.Body)
-				asked <- struct{}{}
-				select {
-				case <-answer:
-					answerJSON(w, http.StatusOK, tokenAnswer(1, 3600))
-				case <-r.Context().Done():
-				}
-			}))
-			defer oauth.Close()
-			store := &credentialStore{dir: t.TempDir()}
-			if err := os.WriteFile(store.path(), []byte(fileOf(0, -time.Hour)), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			p := startProcess(t, map[string]string{"QWEN_OAUTH_BASE_URL": oauth.URL, "QWEN_DIR": store.dir, "LOG_LEVEL": "info"})
-			<-asked
+			w := newWitness(t, t.TempDir(), time.Hour)
+			answer := make(chan struct{})
+			finish := sync.OnceFunc(func() { close(answer) })
+			defer finish()
+			w.delay = func() time.Duration { <-answer; return 0 }
+			env := w.env()
+			env["LOG_LEVEL"] = "info"
+			p := start(t, env)
+			<-w.issuing
 			p.cmd.Process.Signal(syscall.SIGTERM)
 			p.stderr.await(t, `"msg":"waiting until the token refresh under way is done and stored`)
 			if strings.Contains(p.stderr.String(), `"msg":"stopped`) {
 				t.Error("the log says that the server has stopped, and it has not")
 			}
-			refresh, status := "refresh-1", 0
+			status := 0
 			if signals == 1 {
-				close(answer)
+				finish()
 			} else {
 				p.cmd.Process.Signal(syscall.SIGTERM)
-				refresh, status = "refresh-0", 1
+				status = 1
 			}
 			select {
 			case <-p.ended:
@@ -384,12 +376,14 @@ func TestShutdownDuringARefreshThatHangs(t *testing.T) {
 			if !strings.Contains(p.stderr.String(), `"msg":"stopped`) {
 				t.Error("the log does not say that the server has stopped")
 			}
-			if stored, err := store.load(); err != nil || stored.refresh != refresh {
-				t.Errorf("the file: %v; want %s in it", err, refresh)
+			w.mu.Lock()
+			refresh := w.refresh // the first, or the one that was issued
+			w.mu.Unlock()
+			if stored, err := w.load(); err != nil || stored.Refresh != refresh {
+				t.Errorf("the file holds %v, %v; want %s in it", stored, err, refresh)
 			}
-			entries, err := os.ReadDir(store.dir)
-			if err != nil || len(entries) != 1 {
-				t.Errorf("left in the directory: %v, %v; want the credential file alone", entries, err)
+			if left := w.left(); len(left) != 1 || left[credentialFile] != 1 {
+				t.Errorf("left in the directory: %v, want the credential file alone", left)
 			}
 		})
 	}

@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"bufio"
@@ -43,7 +43,7 @@ func TestSoak(t *testing.T) {
 	}
 	s := &soak{kinds: soakKinds(), conns: map[*net.TCPConn]bool{}, faults: map[string]int{}, asked: map[string]int{}}
 	s.names = slices.Sorted(maps.Keys(s.kinds))
-	p := startProcess(t, map[string]string{
+	p := start(t, map[string]string{
 		"API_BASE_URL": s.listen(t), "QWEN_API_KEY": "sk-test", "LOG_LEVEL": "error", "SHUTDOWN_TIMEOUT": shutdownTimeout.String(),
 		"READ_TIMEOUT": timeout, "WRITE_TIMEOUT": timeout, "UPSTREAM_TIMEOUT": timeout, "STREAM_IDLE_TIMEOUT": timeout, "SSE_KEEPALIVE": "200ms",
 	}, func(cmd *exec.Cmd) { cmd.Stderr = &soakLog{soak: s, w: cmd.Stderr} })
@@ -140,33 +140,33 @@ func soakKinds() map[string]*soakKind {
 		"stream-slow":        {weight: 3, stream: true, content: 500, api: (*soak).apiSlow},
 		"stream-large":       {weight: 4, stream: true, content: 1 << 20, api: (*soak).apiStream},
 		"stream-slowly":      {weight: 4, stream: true, content: 40 << 10, api: (*soak).apiStream, client: (*soak).postSlowly},
-		"close":              {weight: 5, api: (*soak).apiClose, status: 502, typ: typeNetwork, code: "upstream_unreachable"},
-		"reset":              {weight: 5, api: (*soak).apiReset, status: 502, typ: typeNetwork, code: "upstream_unreachable"},
-		"silent":             {weight: 1, api: (*soak).apiSilent, status: 504, typ: typeNetwork, code: "upstream_timeout"},
-		"stream-close":       {weight: 10, stream: true, content: 500, cut: true, api: (*soak).apiCut, typ: typeStreaming, code: "upstream_broken"},
-		"stream-reset":       {weight: 10, stream: true, content: 500, cut: true, api: (*soak).apiCut, typ: typeStreaming, code: "upstream_broken"},
-		"stream-no-end":      {weight: 5, stream: true, content: 500, api: (*soak).apiNoEnd, typ: typeStreaming, code: "upstream_broken"},
-		"stream-short":       {weight: 5, stream: true, content: 500, cut: true, api: (*soak).apiShort, typ: typeStreaming, code: "upstream_broken"},
-		"stream-stall":       {weight: 1, stream: true, content: 500, cut: true, api: (*soak).apiStall, typ: typeStreaming, code: "upstream_idle"},
-		"json-short":         {weight: 5, content: 2000, cut: true, api: (*soak).apiShort, status: 502, typ: typeStreaming, code: "upstream_broken"},
-		"json-large-short":   {weight: 3, content: 2 << 20, cut: true, api: (*soak).apiShort, typ: typeStreaming, code: "upstream_broken"},
-		"json-stall":         {weight: 1, content: 2000, cut: true, api: (*soak).apiStall, status: 504, typ: typeStreaming, code: "upstream_idle"},
-		"status-500-html":    {weight: 5, api: (*soak).apiStatus, status: 500, typ: typeServer, code: "upstream_error"},
-		"status-200-html":    {weight: 5, api: (*soak).apiStatus, status: 502, typ: typeNetwork, code: "bad_upstream_answer"},
-		"status-302":         {weight: 5, api: (*soak).apiStatus, status: 502, typ: typeNetwork, code: "bad_upstream_answer"},
-		"status-401":         {weight: 5, api: (*soak).apiStatus, status: 401, typ: typeAuthentication, code: "invalid_api_key"},
+		"close":              {weight: 5, api: (*soak).apiClose, status: 502, typ: "network_error", code: "upstream_unreachable"},
+		"reset":              {weight: 5, api: (*soak).apiReset, status: 502, typ: "network_error", code: "upstream_unreachable"},
+		"silent":             {weight: 1, api: (*soak).apiSilent, status: 504, typ: "network_error", code: "upstream_timeout"},
+		"stream-close":       {weight: 10, stream: true, content: 500, cut: true, api: (*soak).apiCut, typ: "streaming_error", code: "upstream_broken"},
+		"stream-reset":       {weight: 10, stream: true, content: 500, cut: true, api: (*soak).apiCut, typ: "streaming_error", code: "upstream_broken"},
+		"stream-no-end":      {weight: 5, stream: true, content: 500, api: (*soak).apiNoEnd, typ: "streaming_error", code: "upstream_broken"},
+		"stream-short":       {weight: 5, stream: true, content: 500, cut: true, api: (*soak).apiShort, typ: "streaming_error", code: "upstream_broken"},
+		"stream-stall":       {weight: 1, stream: true, content: 500, cut: true, api: (*soak).apiStall, typ: "streaming_error", code: "upstream_idle"},
+		"json-short":         {weight: 5, content: 2000, cut: true, api: (*soak).apiShort, status: 502, typ: "streaming_error", code: "upstream_broken"},
+		"json-large-short":   {weight: 3, content: 2 << 20, cut: true, api: (*soak).apiShort, typ: "streaming_error", code: "upstream_broken"},
+		"json-stall":         {weight: 1, content: 2000, cut: true, api: (*soak).apiStall, status: 504, typ: "streaming_error", code: "upstream_idle"},
+		"status-500-html":    {weight: 5, api: (*soak).apiStatus, status: 500, typ: "server_error", code: "upstream_error"},
+		"status-200-html":    {weight: 5, api: (*soak).apiStatus, status: 502, typ: "network_error", code: "bad_upstream_answer"},
+		"status-302":         {weight: 5, api: (*soak).apiStatus, status: 502, typ: "network_error", code: "bad_upstream_answer"},
+		"status-401":         {weight: 5, api: (*soak).apiStatus, status: 401, typ: "authentication_error", code: "invalid_api_key"},
 		"status-429":         {weight: 5, api: (*soak).apiStatus, status: 429, typ: "limit_requests", code: "rate_limited"}, // Qwen's own, as it is
-		"status-429-empty":   {weight: 5, api: (*soak).apiStatus, status: 429, typ: typeRateLimit, code: "upstream_error"},
+		"status-429-empty":   {weight: 5, api: (*soak).apiStatus, status: 429, typ: "rate_limit_error", code: "upstream_error"},
 		"leave-stream":       {weight: 5, stream: true, api: (*soak).apiEndless, client: (*soak).leave},
 		"leave-silence":      {weight: 5, api: (*soak).apiSilent, client: (*soak).leave},
 		"take-nothing":       {weight: 1, stream: true, content: 64 << 10, api: (*soak).apiEndless, client: (*soak).takeNothing},
 		"body-left":          {weight: 5, client: (*soak).halfBody},
-		"body-half":          {weight: 5, client: (*soak).halfBody, status: 400, typ: typeInvalidRequest, code: "broken_body"},
-		"body-stall":         {weight: 1, client: (*soak).halfBody, status: 408, typ: typeInvalidRequest, code: "request_timeout"},
-		"body-too-large":     {weight: 5, client: (*soak).halfBody, status: 413, typ: typeInvalidRequest, code: "request_too_large"},
-		"body-bad-json":      {weight: 5, status: 400, typ: typeInvalidRequest, code: "invalid_json"},
-		"method-not-allowed": {weight: 5, status: 405, typ: typeInvalidRequest, code: "method_not_allowed"},
-		"unknown-path":       {weight: 5, status: 404, typ: typeInvalidRequest, code: "unknown_url"},
+		"body-half":          {weight: 5, client: (*soak).halfBody, status: 400, typ: "invalid_request_error", code: "broken_body"},
+		"body-stall":         {weight: 1, client: (*soak).halfBody, status: 408, typ: "invalid_request_error", code: "request_timeout"},
+		"body-too-large":     {weight: 5, client: (*soak).halfBody, status: 413, typ: "invalid_request_error", code: "request_too_large"},
+		"body-bad-json":      {weight: 5, status: 400, typ: "invalid_request_error", code: "invalid_json"},
+		"method-not-allowed": {weight: 5, status: 405, typ: "invalid_request_error", code: "method_not_allowed"},
+		"unknown-path":       {weight: 5, status: 404, typ: "invalid_request_error", code: "unknown_url"},
 	}
 }
 

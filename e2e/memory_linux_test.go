@@ -1,9 +1,9 @@
-package main
+package e2e
 
 import (
 	"bytes"
 	"context"
-	"encoding/pem"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,8 +11,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,7 +22,7 @@ import (
 // A memoryTest is a process whose memory is measured, and an API in front of which it stands. The API streams without end
 // to requests whose id begins with "stream". It answers those with "late" once they stop coming, and others at once.
 type memoryTest struct {
-	*process
+	*program
 	buffered int // MAX_BUFFERED_BYTES
 	client   *http.Client
 	latest   atomic.Int64 // when the last request came, in Unix nanoseconds
@@ -34,25 +32,14 @@ type memoryTest struct {
 func startMemoryTest(t *testing.T, http2 bool, largest, buffered int) *memoryTest {
 	t.Helper()
 	m := &memoryTest{buffered: buffered, answer: []byte(`{"choices":[{"message":{"content":"Hello"}}]}`)}
-	api := httptest.NewUnstartedServer(http.HandlerFunc(m.serveAPI))
-	api.EnableHTTP2 = http2
-	api.Config.ErrorLog = log.New(io.Discard, "", 0) // of handshakes that a burst of requests gives up
-	env := map[string]string{"QWEN_API_KEY": "sk-test", "QWEN_DIR": t.TempDir(), "LOG_LEVEL": "error",
-		"MAX_BODY_BYTES": strconv.Itoa(largest), "MAX_BUFFERED_BYTES": strconv.Itoa(buffered)}
+	env := map[string]string{"LOG_LEVEL": "error", "MAX_BODY_BYTES": strconv.Itoa(largest), "MAX_BUFFERED_BYTES": strconv.Itoa(buffered)}
 	if http2 {
-		api.StartTLS()
-		file := filepath.Join(t.TempDir(), "ca.pem")
-		if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: api.Certificate().Raw}), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		env["SSL_CERT_FILE"] = file
+		api := httptest.NewUnstartedServer(http.HandlerFunc(m.serveAPI))
+		api.Config.ErrorLog = log.New(io.Discard, "", 0) // of handshakes that a burst of requests gives up
+		m.program = startOverTLS(t, api, env)
 	} else {
-		api.Start()
+		m.program = startWith(t, m.serveAPI, env)
 	}
-	t.Cleanup(api.Close)
-	env["API_BASE_URL"] = api.URL + "/v1"
-	m.process = startProcess(t, env)
-	t.Cleanup(m.kill) // before api.Close, which waits for its connections
 	m.client = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 50, WriteBufferSize: 64 << 10}, Timeout: 5 * time.Minute}
 	return m
 }
@@ -123,29 +110,13 @@ func (m *memoryTest) ask(n, atOnce int, kind, path string, body []byte) (statuse
 	}
 }
 
-// peak returns the most memory that the process has had, in bytes.
-func (m *memoryTest) peak() int {
-	m.t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", m.cmd.Process.Pid))
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	var kb int
-	if _, after, ok := strings.Cut(string(status), "\nVmHWM:"); !ok {
-		m.t.Fatalf("no VmHWM in %s", status)
-	} else if _, err := fmt.Sscanf(after, "%d kB", &kb); err != nil {
-		m.t.Fatal(err)
-	}
-	return kb << 10
-}
-
 // wantBound checks the most memory that the process has had.
 func (m *memoryTest) wantBound(what string) {
 	m.t.Helper()
 	limit := m.buffered + m.buffered/5 + 64<<20
-	m.t.Logf("%s: at most %d MiB resident, limit %d MiB", what, m.peak()>>20, limit>>20)
-	if m.peak() > limit {
-		m.t.Errorf("%s: %d bytes resident, want at most %d", what, m.peak(), limit)
+	m.t.Logf("%s: at most %d MiB resident, limit %d MiB", what, m.memory("VmHWM")>>20, limit>>20)
+	if m.memory("VmHWM") > limit {
+		m.t.Errorf("%s: %d bytes resident, want at most %d", what, m.memory("VmHWM"), limit)
 	}
 }
 
@@ -169,6 +140,7 @@ func TestMemoryStaysWithinItsBound(t *testing.T) {
 	content := func(s string, n int) []byte {
 		return []byte(`{"choices":[{"message":{"content":"` + strings.Repeat(s, n/len(s)) + `"}}]}`)
 	}
+	const maxTranslated = 2 << 20 // bytes of an answer that are translated at most
 	for _, tt := range []struct {
 		name      string
 		n, atOnce int
@@ -231,7 +203,7 @@ func TestSlowBodiesLockNobodyOut(t *testing.T) {
 		large, buffered, timeout = 32<<20, 256<<20, 30*time.Second
 	}
 	var served atomic.Int64
-	p := serveAPI(t, func(w http.ResponseWriter, r *http.Request) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
 		served.Add(1)
 		answerJSON(w, 200, "{}")
@@ -289,5 +261,32 @@ func TestSlowBodiesLockNobodyOut(t *testing.T) {
 		t.Errorf("the slow bodies ended after %v", took)
 	} else {
 		t.Logf("the slow bodies ended after %v", took)
+	}
+}
+
+// TestMemoryFiguresLeaveOutTheBallast asks a new process, which has yet to use much memory.
+func TestMemoryFiguresLeaveOutTheBallast(t *testing.T) {
+	t.Parallel()
+	p := start(t, map[string]string{"QWEN_DIR": credentials(t)})
+	var detailed struct{ Memory map[string]float64 }
+	if _, body := p.get("/health/detailed"); json.Unmarshal([]byte(body), &detailed) != nil {
+		t.Fatal(body)
+	}
+	const ballast = 8 << 20 // that keeps the garbage collector from running all the time
+	for _, tt := range []struct {
+		name  string
+		bytes float64
+		below float64
+	}{
+		{"heap_bytes", detailed.Memory["heap_bytes"], ballast},
+		{"system_bytes", detailed.Memory["system_bytes"], 2 * ballast},
+		{"go_memstats_heap_alloc_bytes", p.metric("go_memstats_heap_alloc_bytes"), ballast},
+		{"go_memstats_alloc_bytes_total", p.metric("go_memstats_alloc_bytes_total"), ballast},
+		{"go_memstats_next_gc_bytes", p.metric("go_memstats_next_gc_bytes"), 2 * ballast},
+		{"go_memstats_sys_bytes", p.metric("go_memstats_sys_bytes"), 2 * ballast},
+	} {
+		if tt.bytes < 100_000 || tt.bytes >= tt.below {
+			t.Errorf("%s is %.1f MB, want less than %.1f MB", tt.name, tt.bytes/1e6, tt.below/1e6)
+		}
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package e2e
 
 import (
 	"encoding/csv"
@@ -23,7 +23,7 @@ type fleet struct {
 	t        *testing.T
 	env      map[string]string
 	addrs    []string // of the replicas, host:port, the same after a restart
-	replicas []*process
+	replicas []*program
 	url      string // HAProxy's, for clients
 	stats    string // its statistics, as CSV
 }
@@ -58,7 +58,7 @@ func startFleet(t *testing.T, env map[string]string) *fleet {
 		f.addrs = append(f.addrs, free(fmt.Sprintf("127.0.0.1%d", i+1)))
 		replace[fmt.Sprintf("10.0.0.1%d:8080", i+1)] = f.addrs[i]
 	}
-	b, err := os.ReadFile("deploy/haproxy.cfg")
+	b, err := os.ReadFile("../deploy/haproxy.cfg")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,13 +107,13 @@ func startFleet(t *testing.T, env map[string]string) *fleet {
 }
 
 // start starts replica i.
-func (f *fleet) start(i int) *process {
+func (f *fleet) start(i int) *program {
 	host, port, _ := net.SplitHostPort(f.addrs[i])
 	env := map[string]string{"SERVER_HOST": host, "SERVER_PORT": port, "TRUSTED_PROXIES": "127.0.0.1", "LOG_LEVEL": "info", "SHUTDOWN_DELAY": "2s"}
 	for k, v := range f.env {
 		env[k] = v
 	}
-	return startProcess(f.t, env)
+	return start(f.t, env)
 }
 
 // server returns HAProxy's statistics of replica i, by name.
@@ -337,7 +337,7 @@ func (f *fleet) burst(n int, as func(*http.Request) *http.Client) (passed, refus
 			case err == nil && res.StatusCode == http.StatusOK:
 				passed++
 			case err == nil && res.StatusCode == http.StatusTooManyRequests && res.Header.Get("Retry-After") != "" &&
-				body.Error.Type == typeRateLimit && body.Error.Code == codeRateLimit:
+				body.Error.Type == "rate_limit_error" && body.Error.Code == "rate_limit_exceeded":
 				refused++
 			default:
 				f.t.Errorf("%s %v: %+v, %v", res.Status, res.Header, body, err)

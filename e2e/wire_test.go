@@ -1,7 +1,8 @@
-package main
+package e2e
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -9,71 +10,65 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
-// dialRaw opens a connection to p for a test that writes its own bytes.
-func dialRaw(t *testing.T, p *program) net.Conn {
-	t.Helper()
-	c, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	c.SetDeadline(time.Now().Add(20 * time.Second))
-	return c
-}
-
 const rawChat = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 15\r\n\r\n{\"messages\":[]}"
 
-func TestAnAnswerThatEndsLateIsWhole(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := inBubble(t, map[string]string{"WRITE_TIMEOUT": "10s", "SSE_KEEPALIVE": "0"}, func(w http.ResponseWriter, r *http.Request) {
-			sse(w, "data: 1\n\n", "data: [DONE]\n\n")
-			time.Sleep(time.Minute) // the last chunk comes when the deadline of the last write has long passed
-		})
-		res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
-		if body, err := io.ReadAll(res.Body); err != nil || string(body) != "data: 1\n\ndata: [DONE]\n\n" {
-			t.Errorf("got %q, %v", body, err)
-		}
-	})
-}
-
-func TestSilenceOverHTTP2IsNoWriteTimeout(t *testing.T) {
-	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
-		sse(w, "data: 1\n\n")
-		time.Sleep(500 * time.Millisecond)
-		sse(w, "data: [DONE]\n\n")
-	}, withTLS(t, map[string]string{"WRITE_TIMEOUT": "200ms", "SSE_KEEPALIVE": "0"}))
-	res, err := clientOf(t, p).Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
+// serveRaw returns the base URL of an API for tests that write their own bytes: answer has each connection, from
+// behind its first request on, until it returns.
+func serveRaw(t *testing.T, answer func(c *net.TCPConn, br *bufio.Reader)) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer res.Body.Close()
-	if body, err := io.ReadAll(res.Body); err != nil || res.ProtoMajor != 2 || string(body) != "data: 1\n\ndata: [DONE]\n\n" {
-		t.Errorf("%s: %q, %v", res.Proto, body, err)
-	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				if br := bufio.NewReader(c); readRaw(br) {
+					answer(c.(*net.TCPConn), br)
+				}
+			}()
+		}
+	}()
+	return "http://" + ln.Addr().String() + "/v1"
 }
 
-func TestAnHTTP2ClientThatTakesNothingIsCutOff(t *testing.T) {
-	ended := make(chan struct{})
-	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
-		io.Copy(io.Discard, r.Body)
-		for r.Context().Err() == nil {
-			sse(w, "data: "+strings.Repeat("x", 10000)+"\n\n")
-		}
-		close(ended)
-	}, withTLS(t, map[string]string{"WRITE_TIMEOUT": "200ms"}))
-	res, err := clientOf(t, p).Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
+// readRaw reads a request, body and all, and reports whether there was one.
+func readRaw(br *bufio.Reader) bool {
+	req, err := http.ReadRequest(br)
+	if err == nil {
+		_, err = io.Copy(io.Discard, req.Body)
 	}
-	defer res.Body.Close() // of which nothing is read
-	<-ended
-	p.stderr.await(t, `"error_type":"network_error","error":"The client`)
+	return err == nil
+}
+
+// rawAPI answers each request with the bytes of answer and closes.
+func rawAPI(t *testing.T, answer string) string {
+	t.Helper()
+	return serveRaw(t, func(c *net.TCPConn, _ *bufio.Reader) { io.WriteString(c, answer) })
+}
+
+func TestHeadersHaveALimit(t *testing.T) {
+	p := startWith(t, nil, nil)
+	for _, tt := range []struct{ size, want int }{{60 << 10, 200}, {80 << 10, 431}} {
+		c := p.dial()
+		io.WriteString(c, "GET /health HTTP/1.1\r\nHost: localhost\r\nX-Large: "+strings.Repeat("x", tt.size)+"\r\n\r\n")
+		res, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err != nil || res.StatusCode != tt.want {
+			t.Errorf("%d bytes: %v, %v, want %d", tt.size, res, err, tt.want)
+		}
+	}
 }
 
 // TestABodyThatNobodyReadsHoldsNoConnection: what a handler leaves of a body net/http reads, before it answers or after.
@@ -85,7 +80,7 @@ func TestABodyThatNobodyReadsHoldsNoConnection(t *testing.T) {
 		"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
 		"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n",
 	} {
-		c := dialRaw(t, p)
+		c := p.dial()
 		io.WriteString(c, request)
 		if b, err := io.ReadAll(c); err != nil {
 			t.Errorf("%.40q: still open: %.40q, %v", request, b, err)
@@ -98,7 +93,7 @@ func TestAHalfClosedClientGetsNoEmptySuccess(t *testing.T) {
 		io.Copy(io.Discard, r.Body)
 		<-r.Context().Done()
 	}, nil)
-	c := dialRaw(t, p)
+	c := p.dial()
 	io.WriteString(c, rawChat)
 	c.(*net.TCPConn).CloseWrite()
 	if b, _ := io.ReadAll(c); len(b) != 0 {
@@ -109,7 +104,7 @@ func TestAHalfClosedClientGetsNoEmptySuccess(t *testing.T) {
 func TestAnHTTP10ClientSeesACut(t *testing.T) {
 	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": rawAPI(t,
 		"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n{"+strings.Repeat(" ", 0xfffe)+"\r\n")})
-	c := dialRaw(t, p)
+	c := p.dial()
 	io.WriteString(c, strings.Replace(rawChat, "HTTP/1.1", "HTTP/1.0", 1))
 	if b, err := io.ReadAll(c); err == nil {
 		t.Errorf("%d bytes and a clean end", len(b))
@@ -124,8 +119,8 @@ func TestACutAnswerIsNoSuccessInTheLog(t *testing.T) {
 		for r.Context().Err() == nil {
 			w.Write(big)
 		}
-	}, map[string]string{"WRITE_TIMEOUT": "100ms"})
-	io.WriteString(dialRaw(t, p), rawChat) // and nothing is read
+	}, map[string]string{"WRITE_TIMEOUT": "100ms", "LOG_LEVEL": "info"})
+	io.WriteString(p.dial(), rawChat) // and nothing is read
 	p.stderr.await(t, `"msg":"request".*"error_type":"network_error"`)
 }
 
@@ -138,20 +133,7 @@ func TestTrailersPassInNeitherDirection(t *testing.T) {
 		sse(w, "data: 1\n\n")
 		w.Header().Set("X-Envoy-Secret", "v")
 	}))
-	api.EnableHTTP2 = true
-	api.StartTLS()
-	defer api.Close()
-	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": api.URL + "/v1", "LOG_LEVEL": "error"}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	front := httptest.NewServer(handlerOver(t, cfg, api))
-	defer front.Close()
-	c, err := net.Dial("tcp", strings.TrimPrefix(front.URL, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
+	c := startOverTLS(t, api, nil).dial()
 	io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTrailer: X-Leak\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n{\"messages\":[]}\r\n0\r\nX-Leak: 10.1.2.3\r\nCookie: s=1\r\n\r\n")
 	res, err := http.ReadResponse(bufio.NewReader(c), nil)
 	if err != nil {
@@ -166,17 +148,6 @@ func TestTrailersPassInNeitherDirection(t *testing.T) {
 	}
 }
 
-// handlerOver returns the whole handler for cfg, in front of an API whose certificate it trusts.
-func handlerOver(t *testing.T, cfg *config, api *httptest.Server) http.Handler {
-	transport := newTransport()
-	transport.TLSClientConfig = api.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
-	t.Cleanup(transport.CloseIdleConnections)
-	log := newLogger(cfg, io.Discard)
-	tokens := newSource(cfg, log, io.Discard)
-	m := newMetrics()
-	return newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, transport)
-}
-
 func TestAnUpgradeNeverPasses(t *testing.T) {
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Upgrade") != "" || r.Header.Get("Connection") != "" {
@@ -185,7 +156,7 @@ func TestAnUpgradeNeverPasses(t *testing.T) {
 		answerJSON(w, 200, "{}")
 	}, nil)
 	for _, protocol := range []string{"websocket", "\x80", "h2c"} {
-		c := dialRaw(t, p)
+		c := p.dial()
 		io.WriteString(c, strings.Replace(rawChat, "Content-Length", "Connection: Upgrade\r\nUpgrade: "+protocol+"\r\nContent-Length", 1))
 		if res, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || res.StatusCode != 200 {
 			t.Errorf("Upgrade: %q: %v, %v", protocol, res, err)
@@ -204,7 +175,7 @@ func TestOddRequestTargetsGetAnErrorOfOurs(t *testing.T) {
 		"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n": 200,
 		"GET http://localhost HTTP/1.1\r\nHost: localhost\r\n\r\n":           200,
 	} {
-		c := dialRaw(t, p)
+		c := p.dial()
 		io.WriteString(c, request)
 		res, err := http.ReadResponse(bufio.NewReader(c), nil)
 		if err != nil {
@@ -236,7 +207,7 @@ func TestNoReplayOnceAnAnswerHasBegun(t *testing.T) {
 		p := start(t, map[string]string{"API_BASE_URL": api, "QWEN_API_KEY": "sk-test"})
 		p.post("/v1/chat/completions", `{"messages":[]}`)
 		res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
-		wantError(t, res, body, 502, typeNetwork, "upstream_unreachable")
+		wantError(t, res, body, 502, "network_error", "upstream_unreachable")
 		if n := served.Load(); n != 2 {
 			t.Errorf("%q: the API saw %d requests, want 2", begun, n)
 		}
@@ -317,7 +288,7 @@ func TestNoRequestHidesInAnother(t *testing.T) {
 			"length behind chunks": fmt.Sprintf("Content-Length: %d\r\n%s\r\n\r\n0\r\n\r\n%s", len("0\r\n\r\n"+hidden), header, hidden),
 			"chunks behind length": fmt.Sprintf("Content-Length: 4\r\n%s\r\n\r\n%x\r\n%s\r\n0\r\n\r\n", header, len(hidden), hidden),
 		} {
-			c := dialRaw(t, p)
+			c := p.dial()
 			io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"+request)
 			c.(*net.TCPConn).CloseWrite()
 			answer, _ := io.ReadAll(c) // the server may reset what it does not read
@@ -342,4 +313,92 @@ func validToken(s string) bool {
 	return s != "" && strings.IndexFunc(s, func(r rune) bool {
 		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("!#$%&'*+-.^_`|~", r))
 	}) < 0
+}
+
+// TestARequestIsReplayedOnce: the API works for a while on each reused connection and then closes it without an answer,
+// whatever number of idle connections there is to try.
+func TestARequestIsReplayedOnce(t *testing.T) {
+	for _, idle := range []int{1, 5, 20} {
+		for _, key := range []string{"", "key-1"} {
+			t.Run(fmt.Sprintf("%d idle connections, Idempotency-Key %q", idle, key), func(t *testing.T) {
+				t.Parallel()
+				var mu sync.Mutex
+				used := map[string]bool{} // connections
+				var warm sync.WaitGroup
+				warm.Add(idle)
+				var executed executions
+				p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+					body, _ := io.ReadAll(r.Body)
+					if bytes.Contains(body, []byte("warm")) {
+						warm.Done()
+						warm.Wait() // so that each takes a connection
+					} else {
+						executed.count(body)
+						if got := r.Header.Get("Idempotency-Key"); got != key {
+							t.Errorf("Idempotency-Key %q", got)
+						}
+					}
+					mu.Lock()
+					reused := used[r.RemoteAddr]
+					used[r.RemoteAddr] = true
+					mu.Unlock()
+					if reused {
+						time.Sleep(100 * time.Millisecond)
+						panic(http.ErrAbortHandler)
+					}
+					answerJSON(w, 200, "{}")
+				}, map[string]string{"LOG_LEVEL": "info"})
+				var clients sync.WaitGroup
+				for range idle {
+					clients.Go(func() { p.post("/v1/chat/completions", `{"messages":["warm"]}`) })
+				}
+				clients.Wait()
+				req, _ := http.NewRequest("POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
+				if key != "" {
+					req.Header.Set("Idempotency-Key", key)
+				}
+				res, err := http.DefaultClient.Do(req)
+				if err != nil {
+					t.Fatal(err)
+				}
+				res.Body.Close()
+				if res.StatusCode != 200 {
+					t.Error(res.Status)
+				}
+				if _, n := executed.most(); n != 2 {
+					t.Errorf("the API executed one request %d times, want 2", n)
+				}
+				p.stderr.await(t, fmt.Sprintf(`(?s)(?:"msg":"request".*){%d}`, idle+1))
+				if n := strings.Count(p.stderr.String(), `"replayed":true`); n != 1 {
+					t.Errorf("%d requests are logged as replayed, want 1", n)
+				}
+				if n := p.metric("qwen_proxy_upstream_replays_total"); n != 1 {
+					t.Errorf("%v replays are counted, want 1", n)
+				}
+			})
+		}
+	}
+}
+
+// TestADeadKeptAliveConnectionCostsNoRequest: the API closes each connection once it has been idle, at
+// the moment when the next request comes.
+func TestADeadKeptAliveConnectionCostsNoRequest(t *testing.T) {
+	var served atomic.Int32
+	api := serveRaw(t, func(c *net.TCPConn, br *bufio.Reader) {
+		served.Add(1)
+		io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+		br.ReadByte() // the next request's first byte: now the connection dies
+		c.SetLinger(0)
+	})
+	p := start(t, map[string]string{"API_BASE_URL": api, "QWEN_API_KEY": "sk-test"})
+	// What fits into one write, what takes two, and what takes many.
+	sizes := []int{0, 4 << 10, 16 << 10, 100 << 10}
+	for i := range 800 {
+		if res, body := p.post("/v1/chat/completions", `{"messages":["`+strings.Repeat("x", sizes[i%len(sizes)])+`"]}`); res.StatusCode != 200 {
+			t.Fatalf("request %d: %s %s", i, res.Status, body)
+		}
+	}
+	if n := served.Load(); n != 800 {
+		t.Errorf("the API served %d requests, want 800", n)
+	}
 }

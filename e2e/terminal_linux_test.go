@@ -1,9 +1,9 @@
-package main
+package e2e
 
 import (
-	"context"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,7 +19,7 @@ import (
 )
 
 // newTerminal returns both ends of a new pseudo-terminal: what programs have, and what the user reads, until the test ends.
-func newTerminal(t *testing.T) (program *os.File, user *logBuffer, hangUp func()) {
+func newTerminal(t *testing.T) (program, user *os.File) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
 	if err != nil {
@@ -46,31 +46,20 @@ func newTerminal(t *testing.T) (program *os.File, user *logBuffer, hangUp func()
 		t.Skipf("there are no pseudo-terminals here: %v", err)
 	}
 	t.Cleanup(func() { program.Close() })
-	user = &logBuffer{}
-	go io.Copy(user, master) // until one end is closed
-	return program, user, func() { master.Close() }
+	return program, master
 }
 
-// startAtTerminal runs the program in process, with its stderr on a terminal, and returns what the user reads there.
-func startAtTerminal(t *testing.T, env map[string]string, args ...string) *logBuffer {
+// startAtTerminal starts the program with its stderr on a terminal, and returns what the user reads there as its stderr.
+func startAtTerminal(t *testing.T, env map[string]string, args ...string) *program {
 	t.Helper()
-	full := map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0", "QWEN_DIR": t.TempDir()}
-	for k, v := range env {
-		full[k] = v
-	}
-	terminal, user, _ := newTerminal(t)
-	ctx, cancel := context.WithCancel(t.Context())
-	exit := make(chan int, 1)
-	go func() { exit <- run(ctx, args, lookup(full), "", io.Discard, terminal) }()
-	t.Cleanup(func() {
-		cancel()
-		select {
-		case <-exit:
-		case <-time.After(20 * time.Second):
-			t.Error("the program did not stop")
-		}
+	terminal, user := newTerminal(t)
+	full := map[string]string{"LOG_LEVEL": "info"}
+	maps.Copy(full, env)
+	return start(t, full, func(cmd *exec.Cmd) {
+		cmd.Args = append(cmd.Args, args...)
+		go io.Copy(cmd.Stderr, user) // until one end is closed
+		cmd.Stderr = terminal
 	})
-	return user
 }
 
 func TestGreetingAtATerminal(t *testing.T) {
@@ -116,7 +105,7 @@ qwen-go-proxy listens on unix:` + socket + `.
 `},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			user := startAtTerminal(t, tt.env)
+			user := startAtTerminal(t, tt.env).stderr
 			user.await(t, `time=\d\d:\d\d:\d\d level=INFO msg=listening`)
 			got, _, _ := strings.Cut(strings.ReplaceAll(user.String(), "\r\n", "\n"), "time=")
 			for line := range strings.Lines(got) {
@@ -133,73 +122,37 @@ qwen-go-proxy listens on unix:` + socket + `.
 }
 
 func TestDemoAtATerminalSaysHowToStop(t *testing.T) {
-	user := startAtTerminal(t, nil, "demo")
+	user := startAtTerminal(t, nil, "demo").stderr
 	user.await(t, `(?s)Base URL for OpenAI clients.*Ctrl-C stops it\..*level=INFO msg=listening.*To sign in to Qwen`)
 }
 
 func TestASecondInterruptIsAnnounced(t *testing.T) {
-	terminal, user, _ := newTerminal(t)
-	ctx, interrupt := context.WithCancel(t.Context())
-	exit := make(chan int, 1)
-	go func() {
-		env := map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0", "QWEN_API_KEY": "sk-test"}
-		exit <- run(ctx, nil, lookup(env), "", io.Discard, terminal)
-	}()
-	user.await(t, "msg=listening")
-	interrupt()
-	user.await(t, `Stopping\. Ctrl-C again cuts off what is under way\.`)
-	if status := <-exit; status != 0 {
-		t.Errorf("exit status %d", status)
+	p := startAtTerminal(t, map[string]string{"QWEN_API_KEY": "sk-test"})
+	p.cmd.Process.Signal(os.Interrupt)
+	p.stderr.await(t, `Stopping\. Ctrl-C again cuts off what is under way\.`)
+	if <-p.ended; p.status != nil {
+		t.Error(p.status)
 	}
 }
 
 func TestLogFormatCountsAtATerminal(t *testing.T) {
-	user := startAtTerminal(t, map[string]string{"LOG_FORMAT": "json", "QWEN_API_KEY": "sk-test"})
+	user := startAtTerminal(t, map[string]string{"LOG_FORMAT": "json", "QWEN_API_KEY": "sk-test"}).stderr
 	user.await(t, `"msg":"listening"`)
 	if got := user.String(); !strings.HasPrefix(got, "Listening on ") && !strings.HasPrefix(got, "{") {
 		t.Errorf("the user reads:\n%s", got)
 	}
 }
 
-func TestIsTerminal(t *testing.T) {
-	terminal, _, _ := newTerminal(t)
-	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer null.Close()
-	file, err := os.Create(filepath.Join(t.TempDir(), "log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer file.Close()
-	r, pipe, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	defer pipe.Close()
-	for _, tt := range []struct {
-		name string
-		w    io.Writer
-		want bool
-	}{{"terminal", terminal, true}, {"/dev/null", null, false}, {"file", file, false}, {"pipe", pipe, false}, {"no file", io.Discard, false}} {
-		if got := isTerminal(tt.w); got != tt.want {
-			t.Errorf("isTerminal of %s is %t", tt.name, got)
-		}
-	}
-}
-
 // TestEndsWithItsTerminal closes the window that the program runs in.
 func TestEndsWithItsTerminal(t *testing.T) {
 	t.Parallel()
-	terminal, _, hangUp := newTerminal(t)
-	p := startProcess(t, map[string]string{"QWEN_API_KEY": "sk-test"}, func(cmd *exec.Cmd) {
+	terminal, user := newTerminal(t)
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"}, func(cmd *exec.Cmd) {
 		cmd.Stdin = terminal
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	})
 	terminal.Close()
-	hangUp()
+	user.Close()
 	select {
 	case <-p.ended:
 	case <-time.After(20 * time.Second):

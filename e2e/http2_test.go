@@ -1,0 +1,541 @@
+package e2e
+
+import (
+	"bytes"
+	"crypto/tls"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// The frames of HTTP/2 that an attack takes, RFC 9113 §6.
+const (
+	frameHeaders  = 0x1
+	frameReset    = 0x3
+	frameSettings = 0x4
+	framePing     = 0x6
+	frameGoAway   = 0x7
+	flagEnd       = 0x1 | 0x4 // END_STREAM, END_HEADERS
+	codeCancel    = 0x8
+)
+
+// appendFrame appends a frame's header and payload to b.
+func appendFrame(b []byte, kind, flags byte, stream uint32, payload []byte) []byte {
+	n := len(payload)
+	b = append(b, byte(n>>16), byte(n>>8), byte(n), kind, flags)
+	b = binary.BigEndian.AppendUint32(b, stream)
+	return append(b, payload...)
+}
+
+func readFrame(r io.Reader) (kind byte, payload []byte, err error) {
+	var header [9]byte
+	if _, err := io.ReadFull(r, header[:]); err != nil {
+		return 0, nil, err
+	}
+	payload = make([]byte, binary.BigEndian.Uint32(header[:])>>8)
+	_, err = io.ReadFull(r, payload)
+	return header[3], payload, err
+}
+
+// helloHTTP2 is what a client sends first.
+var helloHTTP2 = string(appendFrame([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), frameSettings, 0, 0, nil))
+
+// headerBlock is GET https://localhost and path in HPACK: fields of the static table, RFC 7541 appendix A, the names of
+// the last two only.
+func headerBlock(path string) []byte {
+	b := append([]byte{0x80 | 2, 0x80 | 7, 4, byte(len(path))}, path...)
+	return append(append(b, 1, byte(len("localhost"))), "localhost"...)
+}
+
+// reset opens n streams over c and resets each at once. It returns how many of them the server has dealt with, which
+// may have had enough before.
+func reset(c net.Conn, path string, n int) int {
+	defer c.Close()
+	go func() {
+		io.WriteString(c, helloHTTP2)
+		headers, code := headerBlock(path), []byte{0, 0, 0, codeCancel}
+		var batch []byte
+		for i := range n {
+			id := uint32(2*i + 1)
+			batch = appendFrame(batch, frameHeaders, flagEnd, id, headers)
+			batch = appendFrame(batch, frameReset, 0, id, code)
+			if i%50 == 0 || i == n-1 {
+				if _, err := c.Write(batch); err != nil {
+					return
+				}
+				batch = batch[:0]
+			}
+		}
+		c.Write(appendFrame(nil, framePing, 0, 0, make([]byte, 8)))
+	}()
+	for {
+		switch kind, payload, err := readFrame(c); {
+		case err != nil:
+			return 0
+		case kind == framePing: // all that went before it has been read
+			return n
+		case kind == frameGoAway:
+			return (int(binary.BigEndian.Uint32(payload)) + 1) / 2 // by the last stream's id
+		}
+	}
+}
+
+// TestRapidResets opens streams and resets each at once (CVE-2023-44487): others hardly notice, and few of them are
+// worth a line in the log, those that were answered before the reset came.
+func TestRapidResets(t *testing.T) {
+	resets := many(20_000)
+	const most = 200 // connections that this may take
+	for _, path := range []string{"/health", "/v1/models"} {
+		t.Run(path, func(t *testing.T) {
+			p := startWith(t, nil, withTLS(t, map[string]string{"LOG_LEVEL": "info"}))
+			client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}, Timeout: 20 * time.Second}
+			defer client.CloseIdleConnections()
+			var slowest time.Duration
+			var asked int
+			ask := func() {
+				started := time.Now()
+				res, err := client.Get(p.url + "/health")
+				if err != nil {
+					t.Errorf("beside the resets: %v", err)
+					return
+				}
+				io.Copy(io.Discard, res.Body)
+				res.Body.Close()
+				asked++
+				slowest = max(slowest, time.Since(started))
+			}
+			ask()
+			before := p.footprint()
+			slowest = 0
+			done := make(chan struct{})
+			var second sync.WaitGroup
+			second.Go(func() {
+				for {
+					ask()
+					select {
+					case <-done:
+						return
+					case <-time.After(time.Millisecond):
+					}
+				}
+			})
+
+			started := time.Now()
+			sent, connections := 0, 0
+			for ; sent < resets && connections < most; connections++ {
+				sent += reset(p.dial(), path, resets-sent)
+			}
+			took := time.Since(started)
+			close(done)
+			second.Wait()
+			after := p.until("nothing in flight", func(u footprint) bool { return u.inFlight == 0 && u.descriptors <= before.descriptors })
+			lines := strings.Count(p.stderr.String(), `"msg":"request"`)
+			t.Logf("%d resets in %v over %d connections; the slowest of %d answers beside them took %v; %d log lines more; before %+v, after %+v",
+				sent, took.Round(time.Millisecond), connections, asked, slowest, lines-asked, before, after)
+			if sent < resets {
+				t.Errorf("%d resets over %d connections", sent, connections)
+			}
+			if slowest > time.Second {
+				t.Errorf("an answer took %v beside resets", slowest)
+			}
+			if lines-asked > resets/4 {
+				t.Errorf("%d log lines of %d resets", lines-asked, resets)
+			}
+		})
+	}
+}
+
+// flood opens streams over HTTP/2 for d, sends a part of a body on each and resets it. It returns their number.
+func flood(p *program, d time.Duration, path string, body []byte, flags byte) (n int) {
+	headers := headerBlock(path)
+	headers[0] = 0x80 | 3 // POST
+	code := []byte{0, 0, 0, codeCancel}
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		c := p.dial()
+		go io.Copy(io.Discard, c)
+		batch := []byte(helloHTTP2)
+		for id := uint32(1); time.Now().Before(end); id += 2 {
+			batch = appendFrame(batch, frameHeaders, 0x4, id, headers)
+			batch = appendFrame(batch, frameData, flags, id, body)
+			batch = appendFrame(batch, frameReset, 0, id, code)
+			if n++; n%20 == 0 {
+				if _, err := c.Write(batch); err != nil {
+					break // the server has had enough of the connection
+				}
+				batch = batch[:0]
+			}
+		}
+		c.Close()
+	}
+	return n
+}
+
+// TestRapidResetsHoldNoMemory resets streams that are being read or answered: none of their memory outlives them.
+func TestRapidResetsHoldNoMemory(t *testing.T) {
+	const limit = 50 << 20
+	d := time.Second
+	if longTests() {
+		d = 30 * time.Second
+	}
+	for _, tt := range []struct {
+		name, body string
+		flags      byte
+		env        map[string]string
+	}{
+		{"whole bodies", `{"messages":[]}`, 0x1, map[string]string{}},
+		{"half bodies", `{"messages":`, 0, map[string]string{}},
+		{"without a key", `{"messages":[]}`, 0x1, map[string]string{"PROXY_API_KEYS": "sk-mine"}},
+		{"without a key, half bodies", `{"messages":`, 0, map[string]string{"PROXY_API_KEYS": "sk-mine"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				answerJSON(w, 200, "{}")
+			}, withTLS(t, tt.env))
+			before := p.memory("VmRSS")
+			stop, peak := make(chan struct{}), make(chan int)
+			go func() {
+				most := 0
+				for {
+					most = max(most, p.memory("VmRSS"))
+					select {
+					case <-stop:
+						peak <- most
+						return
+					case <-time.After(20 * time.Millisecond):
+					}
+				}
+			}()
+			n := flood(p, d, "/v1/chat/completions", []byte(tt.body), tt.flags)
+			close(stop)
+			most := <-peak
+			t.Logf("%d streams; resident before %d MB, at most %d MB, after %d MB", n, before>>20, most>>20, p.memory("VmRSS")>>20)
+			if most-before > limit {
+				t.Errorf("%d MB more than before, want at most %d MB", (most-before)>>20, limit>>20)
+			}
+		})
+	}
+}
+
+// TestASmallAnswerThatNobodyTakesEnds: net/http holds a small answer back until the handler has returned.
+func TestASmallAnswerThatNobodyTakesEnds(t *testing.T) {
+	p := startWith(t, nil, withTLS(t, map[string]string{"WRITE_TIMEOUT": "200ms"}))
+	c := p.dial()
+	io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+	c.Write(appendFrame(nil, frameSettings, 0, 0, []byte{0, 4, 0, 0, 0, 0})) // SETTINGS_INITIAL_WINDOW_SIZE is 0
+	c.Write(appendFrame(nil, frameHeaders, flagEnd, 1, headerBlock("/v1/models")))
+	for {
+		kind, _, err := readFrame(c)
+		if err != nil {
+			t.Fatalf("the stream goes on: %v", err)
+		}
+		if kind == frameReset {
+			break
+		}
+	}
+}
+
+func TestSilenceOverHTTP2IsNoWriteTimeout(t *testing.T) {
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		sse(w, "data: 1\n\n")
+		time.Sleep(500 * time.Millisecond)
+		sse(w, "data: [DONE]\n\n")
+	}, withTLS(t, map[string]string{"WRITE_TIMEOUT": "200ms", "SSE_KEEPALIVE": "0"}))
+	res, err := p.client().Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body, err := io.ReadAll(res.Body); err != nil || res.ProtoMajor != 2 || string(body) != "data: 1\n\ndata: [DONE]\n\n" {
+		t.Errorf("%s: %q, %v", res.Proto, body, err)
+	}
+}
+
+func TestAnHTTP2ClientThatTakesNothingIsCutOff(t *testing.T) {
+	ended := make(chan struct{})
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		for r.Context().Err() == nil {
+			sse(w, "data: "+strings.Repeat("x", 10000)+"\n\n")
+		}
+		close(ended)
+	}, withTLS(t, map[string]string{"WRITE_TIMEOUT": "200ms", "LOG_LEVEL": "info"}))
+	res, err := p.client().Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close() // of which nothing is read
+	<-ended
+	p.stderr.await(t, `"error_type":"network_error","error":"The client`)
+}
+
+// executions counts how often an API has worked on each request, by its body. It is safe for concurrent use.
+type executions struct {
+	mu sync.Mutex
+	of map[string]int
+}
+
+func (e *executions) count(body []byte) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.of == nil {
+		e.of = map[string]int{}
+	}
+	e.of[string(body)]++
+}
+
+// most returns how many requests there were, and how often the one was executed that was executed most often.
+func (e *executions) most() (requests, most int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, n := range e.of {
+		most = max(most, n)
+	}
+	return len(e.of), most
+}
+
+// A rawStream is a request to an HTTP/2 API that writes its own frames.
+type rawStream struct {
+	conn  int // number of the connection, from 0
+	id    uint32
+	body  []byte
+	write func(kind, flags byte, stream uint32, payload []byte)
+	close func() // the connection
+}
+
+// reset ends the stream with an error code, RFC 9113 §7.
+func (s *rawStream) reset(code uint32) {
+	s.write(frameReset, 0, s.id, binary.BigEndian.AppendUint32(nil, code))
+}
+
+// goAway says that nothing after the stream last has been or will be processed.
+func (s *rawStream) goAway(last uint32) {
+	s.write(frameGoAway, 0, 0, binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(nil, last), codeNone))
+}
+
+// ok answers with {}.
+func (s *rawStream) ok() {
+	header := append([]byte{0x80 | 8, 0x0f, 31 - 15, 16}, "application/json"...) // :status: 200 and content-type, RFC 7541 appendix A
+	s.write(frameHeaders, 0x4, s.id, header)
+	s.write(frameData, 0x1, s.id, []byte("{}"))
+}
+
+const frameData = 0x0
+
+// overHTTP2 starts the program in front of an HTTP/2 API that has answer called for each request, in a goroutine
+// of its own.
+func overHTTP2(t *testing.T, answer func(*rawStream)) *program {
+	t.Helper()
+	var conns atomic.Int32
+	api := httptest.NewUnstartedServer(nil)
+	api.Config.ErrorLog = log.New(io.Discard, "", 0)
+	api.TLS = &tls.Config{NextProtos: []string{"h2"}}
+	api.Config.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){"h2": func(_ *http.Server, c *tls.Conn, _ http.Handler) {
+		defer c.Close()
+		conn := int(conns.Add(1)) - 1
+		var mu sync.Mutex
+		write := func(kind, flags byte, stream uint32, payload []byte) {
+			mu.Lock()
+			defer mu.Unlock()
+			c.Write(appendFrame(nil, kind, flags, stream, payload))
+		}
+		write(frameSettings, 0, 0, nil)
+		write(0x8, 0, 0, []byte{0, 0x10, 0, 0}) // WINDOW_UPDATE: 1 MiB
+		io.CopyN(io.Discard, c, int64(len("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")))
+		bodies := map[uint32][]byte{}
+		for {
+			var header [9]byte
+			if _, err := io.ReadFull(c, header[:]); err != nil {
+				return
+			}
+			payload := make([]byte, binary.BigEndian.Uint32(header[:])>>8)
+			if _, err := io.ReadFull(c, payload); err != nil {
+				return
+			}
+			id := binary.BigEndian.Uint32(header[5:])
+			switch kind, flags := header[3], header[4]; {
+			case kind == frameSettings && flags == 0:
+				write(frameSettings, 0x1, 0, nil)
+			case kind == framePing && flags == 0:
+				write(framePing, 0x1, 0, payload)
+			case kind == frameData:
+				if bodies[id] = append(bodies[id], payload...); flags&0x1 != 0 {
+					go answer(&rawStream{conn: conn, id: id, body: bodies[id], write: write, close: func() { c.Close() }})
+				}
+			}
+		}
+	}}
+	return startOverTLS(t, api, map[string]string{"LOG_LEVEL": "error"})
+}
+
+// askAtOnce sends n different requests to p, up to 20 at one time. It returns the statuses of their answers, each once, and how
+// many replays /metrics then has.
+func askAtOnce(t *testing.T, p *program, n int) (statuses []int, replays float64) {
+	t.Helper()
+	var mu sync.Mutex
+	var clients sync.WaitGroup
+	slots := make(chan struct{}, 20)
+	for i := range n {
+		slots <- struct{}{}
+		clients.Go(func() {
+			defer func() { <-slots }()
+			body := fmt.Sprintf(`{"messages":[%d]%s}`, i, strings.Repeat(" ", i%2*8000)) // what is copied, and what is not
+			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(body))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer res.Body.Close()
+			io.Copy(io.Discard, res.Body)
+			mu.Lock()
+			defer mu.Unlock()
+			statuses = append(statuses, res.StatusCode)
+		})
+	}
+	clients.Wait()
+	slices.Sort(statuses)
+	return slices.Compact(statuses), p.metric("qwen_proxy_upstream_replays_total")
+}
+
+// The codes of errors, RFC 9113 §7.
+const (
+	codeNone     = 0x0
+	codeProtocol = 0x1
+	codeRefused  = 0x7
+)
+
+// TestNoReplayOverHTTP2 has the API work on each request and then reset its stream, or lose the connection: whatever the
+// reason, the request may have been executed.
+func TestNoReplayOverHTTP2(t *testing.T) {
+	const requests = 20
+	for name, code := range map[string]uint32{"INTERNAL_ERROR": 0x2, "PROTOCOL_ERROR": codeProtocol, "CANCEL": codeCancel, "a GOAWAY that covers the stream": codeNone} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var executed executions
+			p := overHTTP2(t, func(s *rawStream) {
+				if bytes.Contains(s.body, []byte("warm")) {
+					s.ok()
+					return
+				}
+				executed.count(s.body)
+				time.Sleep(50 * time.Millisecond)
+				for n := 0; n < requests; n, _ = executed.most() { // all of them are in flight
+					time.Sleep(time.Millisecond)
+				}
+				if code == codeNone {
+					s.goAway(1<<31 - 1)
+					s.close()
+				} else {
+					s.reset(code)
+				}
+			})
+			warmHTTP2(t, p)
+			statuses, replays := askAtOnce(t, p, requests)
+			if diff := cmp.Diff([]int{502}, statuses); diff != "" {
+				t.Errorf("statuses (-want +got):\n%s", diff)
+			}
+			if n, most := executed.most(); n != requests || most != 1 || replays != 0 {
+				t.Errorf("%d requests, one of them executed %d times, %v replays; want %d, 1 and 0", n, most, replays, requests)
+			}
+		})
+	}
+}
+
+// TestWhatHTTP2LeavesUnprocessedIsSentAgain: "Requests that have not been processed have not been executed" (RFC 9113
+// §8.7), and the server says so.
+func TestWhatHTTP2LeavesUnprocessedIsSentAgain(t *testing.T) {
+	const requests = 20
+	for name, refuse := range map[string]func(s *rawStream){
+		"REFUSED_STREAM": func(s *rawStream) { s.reset(codeRefused) },
+		"GOAWAY":         func(s *rawStream) { s.goAway(1) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var executed executions
+			var refused atomic.Int32
+			p := overHTTP2(t, func(s *rawStream) {
+				switch {
+				case bytes.Contains(s.body, []byte("warm")):
+					s.ok()
+				case s.conn == 0 && s.id > 1 && refused.Add(1) <= requests:
+					refuse(s)
+				default:
+					executed.count(s.body)
+					s.ok()
+				}
+			})
+			warmHTTP2(t, p)
+			statuses, replays := askAtOnce(t, p, requests)
+			if diff := cmp.Diff([]int{200}, statuses); diff != "" {
+				t.Errorf("statuses (-want +got):\n%s", diff)
+			}
+			if n, most := executed.most(); n != requests || most != 1 || replays < 1 {
+				t.Errorf("%d requests, one of them executed %d times, %v replays; want %d, 1 and some", n, most, replays, requests)
+			}
+		})
+	}
+	t.Run("a GOAWAY for every 50 requests", func(t *testing.T) {
+		t.Parallel()
+		requests := 500
+		if longTests() {
+			requests = 20_000
+		}
+		var executed executions
+		var mu sync.Mutex
+		seen, last := 0, map[int]uint32{} // the last stream of each connection that gets an answer
+		p := overHTTP2(t, func(s *rawStream) {
+			mu.Lock()
+			defer mu.Unlock()
+			if id, ok := last[s.conn]; ok && s.id > id {
+				return
+			}
+			if seen++; seen%50 == 0 && s.id > 1 {
+				last[s.conn] = s.id - 2
+				s.goAway(s.id - 2)
+				return
+			}
+			executed.count(s.body)
+			s.ok()
+		})
+		statuses, _ := askAtOnce(t, p, requests)
+		if diff := cmp.Diff([]int{200}, statuses); diff != "" {
+			t.Errorf("statuses (-want +got):\n%s", diff)
+		}
+		if n, most := executed.most(); n != requests || most != 1 {
+			t.Errorf("%d requests, one of them executed %d times, want %d and 1", n, most, requests)
+		}
+	})
+	t.Run("always", func(t *testing.T) {
+		t.Parallel()
+		var seen atomic.Int32
+		p := overHTTP2(t, func(s *rawStream) {
+			seen.Add(1)
+			s.reset(codeRefused)
+		})
+		statuses, replays := askAtOnce(t, p, 1)
+		if n := seen.Load(); !slices.Equal(statuses, []int{502}) || n != 4 || replays != 3 {
+			t.Errorf("%v after %d tries, %v of them replays", statuses, n, replays)
+		}
+	})
+}
+
+// warmHTTP2 has one request answered, so that there is a connection.
+func warmHTTP2(t *testing.T, p *program) {
+	t.Helper()
+	if res, body := p.post("/v1/chat/completions", `{"messages":["warm"]}`); res.StatusCode != 200 {
+		t.Fatalf("%s %s", res.Status, body)
+	}
+}

@@ -1,0 +1,401 @@
+// Package e2e tests the program from outside: its binary as a process, over real sockets. The tests can be run alone,
+// go test ./e2e; with QWEN_LONG_TESTS=1 they take the sizes and the time that prove most.
+package e2e
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var binaryDir string // a temporary directory, for the binary
+
+func TestMain(m *testing.M) {
+	flag.Set("test.parallel", "8") // most tests wait
+	var err error
+	if binaryDir, err = os.MkdirTemp("", "qwen-go-proxy-e2e-"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	status := m.Run()
+	os.RemoveAll(binaryDir)
+	os.Exit(status)
+}
+
+// longTests reports whether the tests take the sizes and the time that prove most, minutes each.
+func longTests() bool { return os.Getenv("QWEN_LONG_TESTS") == "1" }
+
+// raceEnabled reports whether the tests, and so the binary, are built with the race detector.
+var raceEnabled = sync.OnceValue(func() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+})
+
+// many returns n, or a tenth of it under the race detector, which takes several times the memory and the time.
+func many(n int) int {
+	if raceEnabled() {
+		return n / 10
+	}
+	return n
+}
+
+// build builds the program once and returns the file.
+var build = sync.OnceValues(func() (string, error) {
+	// Go takes a test's result from its cache unless a file has changed that the test has looked at.
+	sources, err := filepath.Glob("../*")
+	if err != nil {
+		return "", err
+	}
+	for _, file := range sources {
+		os.Stat(file)
+	}
+	file := filepath.Join(binaryDir, "qwen-go-proxy")
+	if runtime.GOOS == "windows" {
+		file += ".exe"
+	}
+	out, err := exec.Command("go", "build", fmt.Sprintf("-race=%t", raceEnabled()), "-o", file, "..").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	return file, nil
+})
+
+// A program is the program in a process of its own.
+type program struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	url    string // where it listens
+	stderr *logBuffer
+	ended  chan struct{}
+	status error // of Wait; set once ended is closed
+}
+
+// start runs serve with env on a free loopback port, and kills it when the test ends. Before that, adapt may change how
+// it is started. Where env names a port, it must set LOG_LEVEL=info too: the log then says that it listens.
+func start(t *testing.T, env map[string]string, adapt ...func(*exec.Cmd)) *program {
+	t.Helper()
+	exe, err := build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &program{t: t, cmd: exec.Command(exe), stderr: &logBuffer{}, ended: make(chan struct{})}
+	p.cmd.Dir = binaryDir // where no .env is
+	full := map[string]string{
+		"SERVER_HOST": "127.0.0.1", "SERVER_PORT": "0", "RATE_LIMIT_RPS": "0", "LOG_LEVEL": "warn", "QWEN_DIR": filepath.Join(t.TempDir(), "qwen"),
+		"PATH": os.Getenv("PATH"), "HOME": os.Getenv("HOME"), "TMPDIR": os.TempDir(), "SYSTEMROOT": os.Getenv("SYSTEMROOT"),
+		"GORACE": "atexit_sleep_ms=0",
+	}
+	maps.Copy(full, env)
+	for k, v := range full {
+		p.cmd.Env = append(p.cmd.Env, k+"="+v)
+	}
+	p.cmd.Stderr = p.stderr
+	for _, f := range adapt {
+		f(p.cmd)
+	}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		p.status = p.cmd.Wait()
+		close(p.ended)
+	}()
+	t.Cleanup(func() {
+		p.kill()
+		if t.Failed() {
+			t.Logf("stderr of process %d:\n%s", p.cmd.Process.Pid, p.stderr)
+		}
+	})
+	p.url = p.stderr.await(t, `(?m)(?:"msg":"listening".*"url":"|msg=listening.* url=|^Listening on )([^"\s]+)`)
+	return p
+}
+
+// startWith runs serve with a key, in front of an API that api answers for.
+func startWith(t *testing.T, api http.HandlerFunc, env map[string]string) *program {
+	t.Helper()
+	if api == nil {
+		api = http.NotFound
+	}
+	upstream := httptest.NewServer(api)
+	t.Cleanup(upstream.Close)
+	full := map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": upstream.URL + "/v1"}
+	maps.Copy(full, env)
+	return start(t, full)
+}
+
+// startOverTLS is startWith for an API that speaks TLS, and HTTP/2.
+func startOverTLS(t *testing.T, api *httptest.Server, env map[string]string) *program {
+	t.Helper()
+	api.EnableHTTP2 = true
+	api.StartTLS()
+	t.Cleanup(api.Close)
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: api.Certificate().Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	full := map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": api.URL + "/v1", "SSL_CERT_FILE": file}
+	maps.Copy(full, env)
+	return start(t, full)
+}
+
+// kill ends the process as a crash would, and returns once it is gone.
+func (p *program) kill() {
+	p.cmd.Process.Kill()
+	<-p.ended
+}
+
+// stopsWithin asks the process to end, and checks that it does so well within d.
+func (p *program) stopsWithin(d time.Duration) {
+	p.t.Helper()
+	if runtime.GOOS == "windows" {
+		p.kill() // there is no SIGTERM
+		return
+	}
+	http.DefaultClient.CloseIdleConnections() // one that has never been used would be waited for
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.ended:
+		if p.status != nil {
+			p.t.Errorf("process %d: %v", p.cmd.Process.Pid, p.status)
+		}
+	case <-time.After(d):
+		p.t.Errorf("process %d still runs %v after SIGTERM", p.cmd.Process.Pid, d)
+	}
+}
+
+// terminate asks the process to end, and checks that it does so well.
+func (p *program) terminate() {
+	p.t.Helper()
+	p.stopsWithin(20 * time.Second)
+}
+
+// do sends a request and returns the answer, read whole.
+func (p *program) do(method, path, body string) (*http.Response, string) {
+	p.t.Helper()
+	req, err := http.NewRequest(method, p.url+path, strings.NewReader(body))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return res, string(b)
+}
+
+func (p *program) get(path string) (*http.Response, string) {
+	p.t.Helper()
+	return p.do("GET", path, "")
+}
+
+func (p *program) post(path, body string) (*http.Response, string) {
+	p.t.Helper()
+	return p.do("POST", path, body)
+}
+
+// chat sends a chat request and returns the answer's status and body.
+func (p *program) chat() (int, string, error) {
+	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[{"role":"user","content":"Hello"}]}`))
+	if err != nil {
+		return 0, "", err
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	return res.StatusCode, string(body), err
+}
+
+// metric returns a sample of /metrics by its name and labels.
+func (p *program) metric(name string) (value float64) {
+	p.t.Helper()
+	_, page := p.get("/metrics")
+	_, rest, ok := strings.Cut(page, "\n"+name+" ")
+	if _, err := fmt.Sscan(rest, &value); !ok || err != nil {
+		p.t.Fatalf("/metrics lacks %s:\n%s", name, page)
+	}
+	return value
+}
+
+// dial opens a connection to p for a test that writes its own bytes: TLS where p speaks it, with HTTP/2.
+func (p *program) dial() net.Conn {
+	p.t.Helper()
+	scheme, address, _ := strings.Cut(p.url, "://")
+	c, err := net.Dial("tcp", address)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { c.Close() })
+	if scheme == "https" {
+		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+	}
+	c.SetDeadline(time.Now().Add(time.Minute))
+	return c
+}
+
+// client returns a client that speaks to p by HTTP/1.1, or by HTTP/2 where p serves TLS.
+func (p *program) client() *http.Client {
+	tr := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true, DisableCompression: true}
+	p.t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr, Timeout: time.Minute}
+}
+
+// memory returns a figure of /proc/PID/status in bytes: VmRSS, what the process holds now, or VmHWM, the most so far.
+func (p *program) memory(name string) (bytes int) {
+	p.t.Helper()
+	if runtime.GOOS != "linux" {
+		p.t.Skip("needs /proc")
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(status), "\n"+name+":")
+	if _, err := fmt.Sscanf(after, "%d kB", &bytes); err != nil {
+		p.t.Fatalf("%s: %v in %s", name, err, status)
+	}
+	return bytes << 10
+}
+
+// A logBuffer is what a program has written so far; it can be waited on.
+type logBuffer struct {
+	mu      sync.Mutex
+	buf     bytes.Buffer
+	changed chan struct{}
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.changed != nil {
+		close(l.changed)
+		l.changed = nil
+	}
+	return l.buf.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// await returns the first match of re's first group, or fails the test.
+func (l *logBuffer) await(t *testing.T, re string) string {
+	t.Helper()
+	pattern := regexp.MustCompile(re)
+	deadline := time.After(20 * time.Second)
+	for {
+		l.mu.Lock()
+		if l.changed == nil {
+			l.changed = make(chan struct{})
+		}
+		m, changed := pattern.FindStringSubmatch(l.buf.String()), l.changed
+		l.mu.Unlock()
+		if m != nil {
+			return m[len(m)-1]
+		}
+		select {
+		case <-changed:
+		case <-deadline:
+			t.Fatalf("nothing matched %q in:\n%s", re, l)
+		}
+	}
+}
+
+// wantError checks that an answer is an error of OpenAI's shape.
+func wantError(t *testing.T, res *http.Response, body string, status int, typ, code string) {
+	t.Helper()
+	var e struct {
+		Error     struct{ Message, Type, Code string }
+		RequestID string `json:"request_id"`
+	}
+	if err := json.Unmarshal([]byte(body), &e); err != nil {
+		t.Fatalf("status %d, body is not JSON: %v\n%.300s", res.StatusCode, err, body)
+	}
+	if res.StatusCode != status || e.Error.Type != typ || e.Error.Code != code || e.Error.Message == "" {
+		t.Errorf("got %d %s %s %q, want %d %s %s", res.StatusCode, e.Error.Type, e.Error.Code, e.Error.Message, status, typ, code)
+	}
+	if id := res.Header.Get("X-Request-ID"); id == "" || e.RequestID != id {
+		t.Errorf("request_id %q, X-Request-ID %q: want the same", e.RequestID, id)
+	}
+}
+
+// sse writes the header of a stream, and its events one by one.
+func sse(w http.ResponseWriter, events ...string) {
+	w.Header().Set("Content-Type", "text/event-stream;charset=UTF-8")
+	http.NewResponseController(w).Flush()
+	for _, e := range events {
+		io.WriteString(w, e)
+		http.NewResponseController(w).Flush()
+	}
+}
+
+func answerJSON(w http.ResponseWriter, status int, body string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	io.WriteString(w, body)
+}
+
+// withTLS adds a certificate to env.
+func withTLS(t *testing.T, env map[string]string) map[string]string {
+	full := map[string]string{"ENABLE_TLS": "true"}
+	maps.Copy(full, env)
+	full["TLS_CERT_FILE"], full["TLS_KEY_FILE"] = certificate(t)
+	return full
+}
+
+// certificate writes a certificate for localhost and its key, and returns their files.
+func certificate(t *testing.T) (certFile, keyFile string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	for file, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return certFile, keyFile
+}
