@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"crypto/sha256"
 	"crypto/subtle"
+	"errors"
 	"log/slog"
 	"net"
 	"net/http"
@@ -281,4 +283,30 @@ func clientKey(r *http.Request) string {
 	}
 	_, password, _ := r.BasicAuth()
 	return password
+}
+
+// readProxyKeys returns the keys in file, one a line; blank lines and lines that start with # do not count.
+func readProxyKeys(file string) ([]string, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var keys []string
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		line := strings.TrimSpace(lines.Text())
+		if line != "" && !strings.HasPrefix(line, "#") {
+			keys = append(keys, line)
+		}
+	}
+	switch {
+	case lines.Err() != nil:
+		return nil, lines.Err()
+	case len(keys) == 0:
+		return nil, errors.New("the file holds no key")
+	case !allValidKeys(keys):
+		return nil, errors.New("a key has blanks or unprintable characters")
+	}
+	return keys, nil
 }

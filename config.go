@@ -1,22 +1,22 @@
 package main
 
 import (
-	"bufio"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"math"
 	"net"
 	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -82,46 +82,56 @@ func loadConfig(lookup func(string) (string, bool)) (*config, error) {
 
 // loadSettings is loadConfig without the files: whether they can be used is in the config.
 func loadSettings(lookup func(string) (string, bool)) (*config, error) {
+	const (
+		boolean   = "true or false"
+		positive  = "a positive duration such as 30s or 5m"
+		anyLength = "a duration such as 30s or 5m, or 0"
+		text      = "text without control characters"
+		baseURL   = "a URL such as https://host/v1, without user, password, ? and #"
+		modelIDs  = "model ids without blanks and control characters"
+		aliases   = "alias=model pairs such as gpt-4o=qwen3.7-plus, each alias once"
+		origins   = "origins such as https://app.example.com, or * alone"
+	)
 	e := &env{lookup: lookup}
 	c := &config{
-		host:     e.host("SERVER_HOST", "0.0.0.0"),
+		host:     read(e, "SERVER_HOST", "0.0.0.0", "an IP address, a host name, or unix:/path (the port goes into SERVER_PORT)", parseHost),
 		port:     int(e.integer("SERVER_PORT", 8080, 0, 65535)),
-		tls:      e.boolean("ENABLE_TLS", false),
-		certFile: e.text("TLS_CERT_FILE", ""),
-		keyFile:  e.text("TLS_KEY_FILE", ""),
+		tls:      read(e, "ENABLE_TLS", false, boolean, parseBool),
+		certFile: read(e, "TLS_CERT_FILE", "", text, parseText),
+		keyFile:  read(e, "TLS_KEY_FILE", "", text, parseText),
 
-		logLevel:  e.level("LOG_LEVEL", slog.LevelInfo),
-		logFormat: e.oneOf("LOG_FORMAT", "json", "text"),
-		debug:     e.boolean("DEBUG_MODE", false),
+		logLevel:  read(e, "LOG_LEVEL", slog.LevelInfo, "debug, info, warn or error", parseLevel),
+		logFormat: read(e, "LOG_FORMAT", "json", "json or text", parseFormat),
+		debug:     read(e, "DEBUG_MODE", false, boolean, parseBool),
 
-		rateLimit: e.rate("RATE_LIMIT_RPS", 10),
+		rateLimit: read(e, "RATE_LIMIT_RPS", 10, "requests a second such as 10 or 0.5, at most 1000000, or 0 for no limit", parseRate),
 		rateBurst: int(e.integer("RATE_LIMIT_BURST", 20, 1, 1_000_000)),
 
-		readTimeout:     e.duration("READ_TIMEOUT", 30*time.Second),
-		writeTimeout:    e.duration("WRITE_TIMEOUT", 30*time.Second),
-		shutdownDelay:   e.durationOrOff("SHUTDOWN_DELAY", 0),
-		shutdownTimeout: e.duration("SHUTDOWN_TIMEOUT", 30*time.Second),
-		upstreamTimeout: e.duration("UPSTREAM_TIMEOUT", 10*time.Minute),
-		idleTimeout:     e.duration("STREAM_IDLE_TIMEOUT", 5*time.Minute),
-		keepAlive:       e.durationOrOff("SSE_KEEPALIVE", 15*time.Second),
+		readTimeout:     read(e, "READ_TIMEOUT", 30*time.Second, positive, parsePositive),
+		writeTimeout:    read(e, "WRITE_TIMEOUT", 30*time.Second, positive, parsePositive),
+		shutdownDelay:   read(e, "SHUTDOWN_DELAY", 0, anyLength, parseDuration),
+		shutdownTimeout: read(e, "SHUTDOWN_TIMEOUT", 30*time.Second, positive, parsePositive),
+		upstreamTimeout: read(e, "UPSTREAM_TIMEOUT", 10*time.Minute, positive, parsePositive),
+		idleTimeout:     read(e, "STREAM_IDLE_TIMEOUT", 5*time.Minute, positive, parsePositive),
+		keepAlive:       read(e, "SSE_KEEPALIVE", 15*time.Second, anyLength, parseDuration),
 
 		maxBody:     e.integer("MAX_BODY_BYTES", 32<<20, 1, math.MaxInt64),
 		maxBuffered: e.integer("MAX_BUFFERED_BYTES", 256<<20, 1, math.MaxInt64),
 
-		qwenDir:       e.directory("QWEN_DIR", ".qwen"),
-		refreshBuffer: e.duration("TOKEN_REFRESH_BUFFER", 5*time.Minute),
-		oauthBase:     e.url("QWEN_OAUTH_BASE_URL", "https://chat.qwen.ai"),
-		oauthClientID: e.text("QWEN_OAUTH_CLIENT_ID", "f0304373b74a44d2b584a3fb70ca9e56"),
-		oauthScope:    e.text("QWEN_OAUTH_SCOPE", "openid profile email model.completion"),
+		qwenDir:       read(e, "QWEN_DIR", ".qwen", text+", and without ~ if the home directory is unknown", parseDirectory),
+		refreshBuffer: read(e, "TOKEN_REFRESH_BUFFER", 5*time.Minute, positive, parsePositive),
+		oauthBase:     read(e, "QWEN_OAUTH_BASE_URL", &url.URL{Scheme: "https", Host: "chat.qwen.ai"}, baseURL, parseURL),
+		oauthClientID: read(e, "QWEN_OAUTH_CLIENT_ID", "f0304373b74a44d2b584a3fb70ca9e56", text, parseText),
+		oauthScope:    read(e, "QWEN_OAUTH_SCOPE", "openid profile email model.completion", text, parseText),
 
-		apiBase: e.url("API_BASE_URL", ""),
+		apiBase: read(e, "API_BASE_URL", nil, baseURL, parseURL),
 
-		defaultModel: e.model("DEFAULT_MODEL", "qwen3-coder-plus"),
-		aliases:      e.aliases("MODEL_ALIASES"),
-		models:       e.models("MODELS"),
+		defaultModel: read(e, "DEFAULT_MODEL", "qwen3-coder-plus", "one model id", parseModel),
+		aliases:      map[string]string{},
+		models:       readList(e, "MODELS", modelIDs, parseModel),
 
-		trustedProxies: e.prefixes("TRUSTED_PROXIES"),
-		corsOrigins:    e.origins("CORS_ALLOWED_ORIGINS"),
+		trustedProxies: readList(e, "TRUSTED_PROXIES", "IP addresses or CIDRs such as 10.0.0.0/8", parsePrefix),
+		corsOrigins:    readList(e, "CORS_ALLOWED_ORIGINS", origins, parseOrigin),
 	}
 	c.apiKey, c.apiKeyFile, c.apiKeyErr = e.apiKey("QWEN_API_KEY", "QWEN_API_KEY_FILE")
 	c.proxyKeys, c.proxyKeysFile = e.proxyKeys("PROXY_API_KEYS", "PROXY_API_KEYS_FILE")
@@ -129,87 +139,37 @@ func loadSettings(lookup func(string) (string, bool)) (*config, error) {
 	if c.debug {
 		c.logLevel = min(c.logLevel, slog.LevelDebug)
 	}
+	if len(c.corsOrigins) > 1 && slices.Contains(c.corsOrigins, "*") {
+		e.problem("CORS_ALLOWED_ORIGINS", e.get("CORS_ALLOWED_ORIGINS"), origins)
+	}
+	pairs := readList(e, "MODEL_ALIASES", aliases, parseAlias)
+	for _, pair := range pairs {
+		if _, dup := c.aliases[pair[0]]; dup {
+			e.problem("MODEL_ALIASES", pair[0]+"="+pair[1], aliases)
+		}
+		c.aliases[pair[0]] = pair[1]
+	}
+	for _, pair := range pairs {
+		if _, alias := c.aliases[pair[1]]; alias {
+			e.problem("MODEL_ALIASES", pair[0]+"="+pair[1], "a model, not another alias, behind =")
+		}
+	}
 	if model, ok := c.aliases[c.defaultModel]; ok {
 		c.defaultModel = model
 	}
 	if c.maxBuffered < c.maxBody {
-		e.problem("MAX_BUFFERED_BYTES", strconv.FormatInt(c.maxBuffered, 10),
-			fmt.Sprintf("at least MAX_BODY_BYTES, which is %d", c.maxBody))
+		e.problem("MAX_BUFFERED_BYTES", strconv.FormatInt(c.maxBuffered, 10), fmt.Sprintf("at least MAX_BODY_BYTES, which is %d", c.maxBody))
 	}
-	if c.tls {
-		if c.certFile == "" || c.keyFile == "" {
-			c.tlsErr = errors.New(`ENABLE_TLS="true": want TLS_CERT_FILE and TLS_KEY_FILE beside it, both PEM files`)
-		} else if _, err := tls.LoadX509KeyPair(c.certFile, c.keyFile); err != nil {
+	switch {
+	case !c.tls:
+	case c.certFile == "" || c.keyFile == "":
+		c.tlsErr = errors.New(`ENABLE_TLS="true": want TLS_CERT_FILE and TLS_KEY_FILE beside it, both PEM files`)
+	default:
+		if _, err := tls.LoadX509KeyPair(c.certFile, c.keyFile); err != nil {
 			c.tlsErr = fmt.Errorf("TLS_CERT_FILE=%q, TLS_KEY_FILE=%q: want a PEM certificate chain and its key: %w", c.certFile, c.keyFile, err)
 		}
 	}
 	return c, errors.Join(e.errs...)
-}
-
-// maxEnvFile bounds the bytes of a .env file.
-const maxEnvFile = 1 << 20
-
-// readEnvFile returns the settings in file, nil where there is no such file: NAME=value lines, where # begins a comment
-// and a value may be in quotes. Its error joins the problems, one a line, and shows no value. The settings of the good
-// lines are returned all the same.
-func readEnvFile(file string) (map[string]string, error) {
-	info, err := os.Stat(file)
-	switch {
-	case file == "", errors.Is(err, fs.ErrNotExist), err == nil && info.IsDir(): // Python environments have that name too
-		return nil, nil
-	case err == nil && !info.Mode().IsRegular():
-		return nil, fmt.Errorf("%s: want a regular file", file)
-	case err == nil && info.Size() > maxEnvFile:
-		return nil, fmt.Errorf("%s: want at most %d bytes", file, maxEnvFile)
-	case err != nil:
-		return nil, err
-	}
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	settings, n := map[string]string{}, 0
-	var errs []error
-	for line := range strings.Lines(strings.TrimPrefix(string(b), "\ufeff")) { // some editors of Windows put a BOM there
-		n++
-		line = strings.TrimSpace(line)
-		if line == "" || line[0] == '#' {
-			continue
-		}
-		name, value, ok := strings.Cut(line, "=")
-		name = strings.TrimSpace(name)
-		if ok = ok && variable(name); ok {
-			value, ok = unquote(strings.TrimSpace(value))
-		}
-		if !ok {
-			errs = append(errs, fmt.Errorf(`%s, line %d: want NAME=value, NAME="value" or a comment (the line is not shown)`, file, n))
-			continue
-		}
-		settings[name] = value
-	}
-	return settings, errors.Join(errs...)
-}
-
-// unquote returns the value that s, the right side of a .env line, stands for, and whether it is well-formed.
-func unquote(s string) (string, bool) {
-	if s == "" || s[0] != '"' && s[0] != '\'' {
-		for i := range s {
-			if s[i] == '#' && (i == 0 || s[i-1] == ' ' || s[i-1] == '\t') {
-				return strings.TrimSpace(s[:i]), true
-			}
-		}
-		return s, true
-	}
-	value, rest, ok := strings.Cut(s[1:], s[:1])
-	rest = strings.TrimSpace(rest)
-	return value, ok && (rest == "" || rest[0] == '#')
-}
-
-// variable reports whether s can be the name of an environment variable.
-func variable(s string) bool {
-	return s != "" && !strings.ContainsFunc(s, func(r rune) bool {
-		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '_')
-	})
 }
 
 // addr returns the network and address to listen on.
@@ -218,6 +178,36 @@ func (c *config) addr() (network, address string) {
 		return "unix", path
 	}
 	return "tcp", net.JoinHostPort(c.host, strconv.Itoa(c.port))
+}
+
+// envLine matches a setting in a .env file: NAME=value, where # begins a comment and the value may be in quotes.
+var envLine = regexp.MustCompile(`^(\w+)\s*=\s*(?:"([^"]*)"\s*|'([^']*)'\s*|([^"'#\s].*?)(?:\s+|$)|)(?:#.*)?$`)
+
+// readEnvFile returns the settings in file, nil if there is no such file. Its error joins the problems, one a line, and shows no
+// value. The settings of the good lines are returned all the same.
+func readEnvFile(file string) (map[string]string, error) {
+	b, _, err := readRegular(file, math.MaxInt64)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.EISDIR): // Python environments have that name too
+		return nil, nil
+	case err != nil:
+		return nil, err
+	}
+	settings := map[string]string{}
+	var errs []error
+	text := strings.TrimPrefix(string(b), "\ufeff") // some editors of Windows put this byte order mark there
+	for i, line := range strings.Split(text, "\n") {
+		line = strings.TrimSpace(line)
+		m := envLine.FindStringSubmatch(line)
+		switch {
+		case line == "" || line[0] == '#':
+		case m == nil:
+			errs = append(errs, fmt.Errorf(`%s, line %d: want NAME=value, NAME="value" or a comment (the line is not shown)`, file, i+1))
+		default:
+			settings[m[1]] = m[2] + m[3] + m[4]
+		}
+	}
+	return settings, errors.Join(errs...)
 }
 
 // An env reads variables and collects what is wrong with them. A variable that is set to nothing but
@@ -232,184 +222,47 @@ func (e *env) get(key string) string {
 	return strings.TrimSpace(s)
 }
 
-// problem records that key has a value which is not what is wanted.
+// problem records that key has a value which is not what is wanted. It shows no value that may be a URL with a password or key.
 func (e *env) problem(key, value, want string) {
+	if strings.ContainsAny(value, "@?#") {
+		value = "…"
+	}
 	e.errs = append(e.errs, fmt.Errorf("%s=%q: want %s", key, value, want))
 }
 
-func (e *env) text(key, def string) string {
+// read returns the value of key as parse understands it, or def if key is unset. If parse fails, it records what is wanted.
+func read[T any](e *env, key string, def T, want string, parse func(string) (T, bool)) T {
 	s := e.get(key)
 	if s == "" {
 		return def
 	}
-	if !printable(s) {
-		e.problem(key, s, "text without control characters")
-	}
-	return s
-}
-
-func (e *env) boolean(key string, def bool) bool {
-	s := e.get(key)
-	if s == "" {
-		return def
-	}
-	b, err := strconv.ParseBool(strings.ToLower(s))
-	if err != nil {
-		e.problem(key, s, "true or false")
-	}
-	return b
-}
-
-// oneOf returns the value of key, which is one of values in any case; the first is the default.
-func (e *env) oneOf(key string, values ...string) string {
-	s := strings.ToLower(e.get(key))
-	if s == "" {
-		return values[0]
-	}
-	if !slices.Contains(values, s) {
-		e.problem(key, s, strings.Join(values, " or "))
-	}
-	return s
-}
-
-func (e *env) integer(key string, def, low, high int64) int64 {
-	s := e.get(key)
-	if s == "" {
-		return def
-	}
-	n, err := strconv.ParseInt(s, 10, 64)
-	if err != nil || n < low || n > high {
-		want := fmt.Sprintf("a whole number from %d to %d", low, high)
-		if high == math.MaxInt64 {
-			want = fmt.Sprintf("a whole number of at least %d", low)
-		}
+	v, ok := parse(s)
+	if !ok {
 		e.problem(key, s, want)
 		return def
 	}
-	return n
+	return v
 }
 
-func (e *env) rate(key string, def float64) float64 {
-	s := e.get(key)
-	if s == "" {
-		return def
-	}
-	f, err := strconv.ParseFloat(s, 64)
-	if err != nil || !(f == 0 || f >= 1e-6 && f <= 1e6) { // NaN fails every comparison
-		e.problem(key, s, "requests a second such as 10 or 0.5, at most 1000000, or 0 for no limit")
-		return def
-	}
-	return f
-}
-
-// duration returns the value of key, or def where it is unset.
-func (e *env) duration(key string, def time.Duration) time.Duration {
-	if d := e.durationOrOff(key, def); d > 0 {
-		return d
-	}
-	e.problem(key, e.get(key), "a positive duration such as 30s or 5m")
-	return def
-}
-
-// durationOrOff is duration, with 0 allowed.
-func (e *env) durationOrOff(key string, def time.Duration) time.Duration {
-	s := e.get(key)
-	if s == "" {
-		return def
-	}
-	d, err := time.ParseDuration(s)
-	if err != nil || d < 0 {
-		e.problem(key, s, "a duration with its unit, such as 30s or 5m")
-		return def
-	}
-	return d
-}
-
-func (e *env) level(key string, def slog.Level) slog.Level {
-	s := e.get(key)
-	switch strings.ToLower(s) {
-	case "":
-		return def
-	case "debug":
-		return slog.LevelDebug
-	case "info":
-		return slog.LevelInfo
-	case "warn":
-		return slog.LevelWarn
-	case "error":
-		return slog.LevelError
-	}
-	e.problem(key, s, "debug, info, warn or error")
-	return def
-}
-
-func (e *env) host(key, def string) string {
-	s := e.get(key)
-	if s == "" {
-		return def
-	}
-	if path, ok := strings.CutPrefix(s, "unix:"); ok {
-		if path == "" || !printable(path) {
-			e.problem(key, s, "a path behind unix:, such as unix:/run/qwen-go-proxy.sock")
+// readList is read for comma-separated values, nil if key is unset.
+func readList[T any](e *env, key, want string, parse func(string) (T, bool)) []T {
+	var list []T
+	items := e.list(key)
+	for _, item := range items {
+		v, ok := parse(item)
+		if !ok {
+			e.problem(key, item, want)
+			continue
 		}
-		return s
+		list = append(list, v)
 	}
-	host := strings.TrimSuffix(strings.TrimPrefix(s, "["), "]") // an IPv6 address as in a URL
-	if _, err := netip.ParseAddr(host); err != nil && !hostname(host) {
-		e.problem(key, s, "an IP address, a host name, or unix:/path (the port goes into SERVER_PORT)")
+	if s := e.get(key); s != "" && len(items) == 0 {
+		e.problem(key, s, want)
 	}
-	return host
+	return list
 }
 
-// directory returns the value of key with a leading ~/ replaced by the home directory.
-func (e *env) directory(key, def string) string {
-	s := e.text(key, def)
-	rest, ok := strings.CutPrefix(s, "~")
-	if !ok || rest != "" && rest[0] != '/' && rest[0] != filepath.Separator {
-		return s
-	}
-	home, err := os.UserHomeDir()
-	if err != nil {
-		e.errs = append(e.errs, fmt.Errorf("%s=%q: want a path without ~, since the home directory is unknown: %w", key, s, err))
-		return s
-	}
-	return filepath.Join(home, rest)
-}
-
-// url returns the value of key as an absolute http or https URL without a trailing slash, or nil where
-// both it and def are empty.
-func (e *env) url(key, def string) *url.URL {
-	s := e.get(key)
-	if s == "" {
-		s = def
-	}
-	if s == "" {
-		return nil
-	}
-	u, err := url.Parse(s)
-	switch {
-	case err != nil:
-		e.problem(key, "…", "a URL such as https://host/v1") // url.Parse's error and the value may hold a password
-		return nil
-	case u.User != nil:
-		e.problem(key, showable(s), "a URL without user and password")
-	case u.Scheme != "https" && u.Scheme != "http" || u.Hostname() == "":
-		e.problem(key, showable(s), "a URL that starts with https:// (or http://) and a host")
-	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "":
-		e.problem(key, u.Scheme+"://"+u.Host+u.Path+"…", "a URL without ? and #")
-	}
-	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), ""
-	return u
-}
-
-// showable returns s, or … where the URLs in it may hold a password or a key.
-func showable(s string) string {
-	if strings.ContainsAny(s, "@?#") {
-		return "…"
-	}
-	return s
-}
-
+// list returns the comma-separated items of key that are not blank.
 func (e *env) list(key string) []string {
 	var items []string
 	for item := range strings.SplitSeq(e.get(key), ",") {
@@ -420,92 +273,115 @@ func (e *env) list(key string) []string {
 	return items
 }
 
-func (e *env) model(key, def string) string {
-	s := e.text(key, def)
-	if strings.ContainsAny(s, ", ") {
-		e.problem(key, s, "one model id")
+func (e *env) integer(key string, def, low, high int64) int64 {
+	want := fmt.Sprintf("a whole number from %d to %d", low, high)
+	if high == math.MaxInt64 {
+		want = fmt.Sprintf("a whole number of at least %d", low)
 	}
-	return s
+	return read(e, key, def, want, func(s string) (int64, bool) {
+		n, err := strconv.ParseInt(s, 10, 64)
+		return n, err == nil && n >= low && n <= high
+	})
 }
 
-func (e *env) models(key string) []string {
-	items := e.list(key)
-	if e.get(key) != "" && len(items) == 0 {
-		e.problem(key, e.get(key), "comma-separated model ids")
-	}
-	for _, id := range items {
-		if !printable(id) || strings.Contains(id, " ") {
-			e.problem(key, id, "model ids without blanks and control characters")
-		}
-	}
-	return items
+func parseText(s string) (string, bool) { return s, printable(s) }
+
+func parseBool(s string) (bool, bool) {
+	b, err := strconv.ParseBool(strings.ToLower(s))
+	return b, err == nil
 }
 
-// aliases returns the value of key: models by their aliases.
-func (e *env) aliases(key string) map[string]string {
-	pairs := map[string]string{}
-	for _, item := range e.list(key) {
-		from, to, ok := strings.Cut(item, "=")
-		from, to = strings.TrimSpace(from), strings.TrimSpace(to)
-		if !ok || from == "" || to == "" || !printable(item) {
-			e.problem(key, item, "alias=model pairs such as gpt-4o=qwen3.7-plus")
-			continue
-		}
-		if _, dup := pairs[from]; dup {
-			e.problem(key, item, "each alias once")
-		}
-		pairs[from] = to
-	}
-	for _, from := range slices.Sorted(maps.Keys(pairs)) {
-		if _, alias := pairs[pairs[from]]; alias {
-			e.problem(key, from+"="+pairs[from], "a model, not another alias, behind =")
-		}
-	}
-	return pairs
+func parseLevel(s string) (slog.Level, bool) {
+	var level slog.Level
+	err := level.UnmarshalText([]byte(s))
+	return level, err == nil
 }
 
-func (e *env) prefixes(key string) []netip.Prefix {
-	var prefixes []netip.Prefix
-	for _, item := range e.list(key) {
-		p, err := netip.ParsePrefix(item)
-		if err != nil {
-			a, addrErr := netip.ParseAddr(item)
-			if addrErr != nil {
-				e.problem(key, item, "IP addresses or CIDRs such as 10.0.0.0/8")
-				continue
-			}
-			a = a.Unmap()
-			p = netip.PrefixFrom(a, a.BitLen())
-		}
-		prefixes = append(prefixes, p.Masked())
-	}
-	return prefixes
+func parseFormat(s string) (string, bool) {
+	s = strings.ToLower(s)
+	return s, s == "json" || s == "text"
 }
 
-func (e *env) origins(key string) []string {
-	items := e.list(key)
-	if e.get(key) != "" && len(items) == 0 {
-		e.problem(key, e.get(key), "comma-separated origins, or *")
+func parseRate(s string) (float64, bool) {
+	f, err := strconv.ParseFloat(s, 64)
+	return f, err == nil && (f == 0 || f >= 1e-6 && f <= 1e6) // NaN fails every comparison
+}
+
+func parseDuration(s string) (time.Duration, bool) {
+	d, err := time.ParseDuration(s)
+	return d, err == nil && d >= 0
+}
+
+func parsePositive(s string) (time.Duration, bool) {
+	d, ok := parseDuration(s)
+	return d, ok && d > 0
+}
+
+func parseHost(s string) (string, bool) {
+	if path, ok := strings.CutPrefix(s, "unix:"); ok {
+		return s, path != "" && printable(path)
 	}
-	for i, item := range items {
-		if item == "*" {
-			if len(items) > 1 {
-				e.problem(key, showable(e.get(key)), "either * or a list of origins")
-			}
-			continue
-		}
-		u, err := url.Parse(item)
-		if err != nil || u.Scheme == "" || u.Host == "" || strings.Contains(u.Host, "*") || u.User != nil || u.Opaque != "" ||
-			strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
-			e.problem(key, showable(item), "origins such as https://app.example.com, or *")
-			continue
-		}
-		items[i] = strings.ToLower(u.Scheme + "://" + u.Host)
-		if port, ok := map[string]string{"http": ":80", "https": ":443"}[u.Scheme]; ok {
-			items[i] = strings.TrimSuffix(items[i], port) // browsers leave it out (RFC 6454 §6.2)
-		}
+	host := strings.TrimSuffix(strings.TrimPrefix(s, "["), "]") // an IPv6 address as in a URL
+	_, err := netip.ParseAddr(host)
+	return host, err == nil || hostname(host)
+}
+
+// parseDirectory replaces a leading ~/ by the home directory.
+func parseDirectory(s string) (string, bool) {
+	rest, ok := strings.CutPrefix(s, "~")
+	if !printable(s) || !ok || rest != "" && rest[0] != '/' && rest[0] != filepath.Separator {
+		return s, printable(s)
 	}
-	return items
+	home, err := os.UserHomeDir()
+	return filepath.Join(home, rest), err == nil
+}
+
+// parseURL returns an absolute http or https URL, without slashes at its end.
+func parseURL(s string) (*url.URL, bool) {
+	u, err := url.Parse(s)
+	if err != nil {
+		return nil, false
+	}
+	ok := (u.Scheme == "https" || u.Scheme == "http") && u.Hostname() != "" && u.User == nil && !strings.ContainsAny(s, "?#")
+	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), ""
+	return u, ok
+}
+
+func parseModel(s string) (string, bool) {
+	return s, printable(s) && !strings.ContainsAny(s, ", ")
+}
+
+func parseAlias(s string) (pair [2]string, ok bool) {
+	from, to, _ := strings.Cut(s, "=")
+	pair = [2]string{strings.TrimSpace(from), strings.TrimSpace(to)}
+	return pair, pair[0] != "" && pair[1] != "" && printable(s)
+}
+
+// parsePrefix returns a range of IP addresses, or that of one address.
+func parsePrefix(s string) (netip.Prefix, bool) {
+	if p, err := netip.ParsePrefix(s); err == nil {
+		return p.Masked(), true
+	}
+	a, err := netip.ParseAddr(s)
+	a = a.Unmap()
+	return netip.PrefixFrom(a, a.BitLen()).Masked(), err == nil
+}
+
+// parseOrigin returns an origin as browsers send it: in lower case, without the default port (RFC 6454 §6.2).
+func parseOrigin(s string) (string, bool) {
+	if s == "*" {
+		return s, true
+	}
+	u, err := url.Parse(s)
+	if err != nil {
+		return "", false
+	}
+	origin := strings.ToLower(u.Scheme + "://" + u.Host)
+	if port, ok := map[string]string{"http": ":80", "https": ":443"}[u.Scheme]; ok {
+		origin = strings.TrimSuffix(origin, port)
+	}
+	rest, ok := strings.CutPrefix(strings.ToLower(s), strings.ToLower(u.Scheme+"://"+u.Host))
+	return origin, ok && u.Scheme != "" && u.Host != "" && strings.Trim(rest, "/") == "" && !strings.Contains(u.Host, "*")
 }
 
 // apiKey returns the upstream's key, "" for none, and the file it came from ("" for the variable). The error says why
@@ -568,32 +444,6 @@ func (e *env) proxyKeys(key, fileKey string) (keys []string, file string) {
 		}
 	}
 	return keys, file
-}
-
-// readProxyKeys returns the keys in file, one a line; blank lines and lines that start with # do not count.
-func readProxyKeys(file string) ([]string, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	var keys []string
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		line := strings.TrimSpace(lines.Text())
-		if line != "" && !strings.HasPrefix(line, "#") {
-			keys = append(keys, line)
-		}
-	}
-	switch {
-	case lines.Err() != nil:
-		return nil, lines.Err()
-	case len(keys) == 0:
-		return nil, errors.New("the file holds no key")
-	case !allValidKeys(keys):
-		return nil, errors.New("a key has blanks or unprintable characters")
-	}
-	return keys, nil
 }
 
 func allValidKeys(keys []string) bool {
