@@ -2,15 +2,12 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	_ "embed"
 	"encoding/base64"
 	"fmt"
 	"html/template"
-	"mime"
 	"net/http"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -38,91 +35,64 @@ type authAnswer struct {
 	Demo                    bool      `json:"-"`                   // a stand-in answers in Qwen's place
 }
 
-// auth handles GET /auth: it tells the state of the sign-in, as a page or as JSON, having started one where that
-// is needed. With ?watch, and for a HEAD, it starts nothing.
-func (s *tokenSource) auth(x *exchange, r *http.Request) error {
-	x.Header().Add("Vary", "Accept")
-	if site := r.Header.Get("Sec-Fetch-Site"); site == "cross-site" || site == "same-site" {
-		return &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "cross_origin",
-			message: "Another site's page led here, and such a page may not start a sign-in. Type the address of the proxy's /auth into the browser."}
-	}
-	page := prefersHTML(r)
-	start := r.Method != http.MethodHead && !r.URL.Query().Has("watch")
-	if start {
-		wait := maxSignInWait
+// authHandler returns the handler of GET /auth. It answers with the state of the sign-in, as a page or as JSON. If a sign-in is
+// needed it starts one first, but not with ?watch and not for a HEAD.
+func authHandler(tokens tokenSource) handler {
+	return func(x *exchange, r *http.Request) error {
+		x.Header().Add("Vary", "Accept")
+		if site := r.Header.Get("Sec-Fetch-Site"); site == "cross-site" || site == "same-site" {
+			return &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "cross_origin",
+				message: "Another site's page led here, and such a page may not start a sign-in. Type the address of the proxy's /auth into the browser."}
+		}
+		page := strings.Contains(strings.Join(r.Header.Values("Accept"), ","), "text/html")
+		start := r.Method != http.MethodHead && !r.URL.Query().Has("watch")
+		st := tokens.status()
+		if start && st.needsSignIn {
+			wait := maxSignInWait
+			if page {
+				wait = maxPageWait
+			}
+			st.flow.startAndWait(r.Context(), wait)
+			st = tokens.status()
+		}
+		a := newAuthAnswer(r, st)
 		if page {
-			wait = maxPageWait
+			a.writePage(x)
+			return nil
 		}
-		s.startNeeded(r.Context(), wait)
-	}
-	a := s.authAnswer(r)
-	switch {
-	case page:
-		a.writePage(x)
-	case start && (a.Status == signInStarting || a.Status == signInFailed):
-		return &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "sign_in_unavailable", retryAfter: 5 * time.Second,
-			message: a.Message, err: s.flow.state().err}
-	default:
+		if start && (a.Status == signInStarting || a.Status == signInFailed) {
+			return &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "sign_in_unavailable", retryAfter: 5 * time.Second,
+				message: a.Message, err: st.flow.state().err}
+		}
 		writeJSON(x, http.StatusOK, a)
-	}
-	return nil
-}
-
-// trouble returns what ready says of st or, where its token is still good but can't be renewed any more, that, and
-// whether a sign-in mends it.
-func (s *tokenSource) trouble(st *authState) (err *apiError, needsSignIn bool) {
-	err = s.ready()
-	if u := s.unserved.Load(); err == nil && u != nil && !s.keyed() && time.Since(u.since) >= unservedPause {
-		err = notServed() // the server counts as ready again, and yet a sign-in is what helps
-	}
-	if err == nil && st.refused != nil {
-		err = signInRefused(st.refused)
-	}
-	return err, err != nil && err.status == http.StatusUnauthorized && !s.keyed()
-}
-
-// startNeeded starts a sign-in where one is needed and none is under way, and waits until it has a link or has failed.
-func (s *tokenSource) startNeeded(ctx context.Context, wait time.Duration) {
-	if _, needsSignIn := s.trouble(s.state.Load()); !needsSignIn {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, wait)
-	defer cancel()
-	s.flow.start()
-	for in := s.flow.state(); in.status == signInStarting && in.err == nil; in = s.flow.state() {
-		select {
-		case <-in.changed:
-		case <-ctx.Done():
-			return
-		}
+		return nil
 	}
 }
 
-// authAnswer returns the state of the sign-in, for r's client.
-func (s *tokenSource) authAnswer(r *http.Request) *authAnswer {
-	a := &authAnswer{Host: r.Host, Demo: s.demo}
-	st := s.state.Load()
-	err, needsSignIn := s.trouble(st)
-	if err != nil {
-		a.Reason, a.NotServed = err.message, err.code == notServed().code
+// newAuthAnswer returns what /auth tells the client of r about st.
+func newAuthAnswer(r *http.Request, st sourceStatus) *authAnswer {
+	a := &authAnswer{Host: r.Host}
+	if st.problem != nil {
+		a.Reason, a.NotServed = st.problem.message, st.problem.code == notServed().code
 	}
-	if !needsSignIn {
-		a.Status, a.BaseURL = "signed_in", baseURLOf(r)
-		a.Method, a.Message = "oauth", "The proxy is signed in to Qwen."
+	if !st.needsSignIn {
+		a.Status, a.Method, a.BaseURL = "signed_in", st.method, baseURLOf(r)
 		switch {
-		case s.keyed():
-			a.Method, a.Message = "api_key", "The proxy uses an API key. No sign-in is needed."
-		case st.token != nil:
-			a.Expires = st.token.expiry.UTC().Truncate(time.Second)
+		case st.problem != nil:
+			a.Message = st.problem.message
+		case st.flow == nil:
+			a.Message = "The proxy uses an API key. No sign-in is needed."
+		default:
+			a.Message = "The proxy is signed in to Qwen."
 		}
-		if err != nil {
-			a.Message = err.message
+		if st.token != nil && !st.token.isKey() {
+			a.Expires = st.token.expiry.UTC().Truncate(time.Second)
 		}
 		return a
 	}
 
-	in := s.flow.state()
-	a.Status = in.status
+	in := st.flow.state()
+	a.Status, a.Demo = in.status, st.flow.demo
 	switch in.status {
 	case signInPending:
 		a.VerificationURI, a.VerificationURIComplete = in.auth.verificationURI, in.auth.verificationURIComplete
@@ -133,7 +103,7 @@ func (s *tokenSource) authAnswer(r *http.Request) *authAnswer {
 		if in.err != nil && unanswered(in.err) {
 			a.Message = "Qwen's sign-in server can't be reached. Check the proxy's network. The proxy keeps trying." // the cause is in the log
 		} else if in.err != nil {
-			a.Message = s.oauth.trouble(in.err) + " The proxy keeps trying."
+			a.Message = st.flow.oauth.trouble(in.err) + " The proxy keeps trying."
 		}
 	case signInDenied:
 		a.Message = "The sign-in was denied. Open /auth to start another."
@@ -212,38 +182,4 @@ func (a *authAnswer) writePage(w http.ResponseWriter) {
 	h.Set("Cache-Control", "no-store")
 	h.Set("Content-Security-Policy", authPolicy)
 	w.Write(b.Bytes())
-}
-
-// prefersHTML reports whether r's Accept ranks text/html above application/json, as browsers do.
-func prefersHTML(r *http.Request) bool {
-	accept := strings.Join(r.Header.Values("Accept"), ",")
-	return acceptWeight(accept, "text", "html") > acceptWeight(accept, "application", "json")
-}
-
-// acceptWeight returns the weight, 0 to 1, that an Accept header gives to typ/subtype: "the most specific reference
-// has precedence" (RFC 9110 §12.5.1).
-func acceptWeight(accept, typ, subtype string) (weight float64) {
-	specific := 0
-	for item := range strings.SplitSeq(accept, ",") {
-		mediaRange, params, err := mime.ParseMediaType(item)
-		if err != nil {
-			continue
-		}
-		rank := 0
-		switch mediaRange {
-		case typ + "/" + subtype:
-			rank = 3
-		case typ + "/*":
-			rank = 2
-		case "*/*":
-			rank = 1
-		}
-		if rank > specific {
-			specific, weight = rank, 1
-			if q, err := strconv.ParseFloat(params["q"], 64); err == nil && q >= 0 && q <= 1 {
-				weight = q
-			}
-		}
-	}
-	return weight
 }

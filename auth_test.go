@@ -26,7 +26,7 @@ func (s *sourceTest) askAuth(method, target, accept string) *httptest.ResponseRe
 	r.Header.Set("Accept", accept)
 	w := httptest.NewRecorder()
 	w.Header().Set("Vary", "Origin") // by another handler before
-	track(s.cfg, s.tokenSource.log, newMetrics(), s.tokenSource.auth).ServeHTTP(w, r)
+	track(s.cfg, s.oauthSource.log, newMetrics(), authHandler(s.oauthSource)).ServeHTTP(w, r)
 	return w
 }
 
@@ -116,7 +116,7 @@ func TestAuthStates(t *testing.T) {
 				"message": "The proxy's access token has expired and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying."},
 			page: []string{">Signed in, with a problem</h1>", "has expired and Qwen&#39;s sign-in server can&#39;t be reached", live}},
 		{name: "the account is not served", life: time.Hour, serve: answering(deviceAnswer(nil), pendingAnswer, ""), after: time.Minute, device: 1,
-			before: func(s *sourceTest) { s.servedWith(false) }, want: pending(notServed().message, time.Minute),
+			before: func(s *sourceTest) { s.refused() }, want: pending(notServed().message, time.Minute),
 			page: []string{`<p class="note">Qwen&#39;s API does not serve this account`, "Set QWEN_API_KEY", "sign in with another Qwen account", link, live}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -254,7 +254,7 @@ func TestAuthEscapesForeignText(t *testing.T) {
 		r.Host = hostile
 		w := httptest.NewRecorder()
 		w.Header().Set("Vary", "Origin")
-		track(s.cfg, s.tokenSource.log, newMetrics(), s.tokenSource.auth).ServeHTTP(w, r)
+		track(s.cfg, s.oauthSource.log, newMetrics(), authHandler(s.oauthSource)).ServeHTTP(w, r)
 		const escaped = "&#34;&#39;&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;lt;{{.}}"
 		wantPage(t, w, []string{`<strong class="code">` + escaped + "</strong>", "on <strong>" + escaped + "</strong>",
 			`href="https://chat.qwen.ai/?%22%27%3e%3cscript%3ealert%281%29%3c/script%3e&amp;lt;%7b%7b.%7d%7d"`}, []string{"<script>alert"})
@@ -348,45 +348,20 @@ func TestAuthOfTheProgram(t *testing.T) {
 	want(2, ask("GET", "/auth"), ">"+answer["user_code"]+"</strong>")
 }
 
-func TestAuthPrefersHTML(t *testing.T) {
-	for accept, want := range map[string]bool{
-		browserAccept: true,
-		"text/html, application/xhtml+xml;q=0.9, */*;q=0.8": true,
-		"TEXT/HTML":                         true,
-		"text/*":                            true,
-		"text/html;level=1":                 true,
-		"application/json;q=0.5, text/html": true,
-		"text/html, */*;q=0":                true,
-		"":                                  false,
-		"*/*":                               false,
-		"application/json":                  false,
-		"application/json, text/plain, */*": false,
-		"application/json, text/html":       false,
-		"application/json, text/html;q=0.9": false,
-		"text/html;q=0, */*":                false,
-		"text/html;q=0.000, application/json;q=0.001": false,
-		"text/plain, text/htmlx":                      false,
-		"text/html;q":                                 false,
-		",,;":                                         false,
+// TestAuthIsAPageForBrowsers: text/html in Accept is enough.
+func TestAuthIsAPageForBrowsers(t *testing.T) {
+	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"})
+	for accept, want := range map[string]string{
+		browserAccept:                       "text/html; charset=utf-8",
+		"application/json;q=0.5, text/html": "text/html; charset=utf-8",
+		"*/*":                               "application/json",
+		"application/json, text/plain, */*": "application/json",
 	} {
-		if got := prefersHTML(&http.Request{Header: http.Header{"Accept": {accept}}}); got != want {
-			t.Errorf("Accept %q: %v, want %v", accept, got, want)
+		res, _ := p.send("GET", "/auth", header("Accept", accept))
+		if got := res.Header.Get("Content-Type"); got != want {
+			t.Errorf("Accept %q: %s, want %s", accept, got, want)
 		}
 	}
-	if !prefersHTML(&http.Request{Header: http.Header{"Accept": {"application/json;q=0.5", "text/html"}}}) {
-		t.Error("the second of two Accept headers does not count")
-	}
-}
-
-func FuzzAcceptWeight(f *testing.F) {
-	for _, accept := range []string{browserAccept, "*/*", "text/html;q=NaN", "text/html;q=-1", "text/*;q=1e9", `text/html;q="0.5"`, ",;=", ""} {
-		f.Add(accept)
-	}
-	f.Fuzz(func(t *testing.T, accept string) {
-		if q := acceptWeight(accept, "text", "html"); !(q >= 0 && q <= 1) {
-			t.Errorf("weight %v", q)
-		}
-	})
 }
 
 func TestBaseURLOf(t *testing.T) {

@@ -401,24 +401,6 @@ func (e *env) apiKey(key, fileKey string) (value, file string, err error) {
 	return value, file, err
 }
 
-// readKeyFile returns the key that file holds with nothing else but white space.
-func readKeyFile(file string) (string, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return "", err
-	}
-	key := strings.TrimSpace(string(b))
-	switch {
-	case key == "":
-		return "", errors.New("the file is empty")
-	case !validKey(key):
-		return "", errors.New("the file holds more than one key of printable characters")
-	case quoted(key):
-		return "", errors.New("the key is in quotes: write it without them")
-	}
-	return key, nil
-}
-
 // proxyKeys returns the keys that clients must send, nil for none, and the file they came from.
 func (e *env) proxyKeys(key, fileKey string) (keys []string, file string) {
 	_, set := e.lookup(key)

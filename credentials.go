@@ -48,6 +48,9 @@ func (t *token) good(now time.Time) bool {
 	return t != nil && t.access != "" && (t.expiry.IsZero() || now.Before(t.expiry))
 }
 
+// isKey reports whether t is an API key.
+func (t *token) isKey() bool { return t.expiry.IsZero() }
+
 // quotedIn reports whether s contains the access token. One of less than 6 characters, which only tests have, may be part
 // of any text and is not looked for.
 func (t *token) quotedIn(s string) bool { return len(t.access) >= 6 && strings.Contains(s, t.access) }

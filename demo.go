@@ -32,7 +32,7 @@ func demoCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 	cfg.demo = true
 	cfg.qwenDir = ""
 	cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
-	return serve(ctx, cfg, stderr, func(out io.Writer, base string, _ *tokenSource) {
+	return serve(ctx, cfg, stderr, func(out io.Writer, base string, _ tokenSource) {
 		fmt.Fprintf(out, "\n%s\n", demoBanner(cfg, base))
 		if cfg.greet {
 			fmt.Fprint(out, "Ctrl-C stops it.\n\n")

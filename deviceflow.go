@@ -85,6 +85,20 @@ func (f *deviceFlow) start() {
 	})
 }
 
+// startAndWait starts a sign-in unless one is under way. It returns once that has a link or has failed, or after wait.
+func (f *deviceFlow) startAndWait(ctx context.Context, wait time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	f.start()
+	for in := f.state(); in.status == signInStarting && in.err == nil; in = f.state() {
+		select {
+		case <-in.changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
 // end ends the sign-in under way for that reason, if there is one. Its state is status from then on.
 func (f *deviceFlow) end(status string, reason error) {
 	f.mu.Lock()

@@ -94,9 +94,9 @@ func TestALogoutEndsTheSignInUnderWay(t *testing.T) {
 			return 400, pendingAnswer
 		}))
 		s.start()
-		s.servedWith(false)
+		s.refused()
 		time.Sleep(time.Minute)
-		s.servedWith(false)
+		s.refused()
 		s.wantAuth(signInPending)
 		time.Sleep(time.Minute)
 		s.write("{}")
@@ -132,9 +132,9 @@ func TestALogoutWinsOverASignInThatIsBeingStored(t *testing.T) {
 			return 400, pendingAnswer
 		}))
 		s.start()
-		s.servedWith(false)
+		s.refused()
 		time.Sleep(time.Minute)
-		s.servedWith(false)
+		s.refused()
 		lock := filepath.Join(s.cfg.qwenDir, lockFile)
 		leaveLock(t, lock, 0)
 		s.wantAuth(signInPending)
@@ -158,7 +158,7 @@ func TestRequestsWithoutCredentialsOnlyRead(t *testing.T) {
 		s.start()
 		time.Sleep(2*time.Minute + time.Second)
 		before := s.state.Load()
-		s.tokenSource.mu.Lock()
+		s.oauthSource.mu.Lock()
 		s.flow.mu.Lock()
 		answered := false
 		go func() {
@@ -170,7 +170,7 @@ func TestRequestsWithoutCredentialsOnlyRead(t *testing.T) {
 			t.Error("the request waits for a lock")
 		}
 		s.flow.mu.Unlock()
-		s.tokenSource.mu.Unlock()
+		s.oauthSource.mu.Unlock()
 		synctest.Wait()
 		if s.state.Load() != before {
 			t.Error("the request replaced the state, which wakes everybody who waits for a change")

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math"
 	"net"
 	"net/http"
@@ -19,8 +20,9 @@ import (
 
 // A health answers questions about the server's state. It never starts a refresh or a sign-in.
 type health struct {
-	tokens   *tokenSource
+	tokens   tokenSource
 	metrics  *metrics
+	log      *slog.Logger
 	stopping atomic.Bool // the server is shutting down
 }
 
@@ -40,9 +42,9 @@ func (h *health) watch(ctx context.Context, tell func(reason string)) {
 		switch {
 		case first || (reason == "") == (last == ""):
 		case reason == "":
-			h.tokens.log.Info("the server is ready")
+			h.log.Info("the server is ready")
 		default:
-			h.tokens.log.Warn("the server is not ready", "reason", reason)
+			h.log.Warn("the server is not ready", "reason", reason)
 		}
 		first = false
 		select {
@@ -111,10 +113,10 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 		Upstream      string     `json:"upstream,omitempty"`
 		SignIn        string     `json:"sign_in,omitempty"`
 	}
-	st := h.tokens.state.Load()
-	a := auth{Method: "oauth", SignIn: h.tokens.flow.state().status}
-	if h.tokens.keyed() {
-		a.Method = "api_key"
+	st := h.tokens.status()
+	a := auth{Method: st.method}
+	if st.flow != nil {
+		a.SignIn = st.flow.state().status
 	}
 	if err := h.tokens.ready(); err != nil {
 		a.Reason = err.message

@@ -279,7 +279,7 @@ func readiness(t *testing.T, h *health) string {
 }
 
 func TestNotReadyWhileShuttingDown(t *testing.T) {
-	h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, nil, slog.New(slog.DiscardHandler)), metrics: newMetrics()}
+	h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, slog.New(slog.DiscardHandler)), metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
 	before := readiness(t, h)
 	h.stopping.Store(true)
 	if diff := cmp.Diff([]string{"200 ready ", "503 not_ready shutting_down"}, []string{before, readiness(t, h)}); diff != "" {
@@ -298,15 +298,15 @@ func TestNotReadyOnceTheAccountIsNotServed(t *testing.T) {
 		if err := store.save(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(time.Hour)}); err != nil {
 			t.Fatal(err)
 		}
-		h := &health{tokens: newTokenSource(newOAuthClient(cfg), store, cfg, slog.New(slog.DiscardHandler), io.Discard), metrics: newMetrics()}
+		h := &health{tokens: newOAuthSource(newOAuthClient(cfg), store, cfg, slog.New(slog.DiscardHandler), io.Discard), metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
 		got := []string{readiness(t, h)}
-		h.tokens.servedWith(false)
+		h.tokens.refused()
 		for range 2 {
-			time.Sleep(unservedPause - time.Nanosecond)
+			time.Sleep(refusalTime - time.Nanosecond)
 			got = append(got, readiness(t, h))
-			h.tokens.servedWith(false)
+			h.tokens.refused()
 		}
-		h.tokens.servedWith(true)
+		h.tokens.served()
 		got = append(got, readiness(t, h))
 		want := []string{"200 ready ", "200 ready ", "503 not_ready qwen_oauth_unavailable", "200 ready "}
 		if diff := cmp.Diff(want, got); diff != "" {
@@ -356,7 +356,9 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 			t.Fatal(err)
 		}
 		var b logBuffer
-		h := &health{tokens: newTokenSource(nil, &credentialStore{dir: t.TempDir()}, cfg, newLogger(cfg, &b), io.Discard), metrics: newMetrics()}
+		log := newLogger(cfg, &b)
+		tokens := newOAuthSource(nil, &credentialStore{dir: t.TempDir()}, cfg, log, io.Discard)
+		h := &health{tokens: tokens, metrics: newMetrics(), log: log}
 		ctx, stop := context.WithCancel(t.Context())
 		go h.watch(ctx, func(string) {})
 		var got []string
@@ -377,7 +379,7 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 			b.mu.Unlock()
 		}
 		check("at the start")
-		h.tokens.setToken(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(30 * time.Minute)})
+		tokens.setToken(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(30 * time.Minute)})
 		check("signed in")
 		time.Sleep(time.Hour) // and nobody asks
 		check("expired")
@@ -394,23 +396,34 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 	})
 }
 
+// noteAnswer tells tokens how Qwen has answered.
+func noteAnswer(tokens tokenSource, ok bool) {
+	if ok {
+		tokens.served()
+	} else {
+		tokens.refused()
+	}
+}
+
 // TestReadinessHeals: a minute after the last 401 requests can come again, and the first one decides.
 func TestReadinessHeals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSourceTest(t, fileOf(0, 24*time.Hour), nil, func(*http.Request) (int, string) { return 0, "" })
-		h := &health{tokens: s.tokenSource, metrics: newMetrics()}
+		h := &health{tokens: s.oauthSource, metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
 		var got []string
 		step := func(pause time.Duration, served ...bool) {
 			time.Sleep(pause)
 			for _, ok := range served {
-				s.servedWith(ok)
+				noteAnswer(s, ok)
 			}
 			got = append(got, readiness(t, h))
 		}
 		step(0, false)
 		step(time.Minute, false)
 		step(time.Minute - time.Nanosecond)
-		s.refusedAgain(s.unserved.Load()) // a request that no refresh was tried for
+		if _, err := s.Replace(t.Context(), nil); err == nil { // a request that no refresh is tried for
+			t.Error("a refresh was tried")
+		}
 		step(time.Minute - time.Nanosecond)
 		step(time.Nanosecond)
 		step(time.Hour)
@@ -428,12 +441,12 @@ func TestReadinessHeals(t *testing.T) {
 func TestNotReadyWhileTheKeyIsRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		base := &url.URL{Scheme: "https", Host: "qwen.test"}
-		h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, base, slog.New(slog.DiscardHandler)), metrics: newMetrics()}
+		h := &health{tokens: newKeySource(&config{apiKey: "sk-test", apiBase: base}, slog.New(slog.DiscardHandler)), metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
 		got := []string{readiness(t, h)}
 		step := func(pause time.Duration, served ...bool) {
 			time.Sleep(pause)
 			for _, ok := range served {
-				h.tokens.servedWith(ok)
+				noteAnswer(h.tokens, ok)
 			}
 			got = append(got, readiness(t, h))
 		}

@@ -216,7 +216,7 @@ func versionCommand(_ context.Context, _ *config, stdout, _ io.Writer) int {
 }
 
 func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
-	return serve(ctx, cfg, stderr, func(out io.Writer, base string, tokens *tokenSource) {
+	return serve(ctx, cfg, stderr, func(out io.Writer, base string, tokens tokenSource) {
 		if cfg.greet {
 			greet(out, cfg, base, tokens)
 		} else if cfg.port == 0 {

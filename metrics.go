@@ -222,15 +222,16 @@ func (p *page) health(h *health) {
 		ready = 0
 	}
 	p.gauge("qwen_proxy_ready", "1 if /health/ready answers 200, else 0.", ready)
-	if h.tokens.keyed() {
+	st := h.tokens.status()
+	if st.flow == nil {
 		return // an API key does not expire
 	}
-	if t := h.tokens.state.Load().token; t != nil && !t.expiry.IsZero() {
+	if t := st.token; t != nil {
 		p.gauge("qwen_proxy_token_expiry_timestamp_seconds", "When the access token expires, in Unix time.", float64(t.expiry.UnixMilli())/1000)
 	}
 	p.begin("qwen_proxy_token_refreshes_total", "counter", "Attempts to refresh the access token. refused is final, failed is tried again.")
 	for i, result := range refreshResults {
-		p.add(float64(h.tokens.refreshes[i].Load()), "result", result)
+		p.add(float64(st.refreshes[i]), "result", result)
 	}
 }
 

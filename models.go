@@ -35,7 +35,7 @@ var (
 // models handles GET /v1/models and /v1/models/{id}. With an API key it answers with the upstream's list. Under OAuth, or if the
 // upstream gives no list, it answers with MODELS or the built-in list. It never starts a sign-in.
 type models struct {
-	tokens    *tokenSource
+	tokens    tokenSource
 	transport http.RoundTripper
 	log       *slog.Logger
 	aliases   []string
@@ -53,11 +53,11 @@ type modelList struct {
 	until time.Time                  // when the upstream is to be asked again
 }
 
-func newModels(cfg *config, tokens *tokenSource, transport http.RoundTripper, log *slog.Logger) *models {
+func newModels(cfg *config, tokens tokenSource, transport http.RoundTripper, log *slog.Logger) *models {
 	ids := cfg.models
 	if len(ids) == 0 {
 		ids = oauthModels
-		if tokens.keyed() {
+		if cfg.apiKey != "" {
 			ids = keyModels
 		}
 		ids = append(slices.Clone(ids), cfg.defaultModel)
@@ -68,7 +68,7 @@ func newModels(cfg *config, tokens *tokenSource, transport http.RoundTripper, lo
 		own = append(own, ownModel(id))
 	}
 	m.fixed = m.newList(own)
-	if !tokens.keyed() {
+	if cfg.apiKey == "" {
 		m.fixed.until = time.Now().AddDate(1000, 0, 0)
 		m.current.Store(m.fixed)
 	}

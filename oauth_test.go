@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"net/url"
 	"strings"
@@ -47,7 +46,7 @@ func newTestOAuth(t testing.TB, f oauthFunc) *oauthClient {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newSource(cfg, slog.New(slog.DiscardHandler), io.Discard).oauth
+	c := newOAuthClient(cfg)
 	c.http.Transport = f
 	return c
 }

@@ -62,7 +62,7 @@ var (
 // can fail happens before it or in the RoundTripper beneath it.
 type proxy struct {
 	cfg       *config
-	tokens    *tokenSource
+	tokens    tokenSource
 	bodies    bodyReader
 	metrics   *metrics
 	buffers   copyBuffers
@@ -75,7 +75,7 @@ type proxy struct {
 }
 
 // newProxy returns a proxy over transport, which must not follow redirects nor unpack bodies.
-func newProxy(cfg *config, tokens *tokenSource, m *metrics, transport http.RoundTripper) *proxy {
+func newProxy(cfg *config, tokens tokenSource, m *metrics, transport http.RoundTripper) *proxy {
 	p := &proxy{
 		cfg: cfg, tokens: tokens, metrics: m, transport: transport, fresh: transport,
 		bodies:       newBodyReader(cfg),
@@ -187,7 +187,7 @@ func (p *proxy) forward(path string) handler { return p.handler(path, false) }
 
 // messages returns the handler of requests to path, one of the Anthropic-compatible interface, which is for API keys alone.
 func (p *proxy) messages(path string) handler {
-	if p.tokens.keyed() {
+	if p.cfg.apiKey != "" {
 		return p.forward(path)
 	}
 	return func(*exchange, *http.Request) error {
@@ -354,7 +354,7 @@ func (p *proxy) director(r *httputil.ProxyRequest) {
 	h["Content-Type"] = valueJSON
 	h["User-Agent"] = valueUserAgent
 	h["X-Request-Id"] = c.x.ids[:]
-	if !p.tokens.keyed() {
+	if !c.token.isKey() {
 		h["X-Dashscope-Authtype"] = valueOAuth
 		h["X-Dashscope-Cachecontrol"] = valueEnable
 	}
@@ -388,12 +388,10 @@ func (p *proxy) roundTrip(req *http.Request) (*http.Response, error) {
 	res, err := p.send(c, req)
 	switch {
 	case err != nil:
-	case res.StatusCode == http.StatusUnauthorized && p.tokens.keyed():
-		p.tokens.servedWith(false)
 	case res.StatusCode == http.StatusUnauthorized:
 		res, err = p.renew(c, req, res)
 	case res.StatusCode < 300:
-		p.tokens.servedWith(true)
+		p.tokens.served()
 	}
 	if err != nil {
 		return nil, c.cause(err)
@@ -458,18 +456,14 @@ func unprocessed(err error) bool {
 	return ok && (strings.Contains(reason, "GOAWAY") || strings.Contains(reason, "REFUSED_STREAM"))
 }
 
-// renew answers a 401 of the API's: with what comes of the same request under a fresh token, or with
-// notServed where a fresh token fares no better.
+// renew sends a request again with another token, since Qwen answered 401 to the first. It fails if there is no other, or if
+// Qwen refuses that one too.
 func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Response, error) {
 	id := c.upstreamID(res.Header)
 	res.Body.Close() // unread: it may never end. The replay may need a new connection.
-	if u := p.tokens.unserved.Load(); u != nil && time.Since(u.last) < unservedPause {
-		p.tokens.refusedAgain(u)
-		c.x.upstreamID = id
-		return nil, notServed()
-	}
 	fresh, err := p.tokens.Replace(c.ctx, c.token)
 	if err != nil {
+		c.x.upstreamID = id
 		return nil, err
 	}
 	c.token = fresh
@@ -485,11 +479,10 @@ func (p *proxy) renew(c *call, req *http.Request, res *http.Response) (*http.Res
 	if res.StatusCode == http.StatusUnauthorized {
 		res.Body.Close()
 		c.x.upstreamID = id
-		p.tokens.servedWith(false)
-		return nil, notServed()
+		return nil, p.tokens.refused()
 	}
 	if res.StatusCode < 300 {
-		p.tokens.servedWith(true)
+		p.tokens.served()
 	}
 	return res, nil
 }
@@ -647,7 +640,7 @@ func (p *proxy) failure(c *call, res *http.Response) error {
 		detail, ok = "(compressed)", true
 	}
 	quoted := c.tokenIn(text, res.Header.Get("Content-Encoding"))
-	if whole && ok && !quoted && !(status == http.StatusUnauthorized && p.tokens.keyed()) {
+	if whole && ok && !quoted {
 		c.x.fail(&apiError{status: status, typ: categoryOf(status), message: "Qwen answered " + clip(c.token.redact(res.Status+" "+detail), 150)})
 		if compressed {
 			setBody(res, text)
@@ -659,8 +652,6 @@ func (p *proxy) failure(c *call, res *http.Response) error {
 	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error", err: err,
 		message: fmt.Sprintf("Qwen answered with status %d and something other than an error of its API. Try again; if it lasts, check API_BASE_URL on the proxy.", status)}
 	switch {
-	case status == http.StatusUnauthorized && p.tokens.keyed():
-		e = keyRefused(c.token.base)
 	case quoted:
 		e.message = fmt.Sprintf("Qwen answered with status %d and an error that quotes the proxy's own credentials, so it is not passed on. The proxy's log has its type and code.", status)
 		e.err = fmt.Errorf("its type and code: %q", clip(c.token.redact(detail), 150))
@@ -693,12 +684,6 @@ func (c *call) tokenIn(text []byte, encoding string) bool {
 		}
 	}
 	return c.token.quotedIn(string(text))
-}
-
-// keyRefused is the answer where Qwen does not take the API key.
-func keyRefused(base *url.URL) *apiError {
-	return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
-		message: fmt.Sprintf("Qwen refused the proxy's API key. Key, plan and base URL have to belong together: check QWEN_API_KEY and API_BASE_URL; the base URL in use is %s.", base)}
 }
 
 // openAIError reports whether b is an error of OpenAI's shape, and returns its type and code, for the log.

@@ -40,7 +40,7 @@ type server struct {
 }
 
 // newRoutes returns the routes, in the README's order.
-func newRoutes(p *proxy, models *models, tokens *tokenSource, h *health) []route {
+func newRoutes(p *proxy, models *models, tokens tokenSource, h *health) []route {
 	return []route{
 		{"POST", "/v1/chat/completions", limited, p.forward(pathChat)},
 		{"POST", "/v1/completions", limited, p.completions()},
@@ -50,7 +50,7 @@ func newRoutes(p *proxy, models *models, tokens *tokenSource, h *health) []route
 		{"POST", "/v1/messages/count_tokens", limited, p.messages(pathCountTokens)},
 		{"GET", "/v1/models", limited, models.all},
 		{"GET", "/v1/models/{id}", limited, models.one},
-		{"GET", "/auth", private, tokens.auth},
+		{"GET", "/auth", private, authHandler(tokens)},
 		{"GET", "/health", public, h.live},
 		{"GET", "/health/ready", public, h.ready},
 		{"GET", "/health/detailed", keyed, h.detailed},
@@ -60,7 +60,7 @@ func newRoutes(p *proxy, models *models, tokens *tokenSource, h *health) []route
 }
 
 // newHandler returns the handler of all requests.
-func newHandler(cfg *config, log *slog.Logger, tokens *tokenSource, keys *access, m *metrics, h *health, transport http.RoundTripper) http.Handler {
+func newHandler(cfg *config, log *slog.Logger, tokens tokenSource, keys *access, m *metrics, h *health, transport http.RoundTripper) http.Handler {
 	s := &server{
 		access: keys, limiter: newRateLimiter(cfg.rateLimit, cfg.rateBurst),
 		routes: newRoutes(newProxy(cfg, tokens, m, transport), newModels(cfg, tokens, transport, log), tokens, h),

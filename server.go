@@ -33,7 +33,7 @@ func withoutBallast(n uint64) uint64 { return max(n, ballast) - ballast }
 
 // serve runs the server until ctx ends and returns the exit status. Once it listens, it calls greet with the URL to reach it by
 // from this machine, and with the writer of its log.
-func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io.Writer, url string, tokens *tokenSource)) int {
+func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io.Writer, url string, tokens tokenSource)) int {
 	heap := make([]byte, ballast)
 	defer runtime.KeepAlive(heap)
 	m := newMetrics()
@@ -54,7 +54,7 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io
 	tokens := newSource(cfg, log, out)
 	keys := newAccess(cfg, log)
 	files := append(tokens.files(), keys.files()...)
-	h := &health{tokens: tokens, metrics: m}
+	h := &health{tokens: tokens, metrics: m, log: log}
 	requests, cutOff := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cutOff(nil)
 	srv := &http.Server{
@@ -240,7 +240,7 @@ func serverURL(cfg *config, a net.Addr) string {
 }
 
 // greet tells the user at a terminal what to do with the server at url.
-func greet(out io.Writer, cfg *config, url string, tokens *tokenSource) {
+func greet(out io.Writer, cfg *config, url string, tokens tokenSource) {
 	listens, baseURL, key := url, url+"/v1", "any text"
 	if addr, err := netip.ParseAddr(cfg.host); err == nil && addr.IsUnspecified() {
 		listens += " and all other addresses"

@@ -25,23 +25,60 @@ const (
 	maxRefreshPause = 30 * time.Second
 	// maxNap bounds how long the source sleeps: this often it notices a wall clock that jumped or a laptop that slept.
 	maxNap = 5 * time.Second
-	// unservedPause is how long no refresh is tried for a 401 after one that a fresh token got too.
-	unservedPause = time.Minute
+	// refusalTime is how long the API has to refuse the credentials until the server counts as not ready. For as long after
+	// the last 401 to a fresh token, no 401 leads to a refresh.
+	refusalTime = time.Minute
 )
 
-// A tokenSource hands out Qwen's access token and renews it before it expires, or hands out an API key. It is safe for
-// concurrent use: requests read one atomic pointer, run alone renews the token, and many requests that
-// wait for it wait for one refresh, each no longer than its context lives.
-type tokenSource struct {
-	oauth   *oauthClient     // nil with an API key
-	store   *credentialStore // nil with an API key
-	keyFile string           // the API key's; "" where it has none
-	base    *url.URL         // API_BASE_URL; nil: what the token says
-	buffer  time.Duration    // TOKEN_REFRESH_BUFFER
-	demo    bool             // a stand-in answers in Qwen's place
-	log     *slog.Logger
+// A tokenSource hands out what requests to Qwen carry. It is a keySource or an oauthSource. It is safe for concurrent use.
+type tokenSource interface {
+	// Token returns a token that is good now. The error is an *apiError, or that of ctx.
+	Token(ctx context.Context) (*token, error)
+	// Replace returns a token to use instead of rejected, to which Qwen has answered 401. Its error is as Token's.
+	Replace(ctx context.Context, rejected *token) (*token, error)
+	// served notes that Qwen has accepted a token.
+	served()
+	// refused notes that Qwen has answered 401 to the token that Replace returned. It returns the answer to the client.
+	refused() *apiError
+	// ready returns nil if a usable token is at hand, else what a request would be answered.
+	ready() *apiError
+	// status describes the credentials.
+	status() sourceStatus
+	// files returns the files that the token comes from.
+	files() []*watchedFile
+	// run keeps the token fresh until ctx ends. A refresh under way is finished first; abort ends that too.
+	run(ctx, abort context.Context)
+}
 
-	flow  deviceFlow // signs in where there is no token, or none that can be renewed; unused with an API key
+// A sourceStatus describes the credentials of a tokenSource at one time.
+type sourceStatus struct {
+	method      string                     // "oauth" or "api_key"
+	token       *token                     // nil if nobody is signed in
+	refreshes   [len(refreshResults)]int64 // how often each of refreshResults happened
+	problem     *apiError                  // what is wrong, even if requests are served for now; nil if nothing is
+	flow        *deviceFlow                // nil with an API key
+	needsSignIn bool                       // a sign-in solves the problem
+}
+
+// newSource returns the source of the credentials that cfg names.
+func newSource(cfg *config, log *slog.Logger, prompt io.Writer) tokenSource {
+	if cfg.apiKey != "" {
+		return newKeySource(cfg, log)
+	}
+	return newOAuthSource(newOAuthClient(cfg), &credentialStore{dir: cfg.qwenDir}, cfg, log, prompt)
+}
+
+// An oauthSource hands out Qwen's access token and renews it before it expires. Requests read one atomic pointer, run alone
+// renews the token, and all requests that wait for it wait for one refresh.
+type oauthSource struct {
+	oauth  *oauthClient
+	store  *credentialStore
+	base   *url.URL      // API_BASE_URL; nil: what the token says
+	buffer time.Duration // TOKEN_REFRESH_BUFFER
+	demo   bool          // a stand-in answers in Qwen's place
+	log    *slog.Logger
+
+	flow  deviceFlow // signs in where there is no token, or none that can be renewed
 	state atomic.Pointer[authState]
 	mu    sync.Mutex    // held while state is replaced
 	wake  chan struct{} // 1 slot: there may be something to do for run
@@ -50,8 +87,7 @@ type tokenSource struct {
 	seen   fs.FileInfo // the file at the last look; nil where there was none; guarded by fileMu
 	spent  sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
 
-	served     atomic.Bool              // the API has taken the token or the present key
-	unserved   atomic.Pointer[unserved] // nil while the API takes the token
+	verdict    verdict
 	refreshes  [len(refreshResults)]atomic.Int64
 	sayInPlace sync.Once
 }
@@ -70,13 +106,6 @@ type authState struct {
 	changed    chan struct{} // closed when another state has taken this one's place
 }
 
-// An unserved is a run of 401s that the API key, or fresh tokens too, got: the API does not serve the account.
-type unserved struct {
-	since time.Time // the first
-	last  time.Time // the last one to the key or to a fresh token
-	seen  time.Time // the last one to a token that was not renewed for it; zero for none
-}
-
 // What may come of a refresh, as indices into refreshResults.
 const (
 	refreshed      = iota // by this process, or by another that was faster
@@ -86,9 +115,9 @@ const (
 
 var refreshResults = [...]string{"success", "refused", "failed"}
 
-// newTokenSource returns a source over the credential file, which is read here. It needs run to renew anything.
-func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
-	s := &tokenSource{
+// newOAuthSource returns a source over the credential file, which is read here. It needs run to renew anything.
+func newOAuthSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *oauthSource {
+	s := &oauthSource{
 		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, demo: cfg.demo, log: log,
 		flow: deviceFlow{oauth: oauth, log: log, prompt: prompt, demo: cfg.demo},
 		wake: make(chan struct{}, 1),
@@ -107,18 +136,8 @@ func newTokenSource(oauth *oauthClient, store *credentialStore, cfg *config, log
 	return s
 }
 
-// newKeySource returns a source of cfg's API key, which goes to base. It needs run to follow the key's file.
-func newKeySource(cfg *config, base *url.URL, log *slog.Logger) *tokenSource {
-	s := &tokenSource{base: base, log: log, keyFile: cfg.apiKeyFile}
-	s.state.Store(&authState{token: s.prepare(&token{access: cfg.apiKey}), changed: make(chan struct{})})
-	return s
-}
-
-// keyed reports whether the source hands out an API key.
-func (s *tokenSource) keyed() bool { return s.oauth == nil }
-
 // prepare makes t ready for the request path.
-func (s *tokenSource) prepare(t *token) *token {
+func (s *oauthSource) prepare(t *token) *token {
 	if t == nil {
 		return nil
 	}
@@ -134,18 +153,20 @@ func (s *tokenSource) prepare(t *token) *token {
 	return t
 }
 
-// Token returns a token that is good now. It waits only where the one at hand has expired. The error is an
-// *apiError, or that of ctx.
-func (s *tokenSource) Token(ctx context.Context) (*token, error) {
+// Token waits only if the token at hand has expired.
+func (s *oauthSource) Token(ctx context.Context) (*token, error) {
 	if t := s.state.Load().token; t.good(time.Now()) {
 		return t, nil
 	}
 	return s.wait(ctx, nil)
 }
 
-// Replace returns a token other than rejected, to which the API answered 401: the one that has taken its place
-// already, or else that of a refresh. Its error is as Token's.
-func (s *tokenSource) Replace(ctx context.Context, rejected *token) (*token, error) {
+// Replace returns the token that has replaced rejected already, or the one of a refresh. It does not try to refresh within a
+// minute after a fresh token was refused too.
+func (s *oauthSource) Replace(ctx context.Context, rejected *token) (*token, error) {
+	if s.verdict.refusedAgain() {
+		return nil, notServed()
+	}
 	if st := s.state.Load(); st.token == rejected && !st.rejected {
 		s.update(func(st *authState) { st.rejected = st.rejected || st.token == rejected })
 	}
@@ -153,7 +174,7 @@ func (s *tokenSource) Replace(ctx context.Context, rejected *token) (*token, err
 }
 
 // wait returns a good token other than not, and sees to it that run renews the one there is.
-func (s *tokenSource) wait(ctx context.Context, not *token) (*token, error) {
+func (s *oauthSource) wait(ctx context.Context, not *token) (*token, error) {
 	timeout := time.NewTimer(maxTokenWait)
 	defer timeout.Stop()
 	for {
@@ -180,7 +201,7 @@ func (s *tokenSource) wait(ctx context.Context, not *token) (*token, error) {
 
 // problem returns why st has no good token at now, in the words that everything else uses too, and nil
 // where there is one or a refresh is under way or due.
-func (s *tokenSource) problem(st *authState, now time.Time) *apiError {
+func (s *oauthSource) problem(st *authState, now time.Time) *apiError {
 	good := st.token.good(now) && !st.rejected
 	switch {
 	case good && st.token.baseErr != nil:
@@ -246,7 +267,7 @@ func notServed() *apiError {
 }
 
 // update puts a changed copy of the state in its place and wakes who waits for a change.
-func (s *tokenSource) update(change func(*authState)) {
+func (s *oauthSource) update(change func(*authState)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.state.Load()
@@ -266,10 +287,7 @@ func wakeUp(c chan struct{}) {
 }
 
 // run renews the token and carries out sign-ins, until ctx ends. A refresh under way then is finished first, since its refresh token is spent; abort ends that too.
-func (s *tokenSource) run(ctx, abort context.Context) {
-	if s.keyed() {
-		return
-	}
+func (s *oauthSource) run(ctx, abort context.Context) {
 	defer s.flow.close()
 	if s.state.Load().token == nil {
 		s.flow.start()
@@ -289,36 +307,19 @@ func (s *tokenSource) run(ctx, abort context.Context) {
 	}
 }
 
-// files returns the credential file, or the API key's file if there is one.
-func (s *tokenSource) files() []*watchedFile {
-	switch {
-	case !s.keyed():
-		return []*watchedFile{{name: "the credential file", fallback: "it is left as it is until a sign-in is complete", read: s.readCredentials}}
-	case s.keyFile != "":
-		return []*watchedFile{{name: "QWEN_API_KEY_FILE", fallback: "the last key stays in use", read: s.readKey}}
-	}
-	return nil
-}
-
-// readKey puts the key in keyFile into use.
-func (s *tokenSource) readKey() error {
-	key, err := readKeyFile(s.keyFile)
-	if err == nil && key != s.state.Load().token.access {
-		s.setToken(&token{access: key})
-		s.log.Info("the API key has changed")
-	}
-	return err
+func (s *oauthSource) files() []*watchedFile {
+	return []*watchedFile{{name: "the credential file", fallback: "it is left as it is until a sign-in is complete", read: s.readCredentials}}
 }
 
 // readCredentials puts into use what another process has done to the credential file. The error says why the file can't be used.
-func (s *tokenSource) readCredentials() error {
+func (s *oauthSource) readCredentials() error {
 	s.fileMu.Lock()
 	defer s.fileMu.Unlock()
 	return s.look()
 }
 
 // look does what readCredentials does. The caller holds fileMu.
-func (s *tokenSource) look() error {
+func (s *oauthSource) look() error {
 	st := s.state.Load()
 	info, _ := os.Stat(s.store.path())
 	if st.fileErr == nil && sameFile(info, s.seen) {
@@ -347,10 +348,7 @@ func (s *tokenSource) look() error {
 		err == nil && t.refresh != st.token.refresh && st.refused != nil:
 		s.setToken(t)
 		s.log.Info("another process has changed the credentials; using them", "token", t)
-		if u := s.unserved.Load(); u != nil {
-			// It may be another account's, or the same one's whose refresh shall not lead to ours, and that to another.
-			s.unserved.Store(&unserved{since: now, last: u.last})
-		}
+		s.verdict.restart()
 		s.flow.end(signInComplete, errors.New("another process has signed in"))
 	case errors.Is(err, errSignedOut) && st.token != nil:
 		s.signedOut()
@@ -362,7 +360,7 @@ func (s *tokenSource) look() error {
 
 // signedOut drops the token, since the credential file says so, and starts a sign-in as at a start without credentials. One
 // that was under way ends: its link is from before the logout.
-func (s *tokenSource) signedOut() {
+func (s *oauthSource) signedOut() {
 	s.update(func(st *authState) { *st = authState{} })
 	s.log.Warn("signed out by another process")
 	s.flow.end(signInNone, errSignedOut)
@@ -370,7 +368,7 @@ func (s *tokenSource) signedOut() {
 }
 
 // due returns how long it is from now until the token is to be renewed.
-func (s *tokenSource) due(now time.Time) time.Duration {
+func (s *oauthSource) due(now time.Time) time.Duration {
 	st := s.state.Load()
 	switch {
 	case st.token == nil || st.refused != nil:
@@ -382,17 +380,20 @@ func (s *tokenSource) due(now time.Time) time.Duration {
 }
 
 // refresh renews the token once and puts what came of it into the state.
-func (s *tokenSource) refresh(ctx, abort context.Context) {
+func (s *oauthSource) refresh(ctx, abort context.Context) {
 	old, before := s.state.Load().token, s.state.Load().failed
 	s.update(func(st *authState) { st.refreshing = true })
 	fresh, err := s.redeem(ctx, abort, old)
-	if s.state.Load().token != old {
+	now := s.state.Load().token
+	if now != old && (now != fresh || fresh == nil) {
 		return // a sign-in has been completed meanwhile, and counts
 	}
 	switch {
 	case err == nil:
-		s.refreshes[refreshed].Add(1)
-		s.setToken(fresh)
+		if now != fresh {
+			s.refreshes[refreshed].Add(1)
+			s.setToken(fresh)
+		}
 		s.log.Info("token refreshed", "expires", fresh.expiry)
 	case errors.Is(err, errSignedOut):
 		s.signedOut()
@@ -428,14 +429,14 @@ var errFileUnusable = errors.New("the credential file can't be used")
 
 // newer reports whether t, which is in the credential file, is newer than current, which is in use. It is older if this
 // process has renewed it, or could not store what it got later.
-func (s *tokenSource) newer(t, current *token) bool {
+func (s *oauthSource) newer(t, current *token) bool {
 	_, spent := s.spent.Load(sha256.Sum256([]byte(t.refresh)))
 	return !spent && !(current.unstored && t.obtained.Before(current.obtained))
 }
 
 // redeem exchanges old's refresh token for a fresh token and stores that, with other processes locked out. Where one
 // of them was faster, its token is the fresh one.
-func (s *tokenSource) redeem(ctx, abort context.Context, old *token) (*token, error) {
+func (s *oauthSource) redeem(ctx, abort context.Context, old *token) (*token, error) {
 	current := old
 	var fresh *token // another process's
 	faster := func() bool {
@@ -522,11 +523,13 @@ func (s *tokenSource) redeem(ctx, abort context.Context, old *token) (*token, er
 		err = file.commit(content)
 	}
 	s.stored(fresh, err)
+	s.refreshes[refreshed].Add(1)
+	s.setToken(fresh) // before anybody looks at the file, and takes it for another process's
 	return fresh, nil
 }
 
 // stored notes and logs how storing t went. The token is good all the same, until the process ends.
-func (s *tokenSource) stored(t *token, err error) {
+func (s *oauthSource) stored(t *token, err error) {
 	t.unstored = err != nil && !errors.Is(err, errInPlace) || s.store.path() == ""
 	switch {
 	case errors.Is(err, errInPlace):
@@ -547,7 +550,7 @@ func storeSignIn(ctx context.Context, store *credentialStore, t *token) error {
 }
 
 // setToken puts t into use.
-func (s *tokenSource) setToken(t *token) {
+func (s *oauthSource) setToken(t *token) {
 	s.prepare(t)
 	s.update(func(st *authState) {
 		*st = authState{token: t, fileErr: st.fileErr}
@@ -556,7 +559,7 @@ func (s *tokenSource) setToken(t *token) {
 }
 
 // signedIn stores the token of a completed sign-in and puts it into use, unless the sign-in has been ended meanwhile.
-func (s *tokenSource) signedIn(ctx context.Context, t *token) bool {
+func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
 	lock, _ := s.store.lock(ctx, func() bool { return false }) // as in storeSignIn
 	if lock != nil {
 		defer lock.release()
@@ -569,56 +572,26 @@ func (s *tokenSource) signedIn(ctx context.Context, t *token) bool {
 	}
 	s.stored(t, s.store.replace(t))
 	s.setToken(t)
-	s.unserved.Store(nil) // it may be another account's
+	s.verdict.served() // it may be another account's
 	return true
 }
 
-// servedWith notes how the API took a key or a token: ok is false where it answered 401 to a key, or to a fresh token too.
-func (s *tokenSource) servedWith(ok bool) {
-	old := s.unserved.Load()
-	switch {
-	case ok:
-		if !s.served.Load() {
-			s.served.Store(true)
-		}
-		if old != nil {
-			s.unserved.Store(nil)
-		}
-	default:
-		now := time.Now()
-		next := &unserved{since: now, last: now}
-		if old != nil {
-			next.since = old.since
-		} else if s.keyed() && !s.served.Load() {
-			next.since = now.Add(-unservedPause) // a key that was never good is hardly refused by accident
-		}
-		if s.unserved.CompareAndSwap(old, next) && old == nil {
-			s.log.Error(s.refusal().message)
-		}
-	}
-}
+func (s *oauthSource) served() { s.verdict.served() }
 
-// refusedAgain notes a 401 for which no refresh is tried, since one has not helped within the last minute.
-func (s *tokenSource) refusedAgain(u *unserved) {
-	s.unserved.CompareAndSwap(u, &unserved{since: u.since, last: u.last, seen: time.Now()})
-}
-
-// refusal is the answer while the API refuses the key, or even fresh tokens.
-func (s *tokenSource) refusal() *apiError {
-	if s.keyed() {
-		return keyRefused(s.base)
+func (s *oauthSource) refused() *apiError {
+	if s.verdict.refused() {
+		s.log.Error(notServed().message)
 	}
 	return notServed()
 }
 
-// ready returns nil when a usable token or key is at hand, else what a request would be told. A minute after the last 401 the
-// server counts as ready again: behind a load balancer, only then can a request come that finds out whether it is.
-func (s *tokenSource) ready() *apiError {
-	now := time.Now()
-	if u := s.unserved.Load(); u != nil && now.Sub(u.since) >= unservedPause &&
-		(now.Sub(u.last) < unservedPause || now.Sub(u.seen) < unservedPause) {
-		return s.refusal()
+// ready counts the server as ready again a minute after the last 401: behind a load balancer, only then can a request arrive
+// that finds out whether it is.
+func (s *oauthSource) ready() *apiError {
+	if _, lately := s.verdict.refusing(); lately {
+		return notServed()
 	}
+	now := time.Now()
 	st := s.state.Load()
 	if err := s.problem(st, now); err != nil {
 		return err
@@ -629,12 +602,179 @@ func (s *tokenSource) ready() *apiError {
 	return nil
 }
 
-// newSource returns the source of tokens that cfg asks for.
-func newSource(cfg *config, log *slog.Logger, prompt io.Writer) *tokenSource {
-	if cfg.apiKey != "" {
-		return newKeySource(cfg, keyBase(cfg), log)
+func (s *oauthSource) status() sourceStatus {
+	st := s.state.Load()
+	refusing, _ := s.verdict.refusing()
+	status := sourceStatus{method: "oauth", token: st.token, flow: &s.flow, problem: s.ready()}
+	for i := range s.refreshes {
+		status.refreshes[i] = s.refreshes[i].Load()
 	}
-	return newTokenSource(newOAuthClient(cfg), &credentialStore{dir: cfg.qwenDir}, cfg, log, prompt)
+	switch {
+	case status.problem != nil:
+	case refusing:
+		status.problem = notServed() // the server counts as ready again, and yet a sign-in is what helps
+	case st.refused != nil:
+		status.problem = signInRefused(st.refused) // the token is still good for a while
+	}
+	status.needsSignIn = status.problem != nil && status.problem.status == http.StatusUnauthorized
+	return status
+}
+
+// A verdict knows whether Qwen accepts the credentials. The zero value says that it does. It is safe for concurrent use.
+type verdict struct {
+	mu    sync.Mutex
+	trial bool      // Qwen has not accepted them before, so that the first 401 counts like those of a minute
+	since time.Time // the first 401 to a fresh token or a key since Qwen accepted one; zero for none
+	fresh time.Time // the last such 401
+	last  time.Time // the last 401 to any token
+}
+
+// served notes that Qwen has accepted the credentials.
+func (v *verdict) served() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.trial, v.since = false, time.Time{}
+}
+
+// reset forgets everything: there is a new key, which may be wrong.
+func (v *verdict) reset() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.trial, v.since = true, time.Time{}
+}
+
+// restart counts the time of the 401s from now on: another process has put a token of its own into use, maybe another account's.
+// It changes nothing else, so that the next 401 does not lead to a refresh, and that one to a refresh by the other process.
+func (v *verdict) restart() {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if !v.since.IsZero() {
+		v.since = time.Now()
+	}
+}
+
+// refused notes a 401 to a fresh token or a key. It reports whether it is the first.
+func (v *verdict) refused() (first bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	now := time.Now()
+	if first = v.since.IsZero(); first {
+		v.since = now
+		if v.trial {
+			v.since = now.Add(-refusalTime)
+		}
+	}
+	v.fresh, v.last = now, now
+	return first
+}
+
+// refusedAgain reports whether a fresh token got a 401 within the last minute, and notes one more 401 if so.
+func (v *verdict) refusedAgain() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	again := !v.since.IsZero() && time.Since(v.fresh) < refusalTime
+	if again {
+		v.last = time.Now()
+	}
+	return again
+}
+
+// refusing reports whether Qwen has refused the credentials for a minute or longer, and whether it did so within the last minute.
+func (v *verdict) refusing() (long, lately bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	long = !v.since.IsZero() && time.Since(v.since) >= refusalTime
+	return long, long && time.Since(v.last) < refusalTime
+}
+
+// A keySource hands out an API key.
+type keySource struct {
+	file    string // QWEN_API_KEY_FILE; "" if it is not set
+	base    *url.URL
+	log     *slog.Logger
+	key     atomic.Pointer[token]
+	verdict verdict
+}
+
+func newKeySource(cfg *config, log *slog.Logger) *keySource {
+	s := &keySource{file: cfg.apiKeyFile, base: keyBase(cfg), log: log}
+	s.setKey(cfg.apiKey)
+	s.verdict.reset()
+	return s
+}
+
+func (s *keySource) setKey(key string) {
+	s.key.Store(&token{access: key, authorization: "Bearer " + key, base: s.base})
+}
+
+func (s *keySource) Token(context.Context) (*token, error) { return s.key.Load(), nil }
+
+// Replace returns no token: the key can't be renewed.
+func (s *keySource) Replace(context.Context, *token) (*token, error) { return nil, s.refused() }
+
+func (s *keySource) served() { s.verdict.served() }
+
+func (s *keySource) refused() *apiError {
+	if s.verdict.refused() {
+		s.log.Error(s.refusal().message)
+	}
+	return s.refusal()
+}
+
+// refusal is the answer if Qwen does not accept the key.
+func (s *keySource) refusal() *apiError {
+	return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
+		message: fmt.Sprintf("Qwen refused the proxy's API key. Key, plan and base URL have to belong together: check QWEN_API_KEY and API_BASE_URL; the base URL in use is %s.", s.base)}
+}
+
+// ready counts a key that was never accepted as refused at its first 401. Otherwise it is as an oauthSource's.
+func (s *keySource) ready() *apiError {
+	if _, lately := s.verdict.refusing(); lately {
+		return s.refusal()
+	}
+	return nil
+}
+
+func (s *keySource) status() sourceStatus {
+	return sourceStatus{method: "api_key", token: s.key.Load(), problem: s.ready()}
+}
+
+func (s *keySource) run(context.Context, context.Context) {}
+
+func (s *keySource) files() []*watchedFile {
+	if s.file == "" {
+		return nil
+	}
+	return []*watchedFile{{name: "QWEN_API_KEY_FILE", fallback: "the last key stays in use", read: s.readFile}}
+}
+
+// readFile puts the key in the file into use.
+func (s *keySource) readFile() error {
+	key, err := readKeyFile(s.file)
+	if err == nil && key != s.key.Load().access {
+		s.setKey(key)
+		s.verdict.reset()
+		s.log.Info("the API key has changed")
+	}
+	return err
+}
+
+// readKeyFile returns the key that file holds with nothing else but white space.
+func readKeyFile(file string) (string, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	key := strings.TrimSpace(string(b))
+	switch {
+	case key == "":
+		return "", errors.New("the file is empty")
+	case !validKey(key):
+		return "", errors.New("the file holds more than one key of printable characters")
+	case quoted(key):
+		return "", errors.New("the key is in quotes: write it without them")
+	}
+	return key, nil
 }
 
 // keyBase returns the base URL that the API key goes to: where none is set, international pay as you go.

@@ -27,7 +27,7 @@ import (
 // A sourceTest is a tokenSource over an OAuth server that a function stands for. When the test ends it
 // checks that nothing secret has been logged or shown.
 type sourceTest struct {
-	*tokenSource
+	*oauthSource
 	t           *testing.T
 	cfg         *config
 	log, prompt logBuffer
@@ -59,7 +59,7 @@ func newSourceTest(t *testing.T, file string, env map[string]string, serve oauth
 	if file != "" {
 		s.write(file)
 	}
-	s.tokenSource = newSource(cfg, slog.New(slog.NewJSONHandler(&s.log, nil)), &s.prompt)
+	s.oauthSource = newSource(cfg, slog.New(slog.NewJSONHandler(&s.log, nil)), &s.prompt).(*oauthSource)
 	s.oauth.http.Transport = oauthFunc(func(r *http.Request) (int, string) {
 		s.note(r)
 		status, body := serve(r)
@@ -80,12 +80,14 @@ func newSourceTest(t *testing.T, file string, env map[string]string, serve oauth
 	return s
 }
 
-// write puts content into the credential file, now by the bubble's clock.
+// write replaces the credential file, at once as other programs do, now by the bubble's clock.
 func (s *sourceTest) write(content string) {
 	s.t.Helper()
 	s.keepSecret(content)
 	path := filepath.Join(s.cfg.qwenDir, credentialFile)
-	if err := errors.Join(os.MkdirAll(s.cfg.qwenDir, 0o700), os.WriteFile(path, []byte(content), 0o600), os.Chtimes(path, time.Now(), time.Now())); err != nil {
+	temp := path + ".test"
+	if err := errors.Join(os.MkdirAll(s.cfg.qwenDir, 0o700), os.WriteFile(temp, []byte(content), 0o600), os.Chtimes(temp, time.Now(), time.Now()),
+		os.Rename(temp, path)); err != nil {
 		s.t.Fatal(err)
 	}
 }
@@ -160,7 +162,7 @@ func (s *sourceTest) start() (stop func()) {
 		defer close(done)
 		s.run(ctx, context.Background())
 	}()
-	go watchFiles(ctx, s.tokenSource.log, fileInterval, s.files())
+	go watchFiles(ctx, s.oauthSource.log, fileInterval, s.files())
 	stop = func() {
 		cancel()
 		<-done
@@ -209,7 +211,7 @@ func (s *sourceTest) wantLogged(part string, want int) {
 func (s *sourceTest) getAuth() (int, map[string]any) {
 	s.t.Helper()
 	w := httptest.NewRecorder()
-	track(s.cfg, s.tokenSource.log, newMetrics(), s.tokenSource.auth).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/auth", nil))
+	track(s.cfg, s.oauthSource.log, newMetrics(), authHandler(s.oauthSource)).ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/auth", nil))
 	var answer map[string]any
 	if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil {
 		s.t.Errorf("/auth: %v in %q", err, w.Body)
@@ -843,7 +845,7 @@ func TestAccountThatIsNotServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSourceTest(t, fileOf(0, time.Hour), nil, func(*http.Request) (int, string) { return 0, "" })
 		for i := range 60 {
-			s.servedWith(false)
+			s.refused()
 			if err := s.ready(); err != nil {
 				t.Fatalf("not ready after %d s: %v", i, err)
 			}
@@ -853,11 +855,11 @@ func TestAccountThatIsNotServed(t *testing.T) {
 			t.Errorf("ready after a minute: %v, want qwen_oauth_unavailable", err)
 		}
 		s.wantLogged("does not serve this account", 1)
-		s.servedWith(true)
+		s.served()
 		if err := s.ready(); err != nil {
 			t.Errorf("not ready after a success: %v", err)
 		}
-		s.servedWith(false)
+		s.refused()
 		s.wantLogged("does not serve this account", 2)
 	})
 }
@@ -876,8 +878,8 @@ func TestKeySource(t *testing.T) {
 }
 
 // signedIn returns a source whose token is good for long.
-func signedIn(t testing.TB) *tokenSource {
-	s := &tokenSource{oauth: &oauthClient{}}
+func signedIn(t testing.TB) *oauthSource {
+	s := &oauthSource{oauth: &oauthClient{}}
 	s.state.Store(&authState{token: s.prepare(&token{access: "access-0", expiry: wallClock().Add(time.Hour)})})
 	return s
 }
@@ -920,7 +922,7 @@ func TestNewSignInOfAnAccountThatWasNotServed(t *testing.T) {
 			return 200, deviceAnswer(nil)
 		})
 		s.start()
-		s.servedWith(false)
+		s.refused()
 		time.Sleep(time.Minute)
 		s.wantAuth(signInPending)
 		time.Sleep(5 * time.Second)
@@ -950,7 +952,7 @@ func TestSignInWinsOverARefreshUnderWay(t *testing.T) {
 					return 200, deviceAnswer(nil)
 				})
 				s.start()
-				s.servedWith(false)
+				s.refused()
 				time.Sleep(5*time.Minute - time.Second)
 				s.wantAuth(signInPending)
 				time.Sleep(time.Minute)
@@ -993,9 +995,9 @@ func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := newSource(cfg, slog.New(slog.DiscardHandler), io.Discard)
+	s := newSource(cfg, slog.New(slog.DiscardHandler), io.Discard).(*oauthSource)
 	last := time.Now().Add(-10 * time.Second)
-	s.unserved.Store(&unserved{since: time.Now().Add(-2 * unservedPause), last: last})
+	s.verdict.since, s.verdict.fresh, s.verdict.last = time.Now().Add(-2*refusalTime), last, last
 	if s.ready() == nil {
 		t.Fatal("ready though the account is not served")
 	}
@@ -1013,8 +1015,8 @@ func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 	if err := s.ready(); err != nil {
 		t.Errorf("not ready, so that nobody will ever try the new token: %v", err)
 	}
-	if u := s.unserved.Load(); u == nil || !u.last.Equal(last) {
-		t.Errorf("unserved is %+v: the next 401 would start a refresh", u)
+	if !s.verdict.refusedAgain() {
+		t.Error("the next 401 would start a refresh")
 	}
 }
 
@@ -1040,7 +1042,7 @@ func TestAClockThatJumps(t *testing.T) {
 				t.Errorf("%s: good %v, want %v", tt.name, got, tt.good)
 			}
 		}
-		s := &tokenSource{buffer: 5 * time.Minute}
+		s := &oauthSource{buffer: 5 * time.Minute}
 		for name, obtained := range map[string]time.Time{"written in the future": now.Add(48 * time.Hour), "written long ago": now.Add(-48 * time.Hour)} {
 			old := s.prepare(&token{access: "a", obtained: obtained, expiry: now.Add(time.Hour)})
 			if want := now.Add(55 * time.Minute); !old.refreshAt.Equal(want) {
@@ -1101,9 +1103,10 @@ func TestAnUnusableFileIsLoggedOnce(t *testing.T) {
 					})
 					s.start()
 					if from == "later" {
+						synctest.Wait()
 						breakFile()
 					}
-					time.Sleep(time.Hour)
+					time.Sleep(time.Hour + time.Second) // not at the moment of a look
 					s.wantLogged("the credential file can't be used", 1)
 					if err := os.RemoveAll(path); err != nil {
 						t.Fatal(err)
