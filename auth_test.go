@@ -283,7 +283,7 @@ func TestAuthHEADStartsNothing(t *testing.T) {
 // TestAuthOfTheProgram denies a sign-in and watches, with the stand-in in Qwen's place.
 func TestAuthOfTheProgram(t *testing.T) {
 	qwen := newStandIn()
-	qwen.approveAfter, qwen.interval = 0, time.Second
+	qwen.approveAfter, qwen.interval = time.Hour, time.Second
 	server := httptest.NewServer(qwen)
 	t.Cleanup(server.Close)
 	p := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": server.URL})
@@ -303,7 +303,7 @@ func TestAuthOfTheProgram(t *testing.T) {
 				t.Errorf("%q is not in the page:\n%s", part, body)
 			}
 		}
-		if got := qwen.counts().deviceAuthorizations; got != authorizations {
+		if got := qwen.authorizations(); got != authorizations {
 			t.Errorf("%d device authorizations, want %d", got, authorizations)
 		}
 	}
