@@ -554,6 +554,7 @@ func TestTheLimiterCountsByKeyOrAddress(t *testing.T) {
 }
 
 func TestTheFileOfTheProxysKeysIsFollowed(t *testing.T) {
+	t.Parallel()
 	file := filepath.Join(t.TempDir(), "keys")
 	write := func(s string) {
 		if err := os.WriteFile(file, []byte(s), 0o600); err != nil {

@@ -282,6 +282,7 @@ func TestAuthHEADStartsNothing(t *testing.T) {
 
 // TestAuthOfTheProgram denies a sign-in and watches, with the stand-in in Qwen's place.
 func TestAuthOfTheProgram(t *testing.T) {
+	t.Parallel()
 	qwen := newStandIn()
 	qwen.approveAfter, qwen.interval = time.Hour, time.Second
 	server := httptest.NewServer(qwen)

@@ -366,6 +366,7 @@ func TestSaveLeavesNothingBehindWhereItFails(t *testing.T) {
 
 // TestCredentialsAreWholeAtAnyTime reads the file while others replace it by longer and shorter ones.
 func TestCredentialsAreWholeAtAnyTime(t *testing.T) {
+	t.Parallel()
 	store := &credentialStore{dir: t.TempDir()}
 	save := func(i int) error {
 		text := strings.Repeat(string(rune('a'+i%26)), 1+i*997%5000)

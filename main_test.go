@@ -34,6 +34,7 @@ import (
 
 func TestMain(m *testing.M) {
 	flag.Set("test.parallel", "8") // what runs in parallel waits
+	fileInterval = 100 * time.Millisecond
 	m.Run()
 }
 
@@ -543,6 +544,7 @@ func TestShutdownLetsAStreamFinish(t *testing.T) {
 }
 
 func TestShutdownDelay(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "{}") }, map[string]string{"SHUTDOWN_DELAY": "1s"})
 	stopped := time.Now()
 	p.stop()
@@ -575,6 +577,7 @@ func TestShutdownDelay(t *testing.T) {
 }
 
 func TestShutdownCutsAStreamAtItsTimeout(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/event-stream")
 		io.WriteString(w, "data: 1\n\n")

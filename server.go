@@ -306,7 +306,7 @@ func (c *servedCertificate) tlsConfig() *tls.Config {
 }
 
 // fileInterval is how often the server reads the files that may change.
-const fileInterval = 5 * time.Second
+var fileInterval = 5 * time.Second // a variable for tests alone
 
 // A watchedFile is a file, or a pair of files, that may change while the server runs.
 type watchedFile struct {

@@ -162,7 +162,7 @@ func (s *sourceTest) start() (stop func()) {
 		defer close(done)
 		s.run(ctx, context.Background())
 	}()
-	go watchFiles(ctx, s.oauthSource.log, fileInterval, s.files())
+	go watchFiles(ctx, s.oauthSource.log, 5*time.Second, s.files())
 	stop = func() {
 		cancel()
 		<-done
@@ -1174,7 +1174,7 @@ func TestNoRefreshBesideAnUnusableFile(t *testing.T) {
 					return 200, tokenAnswer(1, 3600)
 				})
 				s.start()
-				time.Sleep(time.Minute)
+				time.Sleep(time.Minute + time.Second) // no change comes while the file is read
 				if err := errors.Join(os.Remove(s.store.path()), put(s.store.path())); err != nil {
 					t.Fatal(err)
 				}
@@ -1216,7 +1216,7 @@ func TestASpentRefreshTokenComesBack(t *testing.T) {
 				return 200, tokenAnswer(n, 3600)
 			})
 			s.start()
-			time.Sleep(life - 4*time.Minute)
+			time.Sleep(life - 4*time.Minute + time.Second)
 			s.want("access-1", 0)
 			time.Sleep(2 * time.Minute)
 			if life < time.Hour {

@@ -12,7 +12,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -37,8 +36,10 @@ func startCutAPI(t *testing.T, answer string, reset bool) *cutAPI {
 	return a
 }
 
-// TestAStreamCutAnywhereNeverLooksWhole cuts a stream of three events at every byte. Nothing follows a [DONE].
+// TestAStreamCutAnywhereNeverLooksWhole cuts a stream of three events at every byte: at every fourth in each test, or at all of them
+// in the long tests. Nothing follows a [DONE].
 func TestAStreamCutAnywhereNeverLooksWhole(t *testing.T) {
+	t.Parallel()
 	const events = "data: {\"choices\":[{\"delta\":{\"content\":\"1\"}}]}\n\ndata: {\"choices\":[{\"delta\":{\"content\":\"2\"}}]}\n\ndata: [DONE]\n\n"
 	chunked := "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 	for e := range strings.SplitSeq(strings.TrimSuffix(events, "\n\n"), "\n\n") {
@@ -50,11 +51,18 @@ func TestAStreamCutAnywhereNeverLooksWhole(t *testing.T) {
 		"Content-Length": announced,             // cut, it is short
 		"connection":     "HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + strings.TrimSuffix(events, "\n\n"),
 	}
+	step, tests := 4, 0
+	if longTests() {
+		step = 1
+	}
 	for name, answer := range answers {
 		for _, reset := range []bool{false, true} {
 			for _, path := range []string{"/v1/chat/completions", "/v1/completions"} {
 				for _, protocol := range []string{"HTTP/1.1", "HTTP/2.0"} {
+					first := tests % step
+					tests++
 					t.Run(fmt.Sprintf("%s reset=%v %s %s", name, reset, protocol, path), func(t *testing.T) {
+						t.Parallel()
 						api := startCutAPI(t, answer, reset)
 						env := map[string]string{"API_BASE_URL": api.url, "QWEN_API_KEY": "sk-test", "LOG_LEVEL": "error"}
 						if protocol == "HTTP/2.0" {
@@ -66,7 +74,7 @@ func TestAStreamCutAnywhereNeverLooksWhole(t *testing.T) {
 						if path == "/v1/completions" {
 							request = `{"prompt":"x","stream":true}`
 						}
-						for n := range len(answer) {
+						for n := first; n < len(answer); n += step {
 							api.n.Store(int64(n))
 							res, err := client.Post(p.url+path, "application/json", strings.NewReader(request))
 							if err != nil {
@@ -94,6 +102,7 @@ func TestAStreamCutAnywhereNeverLooksWhole(t *testing.T) {
 
 // TestAStreamCutByHTTP2NeverLooksWhole: the API speaks HTTP/2 and ends the stream by RST_STREAM after every byte.
 func TestAStreamCutByHTTP2NeverLooksWhole(t *testing.T) {
+	t.Parallel()
 	const events = "data: {\"n\":1}\n\ndata: {\"n\":2}\n\ndata: [DONE]\n\n"
 	var cut atomic.Int64
 	api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -121,6 +130,7 @@ func TestAStreamCutByHTTP2NeverLooksWhole(t *testing.T) {
 }
 
 func TestUpstreamsThatCannotBeReached(t *testing.T) {
+	t.Parallel()
 	refused, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -186,6 +196,7 @@ func TestStrangeButWholeAnswersPass(t *testing.T) {
 		}, "{}", "Content-Type: text/plain"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			p := startWith(t, tt.handler, nil)
 			req, _ := http.NewRequest("POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":["`+strings.Repeat("x", 1<<20)+`"]}`))
 			res, err := (&http.Transport{DisableCompression: true}).RoundTrip(req)
@@ -207,14 +218,12 @@ func TestStrangeButWholeAnswersPass(t *testing.T) {
 // TestFastAnswersArriveWhole: an API that answers within microseconds makes proxies that stream the request's body
 // through cut some of its streams (golang/go#40747).
 func TestFastAnswersArriveWhole(t *testing.T) {
+	t.Parallel()
 	want := strings.Repeat("data: x\n\n", 20) + "data: [DONE]\n\n"
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { sse(w, want) }, map[string]string{"LOG_LEVEL": "error"})
-	n := 1000
-	switch {
-	case os.Getenv("QWEN_LONG_TESTS") != "":
+	n := 300
+	if longTests() {
 		n = 10_000
-	case testing.Short():
-		n = 100
 	}
 	for i := range n {
 		// Beyond some buffer the body is still being written when the answer comes.
@@ -228,6 +237,7 @@ func TestFastAnswersArriveWhole(t *testing.T) {
 
 // TestABrokenStreamOfMessages: Anthropic's clients know an error by the event's name.
 func TestABrokenStreamOfMessages(t *testing.T) {
+	t.Parallel()
 	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": rawAPI(t,
 		"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n16\r\nevent: ping\ndata: {}\n\n\r\n")})
 	res, err := http.Post(p.url+"/v1/messages", "application/json", strings.NewReader(`{"messages":[]}`))
@@ -247,6 +257,7 @@ func TestABrokenStreamOfMessages(t *testing.T) {
 }
 
 func TestABrokenStreamEndsWithAnErrorEventAndACut(t *testing.T) {
+	t.Parallel()
 	head := "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 	for name, body := range map[string]string{
 		"between events":  "9\r\ndata: 1\n\n\r\n",
@@ -274,6 +285,7 @@ func TestABrokenStreamEndsWithAnErrorEventAndACut(t *testing.T) {
 }
 
 func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
+	t.Parallel()
 	for name, tt := range map[string]struct {
 		answer string
 		code   string // of a 502; "" for a 200 that is cut

@@ -218,6 +218,7 @@ func (f *fleet) ask(client *http.Client, key string, stream bool) error {
 // TestFleet restarts three replicas behind HAProxy in turn, twice round, while 20 clients ask. No request fails, no stream is
 // cut, a token is refreshed once for all, and HAProxy keeps a limit for all.
 func TestFleet(t *testing.T) {
+	t.Parallel()
 	if !longTests() {
 		t.Skip("QWEN_LONG_TESTS=1 runs three replicas behind HAProxy, for half a minute")
 	}

@@ -95,7 +95,11 @@ func reset(c net.Conn, path string, n int) int {
 // TestRapidResets opens streams and resets each at once (CVE-2023-44487): others hardly notice, and few of them are
 // worth a line in the log, those that were answered before the reset came.
 func TestRapidResets(t *testing.T) {
-	resets := many(20_000)
+	t.Parallel()
+	resets := many(5000)
+	if longTests() {
+		resets = many(20_000)
+	}
 	const most = 200 // connections that this may take
 	for _, path := range []string{"/health", "/v1/models"} {
 		t.Run(path, func(t *testing.T) {
@@ -184,6 +188,7 @@ func flood(p *program, d time.Duration, path string, body []byte, flags byte) (n
 
 // TestRapidResetsHoldNoMemory resets streams that are being read or answered: none of their memory outlives them.
 func TestRapidResetsHoldNoMemory(t *testing.T) {
+	t.Parallel()
 	const limit = 50 << 20
 	d := time.Second
 	if longTests() {
@@ -232,6 +237,7 @@ func TestRapidResetsHoldNoMemory(t *testing.T) {
 
 // TestASmallAnswerThatNobodyTakesEnds: net/http holds a small answer back until the handler has returned.
 func TestASmallAnswerThatNobodyTakesEnds(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, nil, withTLS(t, map[string]string{"WRITE_TIMEOUT": "200ms"}))
 	c := p.dial()
 	io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
@@ -249,6 +255,7 @@ func TestASmallAnswerThatNobodyTakesEnds(t *testing.T) {
 }
 
 func TestSilenceOverHTTP2IsNoWriteTimeout(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		sse(w, "data: 1\n\n")
 		time.Sleep(500 * time.Millisecond)
@@ -265,6 +272,7 @@ func TestSilenceOverHTTP2IsNoWriteTimeout(t *testing.T) {
 }
 
 func TestAnHTTP2ClientThatTakesNothingIsCutOff(t *testing.T) {
+	t.Parallel()
 	ended := make(chan struct{})
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
@@ -420,6 +428,7 @@ const (
 // TestNoReplayOverHTTP2 has the API work on each request and then reset its stream, or lose the connection: whatever the
 // reason, the request may have been executed.
 func TestNoReplayOverHTTP2(t *testing.T) {
+	t.Parallel()
 	const requests = 20
 	for name, code := range map[string]uint32{"INTERNAL_ERROR": 0x2, "PROTOCOL_ERROR": codeProtocol, "CANCEL": codeCancel, "a GOAWAY that covers the stream": codeNone} {
 		t.Run(name, func(t *testing.T) {
@@ -457,6 +466,7 @@ func TestNoReplayOverHTTP2(t *testing.T) {
 // TestWhatHTTP2LeavesUnprocessedIsSentAgain: "Requests that have not been processed have not been executed" (RFC 9113
 // §8.7), and the server says so.
 func TestWhatHTTP2LeavesUnprocessedIsSentAgain(t *testing.T) {
+	t.Parallel()
 	const requests = 20
 	for name, refuse := range map[string]func(s *rawStream){
 		"REFUSED_STREAM": func(s *rawStream) { s.reset(codeRefused) },

@@ -98,7 +98,8 @@ func (p *program) until(what string, wanted func(footprint) bool) footprint {
 }
 
 func TestClientsThatVanishLeaveNothing(t *testing.T) {
-	clients := many(1000)
+	t.Parallel()
+	clients := many(300)
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
 		sse(w, "data: 1\n\n")
@@ -138,8 +139,9 @@ func TestClientsThatVanishLeaveNothing(t *testing.T) {
 
 // TestAnnouncementsTakeNoMemory: memory goes by what has come, never by what is said to come.
 func TestAnnouncementsTakeNoMemory(t *testing.T) {
-	const limit = 64 << 20
-	clients := many(1000)
+	t.Parallel()
+	clients := many(300)
+	limit := clients * 64 << 10
 	t.Run("bodies", func(t *testing.T) {
 		p := startWith(t, nil, nil)
 		before := p.footprint()
@@ -182,6 +184,7 @@ func TestAnnouncementsTakeNoMemory(t *testing.T) {
 }
 
 func TestClientsThatDoNotReadHinderNobody(t *testing.T) {
+	t.Parallel()
 	const stuck, events = 50, 200
 	next := make(chan struct{}, 1)
 	var taken atomic.Int64 // bytes of those that are stuck
@@ -236,6 +239,7 @@ func TestClientsThatDoNotReadHinderNobody(t *testing.T) {
 }
 
 func TestOldTLSIsRefused(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, nil, withTLS(t, map[string]string{}))
 	for _, tt := range []struct {
 		name  string

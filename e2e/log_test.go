@@ -46,6 +46,7 @@ func startLogging(t *testing.T, env map[string]string) (p *program, log *os.File
 			}
 		}()
 	})
+	p.stderr.await(t, `"msg":"listening"`) // and what follows is left in the pipe
 	return p, r
 }
 
@@ -122,7 +123,7 @@ func TestNoLogLineIsLost(t *testing.T) {
 		b, _ := io.ReadAll(log)
 		read <- string(b)
 	}()
-	const n = 1000
+	const n = 300
 	p.requests(n, nil)
 	p.stopsWithin(5 * time.Second)
 	var want, got []string
@@ -148,6 +149,7 @@ func TestNoLogLineIsLost(t *testing.T) {
 }
 
 func TestASecondSignalWritesTheLog(t *testing.T) {
+	t.Parallel()
 	for name, reads := range map[string]bool{"a reader that comes back": true, "no reader": false} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -118,6 +118,7 @@ func TestServiceManagerHearsOfTheSignIn(t *testing.T) {
 }
 
 func TestServesWhereTheServiceManagerDoesNotListen(t *testing.T) {
+	t.Parallel()
 	for name, socket := range map[string]string{
 		"nobody there":  filepath.Join(t.TempDir(), "nobody"),
 		"vsock":         "vsock:2:1234",

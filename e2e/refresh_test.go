@@ -182,6 +182,7 @@ func TestKilledWhileRefreshing(t *testing.T) {
 
 // TestBesideQwenCode runs three processes beside three of Qwen Code's own token manager, on one directory.
 func TestBesideQwenCode(t *testing.T) {
+	t.Parallel()
 	qwenCode := os.Getenv("QWEN_CODE_DIR")
 	if qwenCode == "" {
 		t.Skip("QWEN_CODE_DIR is not set; examples/qwen-code/check.sh fetches Qwen Code and runs this test with it")

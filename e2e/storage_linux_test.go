@@ -115,6 +115,7 @@ func after(d time.Duration) func() bool {
 // TestStorageThatFails has the directory turn against the process while it serves: it says so, spends no refresh token
 // whose successor it could not store, serves from memory, and goes on once the directory is good again.
 func TestStorageThatFails(t *testing.T) {
+	t.Parallel()
 	const life = 2 * time.Second
 	for _, tt := range []struct {
 		name          string
@@ -341,6 +342,7 @@ func TestFileThatBecomesADirectory(t *testing.T) {
 // TestShutdownDuringARefreshThatHangs: the refresh is finished first and stored, and the log says so. A second signal gives it
 // up, and leaves no lock behind.
 func TestShutdownDuringARefreshThatHangs(t *testing.T) {
+	t.Parallel()
 	for _, signals := range []int{1, 2} {
 		t.Run(fmt.Sprint(signals, " signals"), func(t *testing.T) {
 			t.Parallel()

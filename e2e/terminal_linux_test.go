@@ -63,6 +63,7 @@ func startAtTerminal(t *testing.T, env map[string]string, args ...string) *progr
 }
 
 func TestGreetingAtATerminal(t *testing.T) {
+	t.Parallel()
 	cert, key := certificate(t)
 	socket := filepath.Join(shortDir(t), "s")
 	for _, tt := range []struct {
@@ -122,11 +123,13 @@ qwen-go-proxy listens on unix:` + socket + `.
 }
 
 func TestDemoAtATerminalSaysHowToStop(t *testing.T) {
+	t.Parallel()
 	user := startAtTerminal(t, nil, "demo").stderr
 	user.await(t, `(?s)Base URL for OpenAI clients.*Ctrl-C stops it\..*level=INFO msg=listening.*To sign in to Qwen`)
 }
 
 func TestASecondInterruptIsAnnounced(t *testing.T) {
+	t.Parallel()
 	p := startAtTerminal(t, map[string]string{"QWEN_API_KEY": "sk-test"})
 	p.cmd.Process.Signal(os.Interrupt)
 	p.stderr.await(t, `Stopping\. Ctrl-C again cuts off what is under way\.`)
@@ -136,6 +139,7 @@ func TestASecondInterruptIsAnnounced(t *testing.T) {
 }
 
 func TestLogFormatCountsAtATerminal(t *testing.T) {
+	t.Parallel()
 	user := startAtTerminal(t, map[string]string{"LOG_FORMAT": "json", "QWEN_API_KEY": "sk-test"}).stderr
 	user.await(t, `"msg":"listening"`)
 	if got := user.String(); !strings.HasPrefix(got, "Listening on ") && !strings.HasPrefix(got, "{") {

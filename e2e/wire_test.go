@@ -60,6 +60,7 @@ func rawAPI(t *testing.T, answer string) string {
 }
 
 func TestHeadersHaveALimit(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, nil, nil)
 	for _, tt := range []struct{ size, want int }{{60 << 10, 200}, {80 << 10, 431}} {
 		c := p.dial()
@@ -73,6 +74,7 @@ func TestHeadersHaveALimit(t *testing.T) {
 
 // TestABodyThatNobodyReadsHoldsNoConnection: what a handler leaves of a body net/http reads, before it answers or after.
 func TestABodyThatNobodyReadsHoldsNoConnection(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, nil, map[string]string{"READ_TIMEOUT": "200ms", "PROXY_API_KEYS": "key"})
 	for _, request := range []string{
 		"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n",
@@ -89,6 +91,7 @@ func TestABodyThatNobodyReadsHoldsNoConnection(t *testing.T) {
 }
 
 func TestAHalfClosedClientGetsNoEmptySuccess(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
 		<-r.Context().Done()
@@ -102,6 +105,7 @@ func TestAHalfClosedClientGetsNoEmptySuccess(t *testing.T) {
 }
 
 func TestAnHTTP10ClientSeesACut(t *testing.T) {
+	t.Parallel()
 	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": rawAPI(t,
 		"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n{"+strings.Repeat(" ", 0xfffe)+"\r\n")})
 	c := p.dial()
@@ -112,6 +116,7 @@ func TestAnHTTP10ClientSeesACut(t *testing.T) {
 }
 
 func TestACutAnswerIsNoSuccessInTheLog(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
 		w.Header().Set("Content-Type", "text/event-stream")
@@ -125,6 +130,7 @@ func TestACutAnswerIsNoSuccessInTheLog(t *testing.T) {
 }
 
 func TestTrailersPassInNeitherDirection(t *testing.T) {
+	t.Parallel()
 	var got atomic.Value
 	api := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
@@ -149,6 +155,7 @@ func TestTrailersPassInNeitherDirection(t *testing.T) {
 }
 
 func TestAnUpgradeNeverPasses(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Upgrade") != "" || r.Header.Get("Connection") != "" {
 			t.Errorf("headers %v", r.Header)
@@ -165,6 +172,7 @@ func TestAnUpgradeNeverPasses(t *testing.T) {
 }
 
 func TestOddRequestTargetsGetAnErrorOfOurs(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, nil, nil)
 	for request, status := range map[string]int{
 		"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n":                      404,
@@ -191,6 +199,7 @@ func TestOddRequestTargetsGetAnErrorOfOurs(t *testing.T) {
 // TestNoReplayOnceAnAnswerHasBegun: a kept-alive connection that dies after the first bytes of an answer has done
 // something with the request.
 func TestNoReplayOnceAnAnswerHasBegun(t *testing.T) {
+	t.Parallel()
 	for _, begun := range []string{"HTTP/1.1 20", "HTTP/1.1 102 Processing\r\n\r\n"} {
 		var served atomic.Int32
 		api := serveRaw(t, func(c *net.TCPConn, br *bufio.Reader) {
@@ -215,6 +224,7 @@ func TestNoReplayOnceAnAnswerHasBegun(t *testing.T) {
 }
 
 func TestABodyIsGivenBackWhenItsAnswerBegins(t *testing.T) {
+	t.Parallel()
 	var calls atomic.Int32
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		io.Copy(io.Discard, r.Body)
@@ -247,6 +257,7 @@ func TestABodyIsGivenBackWhenItsAnswerBegins(t *testing.T) {
 }
 
 func TestEveryUpstreamIDComesBack(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Request-Id", "qwen-1")
 		w.Header().Set("Content-Type", "text/html")
@@ -262,6 +273,7 @@ func TestEveryUpstreamIDComesBack(t *testing.T) {
 // that request smuggling is tried with (those of the public corpora: an odd byte around name or value, lists, repeats, line
 // folding). Two ends may read such a request differently, so none may make the server answer twice.
 func TestNoRequestHidesInAnother(t *testing.T) {
+	t.Parallel()
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, `{}`) }, map[string]string{"RATE_LIMIT_RPS": "0", "LOG_LEVEL": "error"})
 	disguises := []string{
 		"Transfer-Encoding: chunked", "TRANSFER-ENCODING: CHUNKED", "tRANSFER-eNCODING: cHUNKED", "Transfer-Encoding:chunked", "Transfer-Encoding:  chunked",
@@ -274,6 +286,9 @@ func TestNoRequestHidesInAnother(t *testing.T) {
 		"Transfer-Encoding: ch\x96nked", "Transf\x82r-Encoding: chunked", "Content-Length: 0", "Content-Length: 5", "Content-Length: +5", "Content-Length: 5, 5", "Content-Length : 5", "Content-Length:\x0b5",
 	}
 	for b := range 256 {
+		if b > ' ' && b%16 != 0 && b != 0x7f && b != 0x85 && b != 0xff && !strings.ContainsRune("\"'(),:;_=", rune(b)) && !longTests() {
+			continue // these are like their neighbors
+		}
 		if b != '\n' && !(b >= '0' && b <= '9') && !(b >= 'a' && b <= 'z') && !(b >= 'A' && b <= 'Z') && b != '-' {
 			c := string([]byte{byte(b)})
 			disguises = append(disguises, "Transfer-Encoding:"+c+"chunked", "Transfer-Encoding: chunked"+c, c+"Transfer-Encoding: chunked", "Transfer-Encoding"+c+": chunked", "Transfer"+c+"Encoding: chunked")
@@ -318,6 +333,7 @@ func validToken(s string) bool {
 // TestARequestIsReplayedOnce: the API works for a while on each reused connection and then closes it without an answer,
 // whatever number of idle connections there is to try.
 func TestARequestIsReplayedOnce(t *testing.T) {
+	t.Parallel()
 	for _, idle := range []int{1, 5, 20} {
 		for _, key := range []string{"", "key-1"} {
 			t.Run(fmt.Sprintf("%d idle connections, Idempotency-Key %q", idle, key), func(t *testing.T) {
@@ -383,6 +399,7 @@ func TestARequestIsReplayedOnce(t *testing.T) {
 // TestADeadKeptAliveConnectionCostsNoRequest: the API closes each connection once it has been idle, at
 // the moment when the next request comes.
 func TestADeadKeptAliveConnectionCostsNoRequest(t *testing.T) {
+	t.Parallel()
 	var served atomic.Int32
 	api := serveRaw(t, func(c *net.TCPConn, br *bufio.Reader) {
 		served.Add(1)
@@ -391,14 +408,15 @@ func TestADeadKeptAliveConnectionCostsNoRequest(t *testing.T) {
 		c.SetLinger(0)
 	})
 	p := start(t, map[string]string{"API_BASE_URL": api, "QWEN_API_KEY": "sk-test"})
+	const n = 200
 	// What fits into one write, what takes two, and what takes many.
 	sizes := []int{0, 4 << 10, 16 << 10, 100 << 10}
-	for i := range 800 {
+	for i := range n {
 		if res, body := p.post("/v1/chat/completions", `{"messages":["`+strings.Repeat("x", sizes[i%len(sizes)])+`"]}`); res.StatusCode != 200 {
 			t.Fatalf("request %d: %s %s", i, res.Status, body)
 		}
 	}
-	if n := served.Load(); n != 800 {
-		t.Errorf("the API served %d requests, want 800", n)
+	if got := served.Load(); got != n {
+		t.Errorf("the API served %d requests, want %d", got, n)
 	}
 }
