@@ -1,5 +1,42 @@
-// Command qwen-go-proxy puts Alibaba's Qwen models behind OpenAI-compatible endpoints: it holds and renews
-// the credentials, and streams every answer through untouched.
+// Command qwen-go-proxy puts Alibaba's Qwen models behind OpenAI-compatible endpoints. It holds the credentials, keeps them
+// fresh, adds them to every request, and passes answers on as they come.
+//
+// The way of a request: server.go accepts it and exchange.go gives it an id, an access line and the error answers.
+// routes.go finds its route and asks access.go and ratelimit.go whether it may go on. proxy.go calls the route's handler,
+// which reads the body (body.go), takes a token (tokens.go) and sends both to Qwen through a ReverseProxy.
+// stream.go watches the answer, keeps the client's stream alive and sees whether it ends as it should.
+// At its end metrics.go counts the request, and exchange.go logs it.
+//
+// The way of a token: signin.go (at the terminal) or auth.go (in a browser) start a sign-in with oauth.go's device flow.
+// credentials.go stores its tokens in QWEN_DIR, in the format of Qwen Code. tokens.go reads them at the start and follows the file.
+// Requests take the present token without a lock. Before it expires, tokens.go has oauth.go refresh it, once for all processes:
+// lock.go has the lock file. An API key takes the place of all this, and does not expire.
+//
+// The files:
+//
+//	main.go         commands, their settings, version
+//	config.go       settings: reading, checking, the .env file
+//	server.go       listening, TLS, following files, the service manager, shutdown
+//	routes.go       the table of routes; checks before a handler
+//	access.go       keys of clients, web origins, Host names, addresses of clients
+//	ratelimit.go    a token bucket for each client
+//	exchange.go     one request and its answer: id, headers, errors, deadlines, access line
+//	proxy.go        chat, embeddings, responses and messages: the call to Qwen
+//	body.go         request bodies within a bound on memory; finding and replacing the model
+//	body_unix.go    memory for large bodies that goes back to the system
+//	stream.go       answers from Qwen: silence, keep-alive comments, whether they are whole
+//	completions.go  the text completions endpoint, over chat
+//	models.go       the lists of models
+//	tokens.go       the token or key at hand, and its renewal
+//	oauth.go        Qwen's OAuth server, and the device flow
+//	credentials.go  the credential file
+//	lock.go         the lock file that keeps refreshes single
+//	auth.go         the sign-in page and its JSON
+//	signin.go       the commands login, logout and status
+//	health.go       the health endpoints, and the healthcheck command
+//	metrics.go      counts, and the page for Prometheus
+//	log.go          the log's format, and a writer that never blocks
+//	demo.go         the demo command, and its stand-in for Qwen
 package main
 
 import (
@@ -24,7 +61,7 @@ func main() {
 	// signal would pass on to the browser that login starts.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal kills at once, but for a server: see secondSignal
+	context.AfterFunc(ctx, stop) // a second signal kills at once, except a server: see secondSignal
 	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, ".env", os.Stdout, os.Stderr))
 }
 
@@ -49,26 +86,31 @@ func allBut(names ...string) func(string) bool {
 func commands() []command {
 	var login loginOptions
 	return []command{
-		{name: "serve", summary: "serve the proxy; this is the default", run: serveCommand,
-			reads: allBut(), serves: true,
-			help: "Environment variables configure it, and a file .env in the working directory; the README lists them. It needs an API\nkey in QWEN_API_KEY, or a Qwen account: without a key and a sign-in it prints a link to sign in with, and serves\nmeanwhile."},
+		{name: "serve", summary: "serve the proxy; this is the default", run: serveCommand, serves: true, reads: allBut(), help: `
+It needs an API key in QWEN_API_KEY, or a Qwen account: without a key and a sign-in it prints a link to sign in with.
+Environment variables configure it, and a file .env in the working directory; the README lists them all.`},
 		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&login), flags: login.define,
-			reads: only("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_OAUTH_CLIENT_ID", "QWEN_OAUTH_SCOPE", "QWEN_API_KEY", "QWEN_API_KEY_FILE"),
-			help:  "It prints a link and a code, opens a browser if there is one, and waits. A running server with the same QWEN_DIR\nuses the credentials within a few seconds. The exit status is 1 if the sign-in was denied, expired or could not be\nstored. With an API key in QWEN_API_KEY no sign-in is needed."},
-		{name: "logout", summary: "sign out", run: logoutCommand,
-			reads: only("QWEN_DIR"),
-			help:  "It replaces the stored credentials by an empty object. That signs out running servers with the same QWEN_DIR too, and\nQwen Code."},
+			reads: only("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_OAUTH_CLIENT_ID", "QWEN_OAUTH_SCOPE", "QWEN_API_KEY", "QWEN_API_KEY_FILE"), help: `
+It prints a link and a code, opens a browser if there is one, and waits. A running server with the same QWEN_DIR uses the
+credentials within a few seconds. The exit status is 1 if the sign-in was denied, expired or could not be stored.
+With an API key in QWEN_API_KEY no sign-in is needed.`},
+		{name: "logout", summary: "sign out", run: logoutCommand, reads: only("QWEN_DIR"), help: `
+It replaces the stored credentials by an empty object. That signs out running servers with the same QWEN_DIR and Qwen Code too.`},
 		{name: "status", summary: "say how the server is and who is signed in", run: statusCommand,
-			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS", "QWEN_DIR", "API_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE"),
-			help:  "It asks the running server, and looks at the credentials of this environment. The exit status is 0 only if requests\nwould be served. It never prints a token."},
+			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS", "QWEN_DIR", "API_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE"), help: `
+It asks the running server, and looks at the credentials of this environment. The exit status is 0 only if requests would
+be served. It never prints a token.`},
 		{name: "healthcheck", summary: "ask the running server for /health; exit status 0 or 1", run: healthcheckCommand,
-			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS"),
-			help:  "It is for containers without a shell. SERVER_HOST, SERVER_PORT and ENABLE_TLS say where the server is."},
-		{name: "demo", summary: "serve with a stand-in for Qwen: no account, no network, nothing stored", run: demoCommand,
+			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS"), help: `
+It is for containers without a shell. SERVER_HOST, SERVER_PORT and ENABLE_TLS say where the server is.`},
+		{name: "demo", summary: "serve with a stand-in for Qwen: no account, no network, nothing stored", run: demoCommand, serves: true,
 			// What leads to the real Qwen is not read.
-			reads: allBut("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE", "API_BASE_URL"), serves: true,
-			help: "Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after two\nseconds, and the answers are canned. Nothing is stored.\n\n" +
-				"Models of some names fail, to try out what a client does then: error-500 answers with status 500, any from error-400\nto error-599 likewise, and error-midstream breaks off in the middle of a stream."},
+			reads: allBut("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE", "API_BASE_URL"), help: `
+Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after two
+seconds, and the answers are canned. Nothing is stored.
+
+Models of some names fail, to try out what a client does then: error-400 to error-599 answer with that status, and
+error-midstream breaks off in the middle of a stream.`},
 		{name: "version", summary: "print version, commit, build date and Go version", run: versionCommand},
 		{name: "help", summary: "print this text, or explain a command"},
 	}
@@ -77,7 +119,6 @@ func commands() []command {
 // run executes one command and returns its exit status: 0 done, 1 failed, 2 wrong usage or configuration. Settings come
 // from lookup and then from envFile, if there is such a file; "" reads none.
 func run(ctx context.Context, args []string, lookup func(string) (string, bool), envFile string, stdout, stderr io.Writer) int {
-	terminal := isTerminal(stderr)
 	name := "serve"
 	switch {
 	case len(args) == 0:
@@ -111,15 +152,27 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	}
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		c.explain(stdout, flags)
+		fmt.Fprintf(stdout, "usage: qwen-go-proxy %s\n\n%s.\n%s\n", c.name, strings.ToUpper(c.summary[:1])+c.summary[1:], c.help)
+		flags.SetOutput(stdout)
+		flags.PrintDefaults()
 		return 0
 	case err != nil:
 		fmt.Fprintf(stderr, "qwen-go-proxy %s: %v\n\n", c.name, err)
 		usage(stderr)
 		return 2
-	case c.reads == nil: // a wrong configuration is not its business
+	case c.reads == nil:
 		return c.run(ctx, nil, stdout, stderr)
 	}
+	cfg, err := configure(c, lookup, envFile, stderr)
+	if err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy: the configuration is wrong:\n%v\n", err)
+		return 2
+	}
+	return c.run(ctx, cfg, stdout, stderr)
+}
+
+// configure returns c's configuration. Its error joins all problems, one a line.
+func configure(c command, lookup func(string) (string, bool), envFile string, stderr io.Writer) (*config, error) {
 	file, fileErr := readEnvFile(envFile)
 	if fileErr != nil && c.name == "healthcheck" {
 		fmt.Fprintln(stderr, fileErr) // the server may have started before the file was broken, and be healthy
@@ -140,31 +193,14 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		load = loadConfig
 	}
 	cfg, err := load(settings)
-	if err = errors.Join(fileErr, err); err != nil {
-		fmt.Fprintf(stderr, "qwen-go-proxy: the configuration is wrong:\n%v\n", err)
-		return 2
-	}
 	if file != nil {
 		cfg.envFile = absolute(envFile)
 	}
 	cfg.notifySocket, _ = lookup("NOTIFY_SOCKET") // set by the service manager: not a setting
-	if format, _ := settings("LOG_FORMAT"); terminal && strings.TrimSpace(format) == "" {
+	if format, _ := settings("LOG_FORMAT"); isTerminal(stderr) && strings.TrimSpace(format) == "" {
 		cfg.greet, cfg.logFormat = true, "text"
 	}
-	return c.run(ctx, cfg, stdout, stderr)
-}
-
-// explain writes what -h says of c.
-func (c *command) explain(w io.Writer, flags *flag.FlagSet) {
-	fmt.Fprintf(w, "usage: qwen-go-proxy %s\n\n%s.\n", c.name, strings.ToUpper(c.summary[:1])+c.summary[1:])
-	if c.help != "" {
-		fmt.Fprintf(w, "\n%s\n", c.help)
-	}
-	if c.flags != nil {
-		fmt.Fprintln(w)
-		flags.SetOutput(w)
-		flags.PrintDefaults()
-	}
+	return cfg, errors.Join(fileErr, err)
 }
 
 func usage(w io.Writer) {
@@ -172,7 +208,17 @@ func usage(w io.Writer) {
 	for _, c := range commands() {
 		fmt.Fprintf(w, "  %-12s %s\n", c.name, c.summary)
 	}
-	fmt.Fprint(w, "\nqwen-go-proxy command -h explains a command. Environment variables configure everything, and a file\n.env in the working directory; the README lists them.\n")
+	fmt.Fprint(w, `
+Environment variables configure everything, and a file .env in the working directory. The most important:
+  QWEN_API_KEY     a Model Studio key; without it, sign in with a Qwen account
+  API_BASE_URL     where the key belongs, if that is not international pay as you go
+  SERVER_HOST      the address to listen on (0.0.0.0)
+  SERVER_PORT      the port (8080)
+  PROXY_API_KEYS   keys that clients must send
+  QWEN_DIR         the directory of the sign-in (.qwen)
+
+"qwen-go-proxy command -h" explains a command. The README lists all settings.
+`)
 }
 
 // What the linker puts in at a release; a plain go build knows them from its version control.
