@@ -1,11 +1,11 @@
 package main
 
 import (
-	"bufio"
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -19,22 +19,24 @@ import (
 // A digest is the SHA-256 of a key. Keys are compared by their digests, whose length says nothing of theirs.
 type digest [sha256.Size]byte
 
-// An access says who may come in, and from where: clients with one of the proxy's keys, or all where it has
-// none; web pages of the allowed origins; names that no foreign page can have pointed here.
+// An access decides which requests may come in, by three things: the client's key, the web page that a browser sends it for, and
+// the host name that it was sent to. It is safe for concurrent use.
 type access struct {
 	log      *slog.Logger
 	keys     atomic.Pointer[[]digest] // empty: no key is needed
-	keysFile string
-	trusted  []netip.Prefix // reverse proxies whose X-Forwarded-For is believed
-	origins  []string       // nil is the loopback origins; "*" alone is all
-	hostname string         // the machine's own name, in lower case
+	keysFile string                   // "" for none
+	trusted  []netip.Prefix           // reverse proxies whose X-Forwarded-For is believed
+	origins  []string                 // nil is the loopback origins; "*" alone is all
+	hostname string                   // the machine's own name, in lower case
 	csrf     *http.CrossOriginProtection
 }
 
 func newAccess(cfg *config, log *slog.Logger) *access {
 	name, _ := os.Hostname() // "" matches no Host
-	a := &access{log: log, keysFile: cfg.proxyKeysFile, trusted: cfg.trustedProxies, origins: cfg.corsOrigins,
-		hostname: strings.ToLower(name), csrf: http.NewCrossOriginProtection()}
+	a := &access{
+		log: log, keysFile: cfg.proxyKeysFile, trusted: cfg.trustedProxies, origins: cfg.corsOrigins,
+		hostname: strings.ToLower(name), csrf: http.NewCrossOriginProtection(),
+	}
 	a.setKeys(cfg.proxyKeys)
 	return a
 }
@@ -68,38 +70,41 @@ func (a *access) files() []*watchedFile {
 
 // A client is what the proxy knows of the client of one request.
 type client struct {
-	addr     netip.Addr // not valid where it is unknown: a Unix socket has no addresses
+	addr     netip.Addr // not valid if it is unknown: a Unix socket has no addresses
 	trusted  bool       // the request came from one of TRUSTED_PROXIES, or through a Unix socket
-	told     bool       // X-Forwarded-For of such a peer has told addr
+	told     bool       // addr is from the X-Forwarded-For of such a peer
 	admitted bool       // it has one of the proxy's keys, or needs none
-	rate     rateKey    // what it counts by: its key, else its address, so that whoever guesses keys is limited too
+	rate     rateKey    // its bucket in the rate limiter: that of its key if it is one of the proxy's, else of its address
 }
 
 // client returns what is known of the client of r.
 func (a *access) client(r *http.Request) client {
-	c := client{addr: clientAddr(r)}
+	var c client
+	c.addr, _ = parseAddr(r.RemoteAddr)
 	c.trusted = a.isTrusted(c.addr) || !c.addr.IsValid() && onUnixSocket(r)
 	if c.trusted {
 		c.addr, c.told = a.forwardedFor(c.addr, r.Header["X-Forwarded-For"])
 	}
-	c.rate = addressKey(c.addr)
-	if c.admitted = !a.required(); c.admitted {
-		return c
-	}
-	d, ok := a.key(r)
-	if c.admitted = ok; ok {
-		c.rate = digestKey(d[:])
+	c.rate, c.admitted = addressKey(c.addr), !a.required()
+	if !c.admitted {
+		if d, ok := a.key(r); ok {
+			c.rate, c.admitted = digestKey(d[:]), true
+		}
 	}
 	return c
 }
 
-// clientAddr returns the address of the client's end of the connection, without a zone: net/netip has no prefixes with one.
-func clientAddr(r *http.Request) netip.Addr {
-	ap, err := netip.ParseAddrPort(r.RemoteAddr)
+// parseAddr returns the IP address in s, which may have a port. A zone is dropped: net/netip has no prefixes with one.
+func parseAddr(s string) (netip.Addr, bool) {
+	addr, err := netip.ParseAddr(s)
 	if err != nil {
-		return netip.Addr{} // a Unix socket's peer has none
+		ap, err := netip.ParseAddrPort(s)
+		if err != nil {
+			return netip.Addr{}, false
+		}
+		addr = ap.Addr()
 	}
-	return ap.Addr().Unmap().WithZone("")
+	return addr.Unmap().WithZone(""), true
 }
 
 // forwardingHeaders are headers by which reverse proxies say that they forward a request.
@@ -107,23 +112,19 @@ var forwardingHeaders = []string{"X-Forwarded-For", "X-Forwarded-Host", "X-Forwa
 
 // isLocal reports whether c, the client of r, is known to be on this machine or in a private network.
 func (a *access) isLocal(r *http.Request, c client) bool {
-	if _, ok := r.Header["Forwarded"]; ok {
+	has := func(name string) bool { _, ok := r.Header[name]; return ok }
+	near := c.addr.IsLoopback() || c.addr.IsPrivate() || c.addr.IsLinkLocalUnicast()
+	switch {
+	case has("Forwarded"):
 		return false // A reverse proxy that sends this header may pass on an X-Forwarded-For of the client's own.
-	}
-	if c.told {
-		return isNear(c.addr)
-	}
-	if slices.ContainsFunc(forwardingHeaders, func(name string) bool { _, ok := r.Header[name]; return ok }) {
+	case c.told:
+		return near
+	case slices.ContainsFunc(forwardingHeaders, has):
 		return false
 	}
-	// A trusted reverse proxy that sends no such header gives itself away by the name that its clients use.
+	// The client of a reverse proxy that sends no such header shows itself by the public name that it uses.
 	onSocket := c.trusted && !c.addr.IsValid()
-	return (isNear(c.addr) || onSocket) && a.isLocalName(r.Host)
-}
-
-// isNear reports whether addr is on this machine or in a private network.
-func isNear(addr netip.Addr) bool {
-	return addr.IsLoopback() || addr.IsPrivate() || addr.IsLinkLocalUnicast()
+	return (near || onSocket) && a.isLocalName(r.Host)
 }
 
 // onUnixSocket reports whether r came through a Unix socket.
@@ -132,17 +133,13 @@ func onUnixSocket(r *http.Request) bool {
 	return ok && addr.Network() == "unix"
 }
 
-// check reports why a request from c may not go on, whatever it asks for: it came under a name that a foreign page can have
-// pointed here, or from a foreign page.
+// check reports why a request from c may not go on, whatever it asks for: its Host is a name that a foreign page can have
+// pointed here, or a foreign page sent it.
 func (a *access) check(r *http.Request, c client) error {
 	if !a.required() && !c.trusted && !a.isLocalName(r.Host) {
 		return errHostNotAllowed
 	}
-	origin := r.Header.Get("Origin")
-	if origin != "" && a.allowsOrigin(origin) {
-		return nil
-	}
-	if isPreflight(r) || a.csrf.Check(r) != nil {
+	if !a.allowsOrigin(r.Header.Get("Origin")) && (isPreflight(r) || a.csrf.Check(r) != nil) {
 		return errOriginNotAllowed
 	}
 	return nil
@@ -164,7 +161,7 @@ var (
 // allowOrigin sets the CORS headers in h, by which a browser lets the page that sent r read the answer.
 func (a *access) allowOrigin(h http.Header, r *http.Request) {
 	h["Vary"] = valueOrigin
-	if origin := r.Header.Get("Origin"); origin != "" && a.allowsOrigin(origin) {
+	if origin := r.Header.Get("Origin"); a.allowsOrigin(origin) {
 		h["Access-Control-Allow-Origin"] = []string{origin}
 		h["Access-Control-Expose-Headers"] = valueExposed
 	}
@@ -192,9 +189,11 @@ func preflight(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// allowsOrigin reports whether pages of origin may use the proxy.
+// allowsOrigin reports whether pages of origin may use the proxy. It is false for "".
 func (a *access) allowsOrigin(origin string) bool {
 	switch {
+	case origin == "":
+		return false
 	case a.origins == nil:
 		u, err := url.Parse(origin)
 		return err == nil && (u.Scheme == "http" || u.Scheme == "https") && isLoopback(strings.ToLower(u.Hostname()))
@@ -204,22 +203,16 @@ func (a *access) allowsOrigin(origin string) bool {
 	return slices.Contains(a.origins, strings.ToLower(origin))
 }
 
-// isLocalName reports whether host is one that public DNS can't point here: an IP address, localhost, a name without a
-// dot or of a domain that is kept for local use, or the machine's own name. A page elsewhere that has pointed a
-// name of its own here (DNS rebinding) comes under that name.
+// isLocalName reports whether host is one that public DNS can't point here: an IP address, localhost, a name without a dot or
+// of a domain for local use, or the machine's own name. Against DNS rebinding: a foreign page that has pointed a name of its
+// own here uses that name as the Host.
 func (a *access) isLocalName(host string) bool {
 	name := strings.ToLower(strings.TrimSuffix((&url.URL{Host: host}).Hostname(), "."))
-	if name == "" {
-		return false
-	}
 	if _, err := netip.ParseAddr(name); err == nil {
 		return true
 	}
-	if !hostname(name) {
-		return false
-	}
-	return !strings.Contains(name, ".") || name == a.hostname ||
-		strings.HasSuffix(name, ".localhost") || strings.HasSuffix(name, ".local") || strings.HasSuffix(name, ".internal")
+	return hostname(name) && (!strings.Contains(name, ".") || name == a.hostname ||
+		strings.HasSuffix(name, ".localhost") || strings.HasSuffix(name, ".local") || strings.HasSuffix(name, ".internal"))
 }
 
 // isTrusted reports whether addr is a reverse proxy of ours.
@@ -227,48 +220,34 @@ func (a *access) isTrusted(addr netip.Addr) bool {
 	return addr.IsValid() && slices.ContainsFunc(a.trusted, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
-// forwardedFor returns the client's address by what the X-Forwarded-For lines of a trusted peer say, and whether they say it:
-// where they don't, it is the last proxy's that they name. Each proxy puts the address that it was called from at the end, so
-// it is read from the right: the first address that is no trusted proxy's is the client's. What stands left of it, or of
-// anything that is no address, anybody may have put there.
+// forwardedFor returns the client's address by the X-Forwarded-For lines of a trusted peer, and whether they tell it. If not, it
+// returns the address of the last proxy that is known. Each proxy puts the address that called it at the end. So the lines are
+// read from the right, and the first address that is not a trusted proxy's is the client's. Anybody may have written what
+// stands left of it, or of anything that is not an address.
 func (a *access) forwardedFor(peer netip.Addr, lines []string) (addr netip.Addr, told bool) {
+	if len(lines) == 0 {
+		return peer, false
+	}
 	addr = peer
-	for _, line := range slices.Backward(lines) {
-		for {
-			i := strings.LastIndexByte(line, ',')
-			item := strings.TrimSpace(line[i+1:])
-			next, err := netip.ParseAddr(item)
-			if err != nil {
-				ap, portErr := netip.ParseAddrPort(item) // some proxies add the port
-				if portErr != nil {
-					return addr, false
-				}
-				next = ap.Addr()
-			}
-			addr = next.Unmap().WithZone("")
-			if !a.isTrusted(addr) {
-				return addr, true
-			}
-			if i < 0 {
-				break
-			}
-			line = line[:i]
+	for _, item := range slices.Backward(strings.Split(strings.Join(lines, ","), ",")) {
+		next, ok := parseAddr(strings.TrimSpace(item))
+		if !ok {
+			return addr, false
+		}
+		if addr = next; !a.isTrusted(addr) {
+			break
 		}
 	}
-	return addr, len(lines) > 0
+	return addr, true
 }
 
-// key returns the digest of the key that r carries, and whether it is one of the proxy's. How long it takes says
-// nothing about the keys.
+// key returns the digest of the key that r carries, and whether it is one of the proxy's. The time it takes says nothing about
+// the keys.
 func (a *access) key(r *http.Request) (digest, bool) {
-	keys := *a.keys.Load()
-	if len(keys) == 0 {
-		return digest{}, false
-	}
 	d := digest(sha256.Sum256([]byte(clientKey(r))))
 	found := 0
-	for i := range keys {
-		found |= subtle.ConstantTimeCompare(d[:], keys[i][:])
+	for _, key := range *a.keys.Load() {
+		found |= subtle.ConstantTimeCompare(d[:], key[:])
 	}
 	return d, found == 1
 }
@@ -287,22 +266,17 @@ func clientKey(r *http.Request) string {
 
 // readProxyKeys returns the keys in file, one a line; blank lines and lines that start with # do not count.
 func readProxyKeys(file string) ([]string, error) {
-	f, err := os.Open(file)
+	b, _, err := readRegular(file, math.MaxInt64)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
 	var keys []string
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		line := strings.TrimSpace(lines.Text())
-		if line != "" && !strings.HasPrefix(line, "#") {
+	for line := range strings.Lines(string(b)) {
+		if line = strings.TrimSpace(line); line != "" && line[0] != '#' {
 			keys = append(keys, line)
 		}
 	}
 	switch {
-	case lines.Err() != nil:
-		return nil, lines.Err()
 	case len(keys) == 0:
 		return nil, errors.New("the file holds no key")
 	case !allValidKeys(keys):

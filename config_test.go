@@ -374,7 +374,7 @@ func TestConfigKeyFiles(t *testing.T) {
 		{"empty", "", "", nil},
 		{"blank", " \r\n\t\n", "", nil},
 		{"comments alone", "# one\n# two\n", "", nil},
-		{"one very long line", strings.Repeat("k", 1<<20), strings.Repeat("k", 1<<20), nil},
+		{"one very long line", strings.Repeat("k", 1<<20), strings.Repeat("k", 1<<20), []string{strings.Repeat("k", 1<<20)}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			file := filepath.Join(dir, strings.ReplaceAll(tt.name, " ", "-"))
