@@ -1,14 +1,10 @@
 package main
 
 import (
-	"bufio"
-	"context"
 	"math"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -200,95 +196,4 @@ func TestStreamShape(t *testing.T) {
 		{"choices": choice(0, object{"tool_calls": []any{object{"index": 0.0, "function": object{"arguments": `"}`}}}}, nil)},
 		{"choices": choice(0, object{}, "tool_calls")},
 	}, chunks)
-}
-
-func TestStreamsWordByWord(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newStandIn()
-		c := newBubbleClient(t, s)
-		c.signIn()
-		start := time.Now()
-		c.do("POST", "/v1/chat/completions", "application/json", `{"model":"m","messages":[{"role":"user","content":"Hi"}],"stream":true,"max_tokens":5}`)
-		wantEqual(t, "time for 5 words", 4*s.wordDelay, time.Since(start))
-
-		start = time.Now()
-		c.do("POST", "/v1/chat/completions", "application/json", `{"model":"m","messages":[{"role":"user","content":"`+strings.Repeat("word ", 5000)+`"}],"stream":true}`)
-		wantEqual(t, "time for an agent's prompt", (pacedWords-1)*s.wordDelay, time.Since(start))
-	})
-}
-
-func TestStreamEndsWhenClientLeaves(t *testing.T) {
-	s := newStandIn()
-	s.wordDelay = time.Hour
-	served := make(chan struct{})
-	c := newClient(t, s)
-	c.signIn()
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		s.ServeHTTP(w, r)
-		close(served)
-	}))
-	defer server.Close()
-
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	r, err := http.NewRequestWithContext(ctx, "POST", server.URL+"/v1/chat/completions",
-		strings.NewReader(`{"model":"m","messages":[{"role":"user","content":"Hi"}],"stream":true}`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.Header.Set("Authorization", "Bearer "+c.token)
-	resp, err := server.Client().Do(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	events := bufio.NewScanner(resp.Body)
-	for events.Scan() && !strings.Contains(events.Text(), `"content":"This"`) {
-	}
-	if events.Err() != nil {
-		t.Fatal(events.Err()) // else the first word is here while the stream goes on
-	}
-	cancel()
-	<-served
-}
-
-// Whatever is sent, the answer is a completion, a stream that is whole, or an error of OpenAI's shape;
-// and a tool call's arguments are a JSON object.
-func FuzzChat(f *testing.F) {
-	for _, seed := range []string{
-		`{"model":"m","messages":[{"role":"user","content":"Hi"}]}`,
-		`{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"Hi"}]}],"stream":true,"stop":["x"],"n":2}`,
-		`{"model":"m","messages":[{"role":"tool"}],"stream_options":{"include_usage":true},"max_tokens":1}`,
-		`{"model":"m","messages":[{}],"tools":[{"function":{"name":"f","parameters":{"required":["a"],"properties":{"a":{"enum":[1]}}}}}],"tool_choice":"auto"}`,
-		`{"model":"m","messages":[{}],"response_format":{"type":"json_schema","json_schema":{"schema":{"type":["object"],"anyOf":[1]}}}}`,
-		`{"model":"m"`,
-	} {
-		f.Add([]byte(seed))
-	}
-	c := newFuzzClient(f)
-	f.Fuzz(func(t *testing.T, body []byte) {
-		c := *c
-		c.t = t
-		resp, answer := c.do("POST", "/v1/chat/completions", "application/json", string(body))
-		switch {
-		case resp.StatusCode == http.StatusBadRequest:
-			if _, ok := dig(parseObject(t, answer), "error", "message").(string); !ok {
-				t.Errorf("no error: %s", answer)
-			}
-		case resp.StatusCode != http.StatusOK:
-			t.Errorf("status %d", resp.StatusCode)
-		case strings.HasPrefix(resp.Header.Get("Content-Type"), "text/event-stream"):
-			chatEvents(t, answer)
-		default:
-			message := dig(parseObject(t, answer), "choices", 0, "message")
-			_, isText := dig(message, "content").(string)
-			args, isCall := dig(message, "tool_calls", 0, "function", "arguments").(string)
-			if isText == isCall {
-				t.Errorf("neither text nor call: %s", answer)
-			}
-			if isCall {
-				parseObject(t, args)
-			}
-		}
-	})
 }

@@ -10,7 +10,6 @@ import (
 	"net/url"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -170,14 +169,4 @@ func wantEqual(t testing.TB, what string, want, got any) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("%s (-want +got):\n%s", what, d)
 	}
-}
-
-// newFuzzClient returns a client, signed in for long, of a standIn that makes no pauses.
-func newFuzzClient(f *testing.F) *client {
-	s := newStandIn()
-	s.wordDelay = 0
-	s.tokenLife = 1000 * time.Hour
-	c := newBubbleClient(f, s)
-	c.signIn()
-	return c
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"net/http"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -53,55 +52,6 @@ func TestSignIn(t *testing.T) {
 	}
 }
 
-func TestRefusesBadOAuthRequests(t *testing.T) {
-	c := newClient(t, newStandIn())
-	challenge := strings.Repeat("c", 43)
-	device := c.authorize()["device_code"].(string)
-	const deviceGrant = "urn:ietf:params:oauth:grant-type:device_code"
-	for _, test := range []struct {
-		name   string
-		path   string
-		form   []string
-		status int
-		want   string
-	}{
-		{"no client", "/api/v1/oauth2/device/code",
-			[]string{"code_challenge", challenge, "code_challenge_method", "S256"}, 400, "invalid_request"},
-		{"no challenge", "/api/v1/oauth2/device/code",
-			[]string{"client_id", "c", "code_challenge_method", "S256"}, 400, "invalid_request"},
-		{"plain challenge", "/api/v1/oauth2/device/code",
-			[]string{"client_id", "c", "code_challenge", challenge, "code_challenge_method", "plain"}, 400, "invalid_request"},
-		{"no grant type", "/api/v1/oauth2/token", nil, 400, "unsupported_grant_type"},
-		{"another grant type", "/api/v1/oauth2/token", []string{"grant_type", "password"}, 400, "unsupported_grant_type"},
-		{"unknown device code", "/api/v1/oauth2/token",
-			[]string{"grant_type", deviceGrant, "client_id", "client", "device_code", "x", "code_verifier", verifier},
-			401, "invalid_grant"},
-		{"another verifier", "/api/v1/oauth2/token",
-			[]string{"grant_type", deviceGrant, "client_id", "client", "device_code", device, "code_verifier", "x"},
-			400, "invalid_grant"},
-		{"another client", "/api/v1/oauth2/token",
-			[]string{"grant_type", deviceGrant, "client_id", "x", "device_code", device, "code_verifier", verifier},
-			400, "invalid_grant"},
-		{"unknown refresh token", "/api/v1/oauth2/token",
-			[]string{"grant_type", "refresh_token", "client_id", "client", "refresh_token", "x"}, 400, "invalid_grant"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			c := *c
-			c.t = t
-			status, answer := c.form(test.path, test.form...)
-			wantEqual(t, "refusal", []any{test.status, test.want}, []any{status, answer["error"]})
-			if answer["error_description"] == "" {
-				t.Error("no error_description")
-			}
-		})
-	}
-
-	resp, body := c.do("POST", "/api/v1/oauth2/device/code", "application/json", `{"client_id":"client"}`)
-	if resp.StatusCode != 400 || parseObject(t, body)["error"] != "invalid_request" {
-		t.Errorf("JSON for a form: %d %s", resp.StatusCode, body)
-	}
-}
-
 func TestPolling(t *testing.T) {
 	type poll struct {
 		after time.Duration // since the poll before
@@ -144,14 +94,6 @@ func TestPolling(t *testing.T) {
 	}
 }
 
-func TestAnnouncesNoInterval(t *testing.T) {
-	s := newStandIn()
-	s.interval = 0
-	if device := newClient(t, s).authorize(); device["interval"] != nil {
-		t.Errorf("interval %v announced", device["interval"])
-	}
-}
-
 func TestRotatesRefreshTokens(t *testing.T) {
 	s := newStandIn()
 	c := newClient(t, s)
@@ -180,20 +122,6 @@ func TestRotatesRefreshTokens(t *testing.T) {
 	}
 }
 
-func TestRedeemsARefreshTokenOnce(t *testing.T) {
-	s := newStandIn()
-	c := newClient(t, s)
-	token := c.signIn()["refresh_token"]
-	var all sync.WaitGroup
-	for range 8 {
-		all.Go(func() { c.refresh(token) })
-	}
-	all.Wait()
-	if got := s.counts(); got.refreshes != 1 || got.replays != 7 {
-		t.Errorf("8 refreshes with one token: %+v", got)
-	}
-}
-
 func TestTokensExpire(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newStandIn()
@@ -211,52 +139,4 @@ func TestTokensExpire(t *testing.T) {
 			t.Errorf("refresh after expiry: %d %v", status, answer)
 		}
 	})
-}
-
-func TestPage(t *testing.T) {
-	s := newStandIn()
-	c := newClient(t, s)
-	device := c.authorize()
-	code := device["user_code"].(string)
-	for _, test := range []struct {
-		name   string
-		path   string
-		status int
-		want   []string
-	}{
-		{"no code", "/authorize", 200, []string{`name="user_code" placeholder`, "stand-in for Qwen", "No account is involved"}},
-		{"a code that waits", "/authorize?user_code=" + code + "&client=qwen-code", 200,
-			[]string{code, `value="approve"`, `value="deny"`, "stand-in for Qwen", "No account is involved", "approves itself 5s after"}},
-		{"as people type it", "/authorize?user_code=" + strings.ToLower(strings.Replace(code, "-", "+", 1)), 200, []string{code, `value="approve"`}},
-		{"unknown code", "/authorize?user_code=%3Cb%3E", 404, []string{"No sign-in has the code &lt;b&gt;", `name="user_code" placeholder`}},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			c := *c
-			c.t = t
-			resp, body := c.do("GET", test.path, "", "")
-			if resp.StatusCode != test.status {
-				t.Errorf("status %d, want %d", resp.StatusCode, test.status)
-			}
-			for _, want := range test.want {
-				if !strings.Contains(body, want) {
-					t.Errorf("%q is not in\n%s", want, body)
-				}
-			}
-		})
-	}
-
-	if status, _ := c.decide(device, "maybe"); status != http.StatusBadRequest {
-		t.Errorf("another decision: %d", status)
-	}
-	if status, _ := c.decide(object{"user_code": "XXXX"}, "approve"); status != http.StatusNotFound {
-		t.Errorf("approving an unknown code: %d", status)
-	}
-	if status, page := c.decide(device, "deny"); status != 200 || !strings.Contains(page, "Denied.") {
-		t.Errorf("denying: %d\n%s", status, page)
-	}
-	if _, page := c.decide(device, "approve"); !strings.Contains(page, "Denied.") {
-		t.Errorf("approving what is denied:\n%s", page)
-	}
-	status, answer := c.poll(device)
-	wantEqual(t, "denied", []any{400, "access_denied"}, []any{status, answer["error"]})
 }
