@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	_ "embed"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"html/template"
 	"net/http"
@@ -100,10 +101,10 @@ func newAuthAnswer(r *http.Request, st sourceStatus) *authAnswer {
 		a.Message = "Open verification_uri_complete in a browser and check that it shows user_code."
 	case signInStarting:
 		a.Message = "Qwen's sign-in server has not answered yet. The proxy keeps trying."
-		if in.err != nil && unanswered(in.err) {
-			a.Message = "Qwen's sign-in server can't be reached. Check the proxy's network. The proxy keeps trying." // the cause is in the log
-		} else if in.err != nil {
+		if _, answered := errors.AsType[*oauthError](in.err); answered {
 			a.Message = st.flow.oauth.trouble(in.err) + " The proxy keeps trying."
+		} else if in.err != nil {
+			a.Message = "Qwen's sign-in server can't be reached. Check the proxy's network. The proxy keeps trying." // the cause is in the log
 		}
 	case signInDenied:
 		a.Message = "The sign-in was denied. Open /auth to start another."

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,25 +21,32 @@ import (
 
 // A token is an access token with all that came with it, or an API key. It does not change once a tokenSource has it.
 type token struct {
-	access      string // "" where the file has only a refresh token
-	refresh     string // "" where it can't be refreshed
+	access      string // "" if the file has only a refresh token
+	refresh     string // "" if it can't be refreshed
 	typ         string // token_type; "" is Bearer
-	resourceURL string // the API to use, as the server gave it
+	resourceURL string // the API to use, as the server sent it
 	idToken     string
 	scope       string
-	obtained    time.Time // wall clock; when the server issued it, at the latest
-	expiry      time.Time // wall clock; zero for an API key, which has none
+	obtained    time.Time // wall clock; when the server issued it, or later
+	expiry      time.Time // wall clock; zero for an API key, which does not expire
+	unstored    bool      // it is only in memory, since it could not be stored
 
-	unstored bool // it is in memory alone, since it could not be stored
-
-	// members are those of the credential file that it was read from, kept when the file is written again.
+	// members are those of the credential file that it was read from. They are kept when the file is written again.
 	members map[string]json.RawMessage
 
-	// What tokenSource.prepare makes of these, ready for the request path.
+	// A tokenSource computes these for the request path.
 	authorization string // the Authorization header's value
 	refreshAt     time.Time
 	base          *url.URL // of the API
 	baseErr       error    // why base is nil
+}
+
+// fields returns t's fields by their names in the credential file and in answers of the token endpoint.
+func (t *token) fields() map[string]*string {
+	return map[string]*string{
+		"access_token": &t.access, "refresh_token": &t.refresh, "token_type": &t.typ,
+		"resource_url": &t.resourceURL, "id_token": &t.idToken, "scope": &t.scope,
+	}
 }
 
 // good reports whether t can be used at now.
@@ -51,8 +57,8 @@ func (t *token) good(now time.Time) bool {
 // isKey reports whether t is an API key.
 func (t *token) isKey() bool { return t.expiry.IsZero() }
 
-// quotedIn reports whether s contains the access token. One of less than 6 characters, which only tests have, may be part
-// of any text and is not looked for.
+// quotedIn reports whether s contains the access token. A token of less than 6 characters may be part of any text and is not
+// looked for; only tests have such.
 func (t *token) quotedIn(s string) bool { return len(t.access) >= 6 && strings.Contains(s, t.access) }
 
 // redact returns s without the access token.
@@ -63,7 +69,7 @@ func (t *token) redact(s string) string {
 	return strings.ReplaceAll(s, t.access, "(not shown)")
 }
 
-// redactError returns err, or where that quotes the access token, its text without it.
+// redactError returns err. If its text contains the access token, it returns an error with the rest of that text.
 func (t *token) redactError(err error) error {
 	if err == nil || !t.quotedIn(err.Error()) {
 		return err
@@ -79,8 +85,8 @@ func (t *token) LogValue() slog.Value {
 	return slog.GroupValue(slog.Time("expires", t.expiry))
 }
 
-// apiBase returns the base URL of the API that resourceURL names: https where it has no scheme, /v1 put behind
-// it where it does not end so. Tokens go only to Qwen's own hosts, or to this machine.
+// apiBase returns the base URL of the API that resourceURL names. It adds https:// if there is no scheme, and /v1 at the end if
+// that is missing. Tokens go only to Qwen's own hosts, or to this machine.
 func apiBase(resourceURL string) (*url.URL, error) {
 	if resourceURL == "" {
 		resourceURL = "https://portal.qwen.ai/v1"
@@ -132,8 +138,8 @@ func (s *credentialStore) path() string {
 	return filepath.Join(s.dir, credentialFile)
 }
 
-// load reads the token. The error is an fs.ErrNotExist where there is no file, errSignedOut, or says why the file
-// can't be used without quoting it.
+// load reads the token. The error is an fs.ErrNotExist if there is no file, errSignedOut, or says why the file can't be used.
+// It never quotes the file.
 func (s *credentialStore) load() (*token, error) {
 	b, info, err := readRegular(s.path(), maxCredentialFile)
 	if err != nil {
@@ -146,12 +152,12 @@ func (s *credentialStore) load() (*token, error) {
 	return t, err
 }
 
-// unusable reports whether load's err says that there is a file that can't be used.
+// unusable reports whether err, from load, says that there is a file that can't be used.
 func unusable(err error) bool {
 	return err != nil && !errors.Is(err, errSignedOut) && !errors.Is(err, fs.ErrNotExist)
 }
 
-// readRegular reads at most limit bytes of a regular file. It opens nothing else: to open a FIFO waits for a writer.
+// readRegular reads at most limit bytes of a regular file. It opens nothing else: opening a FIFO waits for a writer.
 func readRegular(path string, limit int64) ([]byte, fs.FileInfo, error) {
 	info, err := os.Stat(path)
 	switch {
@@ -182,27 +188,17 @@ func sameFile(a, b fs.FileInfo) bool {
 	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size()
 }
 
-// check returns why the directory can't be written, in words that say what to do; nil where it can.
+// check returns why the credentials can't be stored, and what to do about it; nil if they can.
 func (s *credentialStore) check() error {
 	if s.dir == "" {
 		return nil
 	}
-	err := os.MkdirAll(s.dir, 0o700)
+	n, err := s.reserve()
 	if err == nil {
-		var f *os.File
-		if f, err = os.CreateTemp(s.dir, ".write-check-*"); err == nil {
-			f.Close()
-			os.Remove(f.Name())
-		}
-	}
-	if err == nil {
+		n.discard()
 		return nil
 	}
-	dir, absErr := filepath.Abs(s.dir)
-	if absErr != nil {
-		dir = s.dir
-	}
-	hint := "set QWEN_DIR to a directory that it can write"
+	dir, hint := absolute(s.dir), "set QWEN_DIR to a directory that it can write"
 	if errors.Is(err, fs.ErrPermission) {
 		hint = fmt.Sprintf("run: sudo mkdir -p %[1]q && sudo chown -R %[2]d %[1]q", dir, os.Getuid())
 	}
@@ -212,26 +208,17 @@ func (s *credentialStore) check() error {
 // parseCredentials reads the content of a credential file that was written at modified.
 func parseCredentials(b []byte, modified time.Time) (*token, error) {
 	var members map[string]json.RawMessage
-	if err := json.Unmarshal(b, &members); err != nil {
-		if len(bytes.TrimSpace(b)) == 0 {
-			return nil, errors.New("the file is empty")
-		}
+	switch err := json.Unmarshal(b, &members); {
+	case len(bytes.TrimSpace(b)) == 0:
+		return nil, errors.New("the file is empty")
+	case err != nil || members == nil:
 		return nil, errors.New("not a JSON object, or cut short")
-	}
-	if members == nil {
-		return nil, errors.New("not a JSON object, or cut short")
-	}
-	if len(members) == 0 {
+	case len(members) == 0:
 		return nil, errSignedOut
 	}
 	t := &token{members: members, obtained: modified.Round(0)}
-	for name, field := range map[string]*string{
-		"access_token": &t.access, "refresh_token": &t.refresh, "token_type": &t.typ,
-		"resource_url": &t.resourceURL, "id_token": &t.idToken, "scope": &t.scope,
-	} {
-		if raw, ok := members[name]; ok && json.Unmarshal(raw, field) != nil {
-			return nil, fmt.Errorf("its %s is not a string", name)
-		}
+	if err := stringMembers(members, t.fields()); err != nil {
+		return nil, err
 	}
 	if t.access == "" && t.refresh == "" {
 		return nil, errors.New("neither access_token nor refresh_token is in it: it seems to be another program's")
@@ -254,14 +241,13 @@ func parseCredentials(b []byte, modified time.Time) (*token, error) {
 // errInPlace is no failure: the file could not be replaced, and was written in place.
 var errInPlace = errors.New("the file is a mount point by itself, so that a crash while it is written can cut it short; mount its directory instead")
 
-// A newFile is the room for the next credential file, on the disk before there is anything to put in.
+// A newFile is the room on disk for the next credential file, reserved before there is anything to write.
 type newFile struct {
 	f      *os.File
 	target string
 }
 
-// reserve makes room for the next file: where a token is fetched that must not be lost, a full or read-only disk
-// shall show before.
+// reserve makes room for the next file. A full or read-only disk shows before a token is fetched that must not be lost.
 func (s *credentialStore) reserve() (*newFile, error) {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, err
@@ -284,8 +270,8 @@ func (s *credentialStore) reserve() (*newFile, error) {
 	return n, nil
 }
 
-// giveToOwner makes the owner of dir the owner of f, if root writes it: a service whose administrator runs login has to read
-// the file under a user of its own.
+// giveToOwner makes the owner of dir the owner of f if root writes it: after an administrator's login, a service that runs as
+// another user has to read the file.
 func giveToOwner(f *os.File, dir string) {
 	info, err := os.Stat(dir)
 	if err != nil || os.Geteuid() != 0 {
@@ -295,17 +281,16 @@ func giveToOwner(f *os.File, dir string) {
 	if stat.Kind() != reflect.Struct || !stat.FieldByName("Uid").IsValid() || !stat.FieldByName("Gid").IsValid() {
 		return
 	}
-	f.Chown(int(stat.FieldByName("Uid").Uint()), int(stat.FieldByName("Gid").Uint())) // a root without that right keeps the file
+	f.Chown(int(stat.FieldByName("Uid").Uint()), int(stat.FieldByName("Gid").Uint())) // without the right to do so, root keeps the file
 }
 
-// removeLeft removes the temporary files that crashes have left in dir: they hold tokens. What is in use is younger.
+// removeLeft removes the temporary files that crashes have left in dir, because they hold tokens. Files in use are younger.
 func removeLeft(dir string) {
-	entries, _ := os.ReadDir(dir)
-	for _, e := range entries {
-		info, err := e.Info()
-		if err == nil && strings.HasPrefix(e.Name(), "."+credentialFile+".") && strings.HasSuffix(e.Name(), ".tmp") &&
-			time.Since(info.ModTime()) > time.Minute {
-			os.Remove(filepath.Join(dir, e.Name()))
+	left, _ := fs.Glob(os.DirFS(dir), "."+credentialFile+".*.tmp")
+	for _, name := range left {
+		path := filepath.Join(dir, name)
+		if info, err := os.Stat(path); err == nil && time.Since(info.ModTime()) > time.Minute {
+			os.Remove(path)
 		}
 	}
 }
@@ -319,8 +304,8 @@ func (n *newFile) discard() {
 	}
 }
 
-// commit makes content the credential file. A crash at any instant leaves the old file or the new one, whole; where
-// the error is errInPlace the content is stored, but not in that way.
+// commit makes content the credential file. A crash at any instant leaves the old file or the new one, whole. If the error is
+// errInPlace the content is stored, but without that promise.
 func (n *newFile) commit(content []byte) error {
 	defer n.discard()
 	if _, err := n.f.WriteAt(content, 0); err != nil {
@@ -359,52 +344,49 @@ func (s *credentialStore) save(t *token) error {
 	if s.dir == "" {
 		return nil
 	}
-	n, err := s.reserve()
+	content, err := t.fileContent()
 	if err != nil {
 		return err
 	}
-	defer n.discard()
-	content, err := t.fileContent()
+	return s.write(content)
+}
+
+// replace writes t in place of whatever is there. It keeps members that it does not know, of another program that shares the file.
+func (s *credentialStore) replace(t *token) error {
+	if stored, err := s.load(); err == nil {
+		t.members = stored.members
+	}
+	return s.save(t)
+}
+
+// signOut writes that nobody is signed in.
+func (s *credentialStore) signOut() error { return s.write([]byte("{}\n")) }
+
+func (s *credentialStore) write(content []byte) error {
+	n, err := s.reserve()
 	if err != nil {
 		return err
 	}
 	return n.commit(content)
 }
 
-// replace writes t in the place of whatever is there. It keeps the members that it does not know.
-func (s *credentialStore) replace(t *token) error {
-	if stored, err := s.load(); err == nil {
-		t.members = stored.members // of another program that shares the file
-	}
-	return s.save(t)
-}
-
-// signOut makes the file say that nobody is signed in.
-func (s *credentialStore) signOut() error {
-	n, err := s.reserve()
-	if err != nil {
-		return err
-	}
-	return n.commit([]byte("{}\n"))
-}
-
 // fileContent returns the credential file that holds t.
 func (t *token) fileContent() ([]byte, error) {
 	if t.refresh == "" || t.access == "" {
-		return nil, errors.New("the sign-in has no refresh token: it is kept in memory alone, since other programs take such a file for a foreign one")
+		return nil, errors.New("the sign-in has no refresh token and is only kept in memory, because other programs take such a file for a foreign one")
 	}
 	members := maps.Clone(t.members)
 	if members == nil {
 		members = map[string]json.RawMessage{}
 	}
-	for name, value := range map[string]string{
-		"access_token": t.access, "refresh_token": t.refresh, "token_type": cmp.Or(t.typ, "Bearer"),
-		"resource_url": t.resourceURL, "id_token": t.idToken, "scope": t.scope,
-	} {
+	for name, value := range t.fields() {
 		delete(members, name)
-		if value != "" {
-			members[name] = jsonString(value)
+		if *value != "" {
+			members[name] = jsonString(*value)
 		}
+	}
+	if t.typ == "" {
+		members["token_type"] = jsonString("Bearer")
 	}
 	members["expiry_date"] = strconv.AppendInt(nil, t.expiry.UnixMilli(), 10)
 	b, err := json.MarshalIndent(members, "", "  ")

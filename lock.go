@@ -189,8 +189,11 @@ func (l *fileLock) keep() {
 	}
 }
 
-// release deletes the lock, but only if it is still ours.
+// release deletes the lock, but only if it is still ours. A nil lock has nothing to release.
 func (l *fileLock) release() {
+	if l == nil {
+		return
+	}
 	close(l.stop)
 	l.beat.Wait()
 	if l.holds() {

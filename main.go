@@ -84,12 +84,13 @@ func allBut(names ...string) func(string) bool {
 }
 
 func commands() []command {
-	var login loginOptions
+	noBrowser := false
 	return []command{
 		{name: "serve", summary: "serve the proxy; this is the default", run: serveCommand, serves: true, reads: allBut(), help: `
 It needs an API key in QWEN_API_KEY, or a Qwen account: without a key and a sign-in it prints a link to sign in with.
 Environment variables configure it, and a file .env in the working directory; the README lists them all.`},
-		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&login), flags: login.define,
+		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&noBrowser),
+			flags: func(f *flag.FlagSet) { f.BoolVar(&noBrowser, "no-browser", false, "do not open a browser") },
 			reads: only("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_OAUTH_CLIENT_ID", "QWEN_OAUTH_SCOPE", "QWEN_API_KEY", "QWEN_API_KEY_FILE"), help: `
 It prints a link and a code, opens a browser if there is one, and waits. A running server with the same QWEN_DIR uses the
 credentials within a few seconds. The exit status is 1 if the sign-in was denied, expired or could not be stored.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -9,18 +10,21 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	mathrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
 const (
 	deviceGrant = "urn:ietf:params:oauth:grant-type:device_code" // RFC 8628 §3.4
 
-	// defaultInterval is the pause between polls where the server names none, RFC 8628 §3.2.
+	// defaultInterval is the pause between polls if the server names none, RFC 8628 §3.2.
 	defaultInterval = 5 * time.Second
 	// slowDownStep is added to the poll interval after each slow_down, RFC 8628 §3.5.
 	slowDownStep = 5 * time.Second
@@ -31,8 +35,8 @@ const (
 	defaultCodeLife = 15 * time.Minute
 	maxCodeLife     = time.Hour
 
-	// defaultTokenLife is assumed where a token answer has no expires_in (RFC 6749 §5.1 only recommends it) or one
-	// that makes no sense. A token that dies sooner is found out by the API's 401.
+	// defaultTokenLife is assumed if a token answer has no usable expires_in (RFC 6749 §5.1 only recommends it). If the
+	// token dies sooner, the API's 401 says so.
 	defaultTokenLife = time.Hour
 	maxTokenLife     = 366 * 24 * time.Hour
 
@@ -40,10 +44,13 @@ const (
 	oauthTimeout = 25 * time.Second
 	// maxOAuthAnswer bounds the bytes of an answer that are read.
 	maxOAuthAnswer = 1 << 20
+
+	// maxSignInPause bounds the growing pauses between attempts to start a sign-in.
+	maxSignInPause = time.Minute
 )
 
-// An oauthClient speaks to Qwen's OAuth server: the device authorization grant (RFC 8628) with PKCE
-// (RFC 7636), and refreshes (RFC 6749 §6). It is safe for concurrent use.
+// An oauthClient calls Qwen's OAuth server: the device authorization grant (RFC 8628) with PKCE (RFC 7636), and refreshes
+// (RFC 6749 §6). It is safe for concurrent use.
 type oauthClient struct {
 	http     *http.Client // follows no redirects
 	base     *url.URL
@@ -51,65 +58,54 @@ type oauthClient struct {
 	scope    string
 }
 
-// An oauthError is an error response of RFC 6749 §5.2.
+func newOAuthClient(cfg *config) *oauthClient {
+	client := &http.Client{
+		Transport: newTransport(),
+		// A redirect would send refresh tokens elsewhere.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	return &oauthClient{http: client, base: cfg.oauthBase, clientID: cfg.oauthClientID, scope: cfg.oauthScope}
+}
+
+// An oauthError is an answer of the OAuth server that is not what was asked for. Failures of the network are other errors.
 type oauthError struct {
-	Status      int
-	Code        string // the error member; "" where a 400 or 401 in JSON has none
-	Description string // foreign text: quoted wherever it is shown
+	status int    // HTTP
+	code   string // the error member of RFC 6749 §5.2; "" if there is none
+	final  bool   // trying the same again is useless
+	text   string
 }
 
-func (e *oauthError) Error() string {
-	switch {
-	case e.Code == "":
-		return fmt.Sprintf("status %d", e.Status)
-	case e.Description != "":
-		return fmt.Sprintf("%q (%q)", e.Code, e.Description)
-	}
-	return fmt.Sprintf("%q", e.Code)
-}
+func (e *oauthError) Error() string { return e.text }
 
-// A strangeAnswer says that the server answered, but not as RFC 6749 has it: too many requests, a gateway's page.
-type strangeAnswer string
+var (
+	errSignInExpired = &oauthError{code: "expired_token", final: true, text: "nobody approved the sign-in in time"}
+	errSignInDenied  = &oauthError{code: "access_denied", final: true, text: "the sign-in was denied"}
+)
 
-func (e strangeAnswer) Error() string { return string(e) }
-
-// unanswered reports whether err says that the server could not be reached, and not that its answer was no good.
-func unanswered(err error) bool {
-	_, oauth := errors.AsType[*oauthError](err)
-	_, strange := errors.AsType[strangeAnswer](err)
-	return !oauth && !strange
-}
-
-// trouble says why a sign-in could not be started or ended, for err.
-func (c *oauthClient) trouble(err error) string {
-	var timeout interface{ Timeout() bool }
-	if e, ok := errors.AsType[*oauthError](err); ok && refused(err) {
-		return fmt.Sprintf("Qwen's sign-in server refused the sign-in: %v.", e)
-	} else if ok {
-		return fmt.Sprintf("Qwen's sign-in server can't take a sign-in now: %v.", e)
-	} else if e, ok := errors.AsType[strangeAnswer](err); ok {
-		return fmt.Sprintf("Qwen's sign-in server can't take a sign-in now: %v.", e)
-	} else if e, ok := errors.AsType[*net.DNSError](err); ok {
-		err = errors.New(e.Err)
-	} else if errors.As(err, &timeout) && timeout.Timeout() {
-		err = errors.New("no answer in time")
-	} else if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err // without the URL
-	}
-	return fmt.Sprintf("Qwen's sign-in server %s can't be reached: %v. Check the network (HTTPS_PROXY is used if it is set).", c.base.Host, err)
-}
-
-// refused reports whether err is the server's last word: to try the same again is useless.
+// refused reports whether err is the server's last word: trying the same again is useless.
 func refused(err error) bool {
 	e, ok := errors.AsType[*oauthError](err)
-	if !ok {
-		return false
+	return ok && e.final
+}
+
+// trouble says in a sentence for users why a sign-in failed with err.
+func (c *oauthClient) trouble(err error) string {
+	if e, ok := errors.AsType[*oauthError](err); ok {
+		if e.final {
+			return fmt.Sprintf("Qwen's sign-in server refused the sign-in: %v.", e)
+		}
+		return fmt.Sprintf("Qwen's sign-in server can't take a sign-in now: %v.", e)
 	}
-	switch e.Code {
-	case "temporarily_unavailable", "server_error", "slow_down", "rate_limit_exceeded":
-		return false
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err // without the URL
+		if e.Timeout() {
+			err = errors.New("no answer in time")
+		}
 	}
-	return e.Status < 500 && e.Status != http.StatusTooManyRequests
+	if e, ok := errors.AsType[*net.DNSError](err); ok && !e.IsTimeout {
+		err = errors.New(e.Err)
+	}
+	return fmt.Sprintf("Qwen's sign-in server %s can't be reached: %v. Check the network (HTTPS_PROXY is used if it is set).", c.base.Host, err)
 }
 
 // A deviceAuth is a sign-in that waits for its user: the answer of RFC 8628 §3.2 and the PKCE verifier.
@@ -117,7 +113,7 @@ type deviceAuth struct {
 	deviceCode              string
 	userCode                string
 	verificationURI         string
-	verificationURIComplete string // verificationURI where the server gave none
+	verificationURIComplete string // verificationURI if the server sent none
 	expires                 time.Time
 	interval                time.Duration
 	verifier                string
@@ -125,64 +121,48 @@ type deviceAuth struct {
 
 // authorize asks for a device code.
 func (c *oauthClient) authorize(ctx context.Context) (*deviceAuth, error) {
-	verifier := base64.RawURLEncoding.EncodeToString(randomBytes(32))
-	challenge := sha256.Sum256([]byte(verifier))
-	var answer struct {
-		DeviceCode              string  `json:"device_code"`
-		UserCode                string  `json:"user_code"`
-		VerificationURI         string  `json:"verification_uri"`
-		VerificationURIComplete string  `json:"verification_uri_complete"`
-		ExpiresIn               seconds `json:"expires_in"`
-		Interval                seconds `json:"interval"`
-	}
-	err := c.post(ctx, "/api/v1/oauth2/device/code", url.Values{
+	verifier := make([]byte, 32)
+	rand.Read(verifier) // never fails
+	d := &deviceAuth{verifier: base64.RawURLEncoding.EncodeToString(verifier)}
+	challenge := sha256.Sum256([]byte(d.verifier))
+	answer, err := c.post(ctx, "/api/v1/oauth2/device/code", url.Values{
 		"client_id":             {c.clientID},
 		"scope":                 {c.scope},
 		"code_challenge":        {base64.RawURLEncoding.EncodeToString(challenge[:])},
 		"code_challenge_method": {"S256"},
-	}, &answer)
+	}, map[string]*string{
+		"device_code": &d.deviceCode, "user_code": &d.userCode,
+		"verification_uri": &d.verificationURI, "verification_uri_complete": &d.verificationURIComplete,
+	})
 	if err != nil {
 		return nil, fmt.Errorf("device authorization: %w", err)
 	}
-	if answer.VerificationURIComplete == "" {
-		answer.VerificationURIComplete = answer.VerificationURI
-	}
-	if answer.VerificationURI == "" {
-		answer.VerificationURI = answer.VerificationURIComplete
-	}
+	d.verificationURIComplete = cmp.Or(d.verificationURIComplete, d.verificationURI)
+	d.verificationURI = cmp.Or(d.verificationURI, d.verificationURIComplete)
+	d.expires = wallClock().Add(seconds(answer["expires_in"], defaultCodeLife, maxCodeLife))
+	d.interval = seconds(answer["interval"], defaultInterval, maxInterval)
 	switch {
-	case answer.DeviceCode == "":
-		return nil, strangeAnswer("the answer has no device_code")
-	case !validKey(answer.UserCode) || len(answer.UserCode) > 100:
-		return nil, strangeAnswer("the answer has no usable user_code")
-	case !c.showable(answer.VerificationURI) || !c.showable(answer.VerificationURIComplete):
-		return nil, strangeAnswer("the answer has no usable verification_uri")
+	case d.deviceCode == "":
+		return nil, &oauthError{text: "the answer has no device_code"}
+	case !validKey(d.userCode) || len(d.userCode) > 100:
+		return nil, &oauthError{text: "the answer has no usable user_code"}
+	case !c.showable(d.verificationURI) || !c.showable(d.verificationURIComplete):
+		return nil, &oauthError{text: "the answer has no usable verification_uri"}
 	}
-	return &deviceAuth{
-		deviceCode:              answer.DeviceCode,
-		userCode:                answer.UserCode,
-		verificationURI:         answer.VerificationURI,
-		verificationURIComplete: answer.VerificationURIComplete,
-		expires:                 wallClock().Add(answer.ExpiresIn.within(defaultCodeLife, maxCodeLife)),
-		interval:                answer.Interval.within(defaultInterval, maxInterval),
-		verifier:                verifier,
-	}, nil
+	return d, nil
 }
 
-// showable reports whether a link of the server's may be put before a user: an http or https URL of
-// printable ASCII, https unless the OAuth server itself is spoken to over http.
+// showable reports whether a link from the server may be shown to a user: an http or https URL of printable ASCII, https
+// unless the OAuth server itself is called over http.
 func (c *oauthClient) showable(link string) bool {
 	u, err := url.Parse(link)
 	return err == nil && u.Host != "" && (u.Scheme == "https" || u.Scheme == "http" && c.base.Scheme == "http") &&
 		len(link) < 2048 && validKey(link)
 }
 
-// errCodeExpired ends a sign-in that nobody completed in time.
-var errCodeExpired = &oauthError{Status: http.StatusBadRequest, Code: "expired_token"}
-
-// poll asks for the token until the user has approved or denied the sign-in, or its code has expired
-// (RFC 8628 §3.4 and §3.5). Failures of the network or of the server do not end it. The error is an *oauthError
-// (access_denied, expired_token, …) or that of ctx.
+// poll asks for the token until the user has approved or denied the sign-in, or its code has expired (RFC 8628 §3.4 and
+// §3.5). Failures of the network or of the server do not end it. The error is errSignInDenied, errSignInExpired, another
+// *oauthError, or that of ctx.
 func (c *oauthClient) poll(ctx context.Context, d *deviceAuth) (*token, error) {
 	interval := d.interval
 	pause := interval
@@ -191,7 +171,7 @@ func (c *oauthClient) poll(ctx context.Context, d *deviceAuth) (*token, error) {
 			return nil, context.Cause(ctx)
 		}
 		if !time.Now().Before(d.expires) {
-			return nil, errCodeExpired
+			return nil, errSignInExpired
 		}
 		t, err := c.token(ctx, url.Values{
 			"grant_type":    {deviceGrant},
@@ -207,25 +187,26 @@ func (c *oauthClient) poll(ctx context.Context, d *deviceAuth) (*token, error) {
 		}
 		e, ok := errors.AsType[*oauthError](err)
 		switch {
-		case ok && e.Code == "authorization_pending":
+		case ok && e.code == "authorization_pending":
 			pause = interval
-		case ok && e.Code == "slow_down":
+		case ok && e.code == "slow_down":
 			interval += slowDownStep
 			pause = interval
-		case !refused(err) || e.Code == "" && e.Status == http.StatusBadRequest:
+		case !refused(err) || e.code == "" && e.status == http.StatusBadRequest:
 			// "On encountering a connection timeout, clients MUST unilaterally reduce their polling
-			// frequency before retrying" (RFC 8628 §3.5); an HTML page or a 502 is treated alike.
+			// frequency before retrying" (RFC 8628 §3.5). An HTML page or a 502 is treated alike.
 			pause = min(2*pause, max(interval, 30*time.Second))
-		case e.Status == http.StatusUnauthorized && e.Code != "access_denied":
-			return nil, errCodeExpired // Qwen answers so for a code it no longer knows
+		case e.code == errSignInDenied.code:
+			return nil, errSignInDenied
+		case e.code == errSignInExpired.code || e.status == http.StatusUnauthorized:
+			return nil, errSignInExpired // Qwen answers 401 for a code that it no longer knows
 		default:
 			return nil, e
 		}
 	}
 }
 
-// refresh redeems refreshToken (RFC 6749 §6). The new token has no refresh token where the answer has none: the
-// old one stays valid then.
+// refresh redeems refreshToken (RFC 6749 §6). If the new token has no refresh token, the old one stays valid.
 func (c *oauthClient) refresh(ctx context.Context, refreshToken string) (*token, error) {
 	t, err := c.token(ctx, url.Values{
 		"grant_type":    {"refresh_token"},
@@ -240,122 +221,296 @@ func (c *oauthClient) refresh(ctx context.Context, refreshToken string) (*token,
 
 // token posts form to the token endpoint and reads the token of the answer.
 func (c *oauthClient) token(ctx context.Context, form url.Values) (*token, error) {
-	var answer struct {
-		AccessToken  string  `json:"access_token"`
-		RefreshToken string  `json:"refresh_token"`
-		TokenType    string  `json:"token_type"`
-		ExpiresIn    seconds `json:"expires_in"`
-		ResourceURL  string  `json:"resource_url"`
-		IDToken      string  `json:"id_token"`
-		Scope        string  `json:"scope"`
-	}
-	if err := c.post(ctx, "/api/v1/oauth2/token", form, &answer); err != nil {
+	t := &token{}
+	answer, err := c.post(ctx, "/api/v1/oauth2/token", form, t.fields())
+	if err != nil {
 		return nil, err
 	}
-	if !validKey(answer.AccessToken) {
-		return nil, errors.New("the answer has no usable access_token")
+	if !validKey(t.access) {
+		return nil, &oauthError{text: "the answer has no usable access_token"}
 	}
-	now := wallClock()
-	return &token{
-		access:      answer.AccessToken,
-		refresh:     answer.RefreshToken,
-		typ:         answer.TokenType,
-		resourceURL: answer.ResourceURL,
-		idToken:     answer.IDToken,
-		scope:       answer.Scope,
-		obtained:    now,
-		expiry:      now.Add(answer.ExpiresIn.within(defaultTokenLife, maxTokenLife)),
-	}, nil
+	t.obtained = wallClock()
+	t.expiry = t.obtained.Add(seconds(answer["expires_in"], defaultTokenLife, maxTokenLife))
+	return t, nil
 }
 
-// post sends form to path and decodes the JSON object of a 200 into answer. Where the answer has an error
-// member, or is a 400 or 401 in JSON, the error is an *oauthError. No error holds what was sent.
-func (c *oauthClient) post(ctx context.Context, path string, form url.Values, answer any) error {
+// post sends form to path and returns the members of the JSON object in the answer. It stores those that fields names. The
+// error member decides, not the status: errors have been seen with 200, and slow_down with 429. No error holds what was sent.
+func (c *oauthClient) post(ctx context.Context, path string, form url.Values, fields map[string]*string) (map[string]json.RawMessage, error) {
 	ctx, cancel := context.WithTimeout(ctx, oauthTimeout)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base.JoinPath(path).String(), strings.NewReader(form.Encode()))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", userAgent)
 	res, err := c.http.Do(req)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer res.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(res.Body, maxOAuthAnswer+1))
 	if err != nil {
-		return fmt.Errorf("%s: reading the answer: %w", c.base.Host, err)
-	}
-	if len(body) > maxOAuthAnswer {
-		return strangeAnswer(fmt.Sprintf("%s answered %s with more than %d bytes", c.base.Host, res.Status, maxOAuthAnswer))
+		return nil, fmt.Errorf("%s: reading the answer: %w", c.base.Host, err)
 	}
 
-	// The error member decides, not the status: errors have been seen with 200, and slow_down with 429.
-	var failure struct {
-		Error       string `json:"error"`
-		Description string `json:"error_description"`
+	var answer map[string]json.RawMessage
+	isJSON := len(body) <= maxOAuthAnswer && json.Unmarshal(body, &answer) == nil && answer != nil
+	text := func(member string, limit int) (s string) {
+		json.Unmarshal(answer[member], &s) // a mistyped member counts as absent
+		for _, name := range []string{"refresh_token", "device_code", "code_verifier"} {
+			if secret := form.Get(name); len(secret) >= 8 { // some servers repeat what they refuse; a shorter one is part of any text
+				s = strings.ReplaceAll(s, secret, "(not shown)")
+			}
+		}
+		return clip(s, limit)
 	}
-	json.Unmarshal(body, &failure) // a mistyped member is as good as none
-	isJSON := json.Valid(body)
-	for _, name := range []string{"refresh_token", "device_code", "code_verifier"} {
-		if secret := form.Get(name); len(secret) >= 8 { // some servers repeat what they refuse; a shorter one is part of any text
-			failure.Error = strings.ReplaceAll(failure.Error, secret, "(not shown)")
-			failure.Description = strings.ReplaceAll(failure.Description, secret, "(not shown)")
+	e := &oauthError{status: res.StatusCode, code: text("error", 100)}
+	clientError := e.status == http.StatusBadRequest || e.status == http.StatusUnauthorized
+	switch description := text("error_description", 300); {
+	case e.code != "" && description != "":
+		e.text = fmt.Sprintf("%q (%q)", e.code, description) // quoted, because it is foreign
+	case e.code != "":
+		e.text = fmt.Sprintf("%q", e.code)
+	case isJSON && clientError:
+		e.text = fmt.Sprintf("status %d", e.status)
+	case e.status != http.StatusOK:
+		e.text = fmt.Sprintf("%s answered %s", c.base.Host, res.Status)
+		return nil, e
+	case len(body) > maxOAuthAnswer:
+		e.text = fmt.Sprintf("%s answered with more than %d bytes", c.base.Host, maxOAuthAnswer)
+		return nil, e
+	case !isJSON || stringMembers(answer, fields) != nil:
+		e.text = c.base.Host + " answered something other than the JSON of RFC 6749"
+		return nil, e
+	default:
+		return answer, nil
+	}
+	switch e.code {
+	case "temporarily_unavailable", "server_error", "slow_down", "rate_limit_exceeded":
+	default:
+		e.final = e.status < 500 && e.status != http.StatusTooManyRequests
+	}
+	return nil, e
+}
+
+// stringMembers stores the members that fields names. An absent one leaves its field as it is. The error names a member that
+// is not a string.
+func stringMembers(members map[string]json.RawMessage, fields map[string]*string) error {
+	for name, field := range fields {
+		if raw, ok := members[name]; ok && json.Unmarshal(raw, field) != nil {
+			return fmt.Errorf("its %s is not a string", name)
 		}
 	}
-	switch {
-	case isJSON && failure.Error != "":
-		return &oauthError{Status: res.StatusCode, Code: clip(failure.Error, 100), Description: clip(failure.Description, 300)}
-	case isJSON && (res.StatusCode == http.StatusBadRequest || res.StatusCode == http.StatusUnauthorized):
-		return &oauthError{Status: res.StatusCode}
-	case res.StatusCode != http.StatusOK:
-		return strangeAnswer(fmt.Sprintf("%s answered %s", c.base.Host, res.Status))
-	}
-	if err := json.Unmarshal(body, answer); err != nil {
-		return strangeAnswer(c.base.Host + " answered something other than the JSON of RFC 6749") // err may quote a token
-	}
 	return nil
 }
 
-// seconds is a number of seconds in an answer, as a number or, as some servers have it, in a string.
-type seconds float64
-
-func (s *seconds) UnmarshalJSON(b []byte) error {
+// seconds returns the number of seconds in raw, which some servers put in quotes, as a duration from 1 s to high. It returns
+// def if there is no positive number.
+func seconds(raw json.RawMessage, def, high time.Duration) time.Duration {
 	var n json.Number // takes a quoted number too
-	if err := json.Unmarshal(b, &n); err != nil || n == "" {
-		return nil // not a number: as if it were absent
-	}
+	json.Unmarshal(raw, &n)
 	f, err := n.Float64()
-	if err == nil {
-		*s = seconds(f)
+	if err != nil || !(f > 0) {
+		return def
 	}
-	return nil
+	return time.Duration(min(max(f, 1), high.Seconds()) * float64(time.Second))
 }
 
-// within returns s as a duration from 1 s to high, and def where s is absent, zero or negative.
-func (s seconds) within(def, high time.Duration) time.Duration {
-	switch {
-	case !(s > 0):
-		return def
-	case float64(s) >= high.Seconds():
-		return high
+// The statuses of a sign-in, as /auth tells them.
+const (
+	signInNone     = ""
+	signInStarting = "starting" // no code yet; if an attempt has failed, err says why
+	signInPending  = "pending"  // there is a link and a code, which the user has to follow
+	signInComplete = "complete"
+	signInDenied   = "denied"
+	signInExpired  = "expired"
+	signInFailed   = "failed"
+)
+
+// A signIn is the state of a sign-in. It does not change; the next state replaces it.
+type signIn struct {
+	status  string
+	auth    *deviceAuth   // nil before there is a link
+	err     error         // why it is in this state; may be nil
+	ended   time.Time     // zero while it is under way
+	changed chan struct{} // closed when another state has replaced this one
+}
+
+func (s *signIn) active() bool { return s.status == signInStarting || s.status == signInPending }
+
+// A deviceFlow signs in to Qwen with the device flow, RFC 8628. At most one sign-in is under way at a time, and only that
+// one changes the state: a sign-in that was ended from outside can do nothing more. It is safe for concurrent use.
+type deviceFlow struct {
+	oauth  *oauthClient
+	log    *slog.Logger
+	prompt io.Writer // shows people the link
+	demo   bool      // a stand-in answers in Qwen's place
+	// complete stores the token of a sign-in and puts it into use. It reports false if the sign-in was ended before that; ctx
+	// says why.
+	complete func(ctx context.Context, t *token) bool
+
+	current atomic.Pointer[signIn]
+	running sync.WaitGroup
+
+	mu     sync.Mutex              // guards what follows, and is held while current is replaced
+	cancel context.CancelCauseFunc // ends the sign-in under way; nil before the first
+	closed bool                    // no more sign-ins
+}
+
+// state returns the state of the sign-in under way, or of the last one.
+func (f *deviceFlow) state() *signIn { return f.current.Load() }
+
+// start starts a sign-in unless one is under way. It does not wait for it.
+func (f *deviceFlow) start() {
+	if f.state().active() {
+		return // the usual case for a request, and it takes no lock
 	}
-	return time.Duration(max(float64(s), 1) * float64(time.Second))
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed || f.state().active() {
+		return
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	f.cancel = cancel
+	f.replace(&signIn{status: signInStarting})
+	f.running.Go(func() {
+		defer cancel(nil)
+		f.run(ctx)
+	})
+}
+
+// startAndWait starts a sign-in unless one is under way. It returns once that has a link or has failed, or after wait.
+func (f *deviceFlow) startAndWait(ctx context.Context, wait time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	f.start()
+	for in := f.state(); in.status == signInStarting && in.err == nil; in = f.state() {
+		select {
+		case <-in.changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// end ends the sign-in under way, if there is one, and sets its status.
+func (f *deviceFlow) end(status string, reason error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.state().active() {
+		f.cancel(reason)
+		f.replace(&signIn{status: status, ended: time.Now()})
+	}
+}
+
+// close ends the sign-in under way and allows no other. It returns when the sign-in has stopped running.
+func (f *deviceFlow) close() {
+	f.mu.Lock()
+	f.closed = true
+	if f.cancel != nil {
+		f.cancel(errShuttingDown)
+	}
+	f.mu.Unlock()
+	f.running.Wait()
+}
+
+// replace makes st the current state. The caller holds mu.
+func (f *deviceFlow) replace(st *signIn) {
+	st.changed = make(chan struct{})
+	close(f.current.Swap(st).changed)
+}
+
+// set makes st the current state and returns true, unless ctx, that of the sign-in, has ended.
+func (f *deviceFlow) set(ctx context.Context, st *signIn) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if ctx.Err() != nil {
+		return false
+	}
+	f.replace(st)
+	return true
+}
+
+// run carries out one sign-in, until ctx ends.
+func (f *deviceFlow) run(ctx context.Context) {
+	auth, err := f.oauth.authorize(ctx)
+	logged := ""
+	for n := 0; err != nil && ctx.Err() == nil; n++ {
+		if refused(err) {
+			f.log.Error("Qwen refused to start a sign-in", "error", err)
+			f.set(ctx, &signIn{status: signInFailed, err: err, ended: time.Now()})
+			return
+		}
+		if why := f.oauth.trouble(err); why != logged {
+			logged = why
+			f.log.Warn("a sign-in is needed and can't be started yet; the proxy keeps trying. With QWEN_API_KEY none is needed", "error", why)
+		}
+		f.set(ctx, &signIn{status: signInStarting, err: err})
+		if sleep(ctx, backoff(n, maxSignInPause)) {
+			auth, err = f.oauth.authorize(ctx)
+		}
+	}
+	if !f.set(ctx, &signIn{status: signInPending, auth: auth}) {
+		return
+	}
+	f.log.Warn("waiting for sign-in", "expires", auth.expires)
+	printSignIn(f.prompt, auth, f.demo)
+
+	t, err := f.oauth.poll(ctx, auth)
+	st := &signIn{status: signInComplete, auth: auth, err: err}
+	switch {
+	case err == nil && !f.complete(ctx, t):
+		f.log.Warn("a sign-in was completed too late and is not used", "reason", context.Cause(ctx))
+		return
+	case err == nil:
+		f.log.Info("signed in", "expires", t.expiry)
+	case ctx.Err() != nil:
+		return
+	case errors.Is(err, errSignInDenied):
+		st.status = signInDenied
+	case errors.Is(err, errSignInExpired):
+		st.status = signInExpired
+	default:
+		st.status = signInFailed
+	}
+	if err != nil {
+		f.log.Warn("sign-in ended without success; open /auth on the proxy to start again", "status", st.status, "error", err)
+	}
+	st.ended = time.Now()
+	f.set(ctx, st)
+}
+
+// printSignIn tells people how to sign in. Link and code stand alone on their lines, to be copied.
+func printSignIn(w io.Writer, d *deviceAuth, demo bool) {
+	note := `The free tier of Qwen accounts ended on 2026-04-15. If yours is not served,
+set QWEN_API_KEY to an API key instead.
+`
+	if demo {
+		note = fmt.Sprintf("Left alone, the demo's sign-in approves itself %v after it began.\n", demoApproval)
+	}
+	fmt.Fprintf(w, `
+To sign in to Qwen, open this page in a browser on any device:
+
+%s
+
+and check that it shows this code:
+
+%s
+
+%s
+`, d.verificationURIComplete, d.userCode, note)
 }
 
 // clip returns s cut to at most n bytes.
-func clip(s string, n int) string {
-	return s[:min(len(s), n)]
-}
+func clip(s string, n int) string { return s[:min(len(s), n)] }
 
-// wallClock is the time without its monotonic reading: that stands still while a laptop sleeps, and tokens
-// expire all the same.
+// wallClock is the time without its monotonic reading. That stands still while a laptop sleeps, and tokens expire all the same.
 func wallClock() time.Time { return time.Now().Round(0) }
 
-// sleep waits for d, and reports false when ctx ended first.
+// sleep waits for d, and reports false if ctx ended first.
 func sleep(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -367,24 +522,9 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// backoff returns the pause before attempt n (from 0): 1 s doubled each time up to high, less up to a
-// fifth, so that clients of a server that comes back do not return all at once.
+// backoff returns the pause before attempt n (from 0): 1 s doubled each time up to high, less up to a fifth, so that the
+// clients of a server that comes back do not return all at once.
 func backoff(n int, high time.Duration) time.Duration {
 	d := min(time.Second<<min(n, 20), high)
 	return d - mathrand.N(d/5+1)
-}
-
-func randomBytes(n int) []byte {
-	b := make([]byte, n)
-	rand.Read(b) // never fails
-	return b
-}
-
-func newOAuthClient(cfg *config) *oauthClient {
-	client := &http.Client{
-		Transport: newTransport(),
-		// A redirect would carry refresh tokens elsewhere.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	return &oauthClient{http: client, base: cfg.oauthBase, clientID: cfg.oauthClientID, scope: cfg.oauthScope}
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -14,8 +13,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // A terminal is one run of a command that is waited for.
@@ -160,28 +157,6 @@ func TestLoginThatFailsChangesNothing(t *testing.T) {
 				t.Errorf("left behind: %v", entries)
 			}
 		})
-	}
-}
-
-func TestLoginAsJSON(t *testing.T) {
-	t.Parallel()
-	_, env := qwenEnv(t)
-	c := runCommand(t, env, "login", "-json")
-	link := c.stdout.await(t, `"verification_uri_complete":"([^"]+)"`)
-	decideAt(t, strings.ReplaceAll(link, `\u0026`, "&"), "approve")
-	if status, out := c.wait(t); status != 0 {
-		t.Fatalf("exit status %d:\n%s", status, out)
-	}
-	var statuses []string
-	for line := range strings.Lines(c.stdout.String()) {
-		var v struct{ Status string }
-		if err := json.Unmarshal([]byte(line), &v); err != nil {
-			t.Fatalf("%q: %v", line, err)
-		}
-		statuses = append(statuses, v.Status)
-	}
-	if diff := cmp.Diff([]string{signInPending, signInComplete}, statuses); diff != "" {
-		t.Errorf("statuses (-want +got):\n%s", diff)
 	}
 }
 

@@ -240,6 +240,7 @@ var errRenewing = errors.New("a token refresh is under way")
 // unavailable is the answer while a token can't be renewed for now. The message says why, and err is for the log.
 func unavailable(retryAfter time.Duration, err error) *apiError {
 	e := &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "token_refresh_failed", retryAfter: retryAfter, err: err}
+	var answer *oauthError
 	switch {
 	case errors.Is(err, errFileUnusable):
 		e.typ = typeConfiguration
@@ -252,7 +253,7 @@ func unavailable(retryAfter time.Duration, err error) *apiError {
 		e.message = "The proxy's access token has expired, and another process that shares QWEN_DIR holds " + lockFile + " to renew it. Try again; the proxy keeps trying."
 	case errors.Is(err, errRenewing):
 		e.message = "The proxy's access token has expired and is being renewed. Try again."
-	case !unanswered(err):
+	case errors.As(err, &answer):
 		e.message = "The proxy's access token has expired and Qwen's sign-in server answers, but does not renew it now. Try again; the proxy keeps trying."
 	default:
 		e.message = "The proxy's access token has expired and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying."
@@ -321,8 +322,8 @@ func (s *oauthSource) readCredentials() error {
 // look does what readCredentials does. The caller holds fileMu.
 func (s *oauthSource) look() error {
 	st := s.state.Load()
-	info, _ := os.Stat(s.store.path())
-	if st.fileErr == nil && sameFile(info, s.seen) {
+	info, err := os.Stat(s.store.path())
+	if st.fileErr == nil && !unusable(err) && sameFile(info, s.seen) {
 		return nil
 	}
 	s.seen = info
@@ -482,7 +483,7 @@ func (s *oauthSource) redeem(ctx, abort context.Context, old *token) (*token, er
 		old = stored
 	}
 	if old.refresh == "" {
-		return nil, &oauthError{Code: "no refresh token"}
+		return nil, &oauthError{final: true, text: "there is no refresh token"}
 	}
 	fresh, err = s.oauth.refresh(ctx, old.refresh)
 	if refused(err) {
@@ -573,6 +574,9 @@ func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
 	s.stored(t, s.store.replace(t))
 	s.setToken(t)
 	s.verdict.served() // it may be another account's
+	if t.baseErr != nil {
+		s.log.Error(baseRefused(t.baseErr).message)
+	}
 	return true
 }
 
