@@ -288,7 +288,7 @@ func TestAuthOfTheProgram(t *testing.T) {
 	server := httptest.NewServer(qwen)
 	t.Cleanup(server.Close)
 	p := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": server.URL})
-	code := p.stderr.await(t, `(?m)^([A-Z]{4}-[A-Z]{4})$`)
+	code := p.stderr.await(t, `(?m)^([A-Z2-7]{4}-[A-Z2-7]{4})$`)
 	ask := func(method, path string) string {
 		t.Helper()
 		res, body := p.send(method, path, header("Accept", browserAccept))

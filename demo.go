@@ -67,7 +67,6 @@ const (
 	demoApproval  = 2 * time.Second // when a sign-in approves itself. It is short, because requests get a 401 until then.
 	standInIntro  = "This is qwen-go-proxy's stand-in for Qwen, not a model."
 	standInBreaks = "error-midstream" // the model that breaks off: in a stream after two words, else before the answer
-	standInPaced  = 100               // words of a stream that come one by one. The others come at once: agents' prompts are long.
 )
 
 // A standIn is the demo's stand-in for Qwen: its OAuth server, the page where a sign-in is approved, and its API with chat
@@ -101,7 +100,6 @@ func newStandIn() *standIn {
 	s.HandleFunc("POST /api/v1/oauth2/token", s.token)
 	s.HandleFunc("/authorize", s.page)
 	s.HandleFunc("POST /v1/chat/completions", s.chat)
-	s.HandleFunc("GET /v1/models", s.models)
 	s.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		standInError(w, http.StatusNotFound, "not_found", "The demo has chat completions and models, not "+r.Method+" "+r.URL.Path+".")
 	})
@@ -124,7 +122,7 @@ func standInError(w http.ResponseWriter, status int, code, message string) {
 
 // authorizeDevice answers a device authorization request, RFC 8628 §3.1.
 func (s *standIn) authorizeDevice(w http.ResponseWriter, r *http.Request) {
-	deviceCode, userCode := rand.Text(), letters(4)+"-"+letters(4)
+	deviceCode, userCode := rand.Text(), rand.Text()[:4]+"-"+rand.Text()[:4]
 	s.mu.Lock()
 	s.signIns[deviceCode] = &standInSignIn{userCode: userCode, issued: time.Now()}
 	s.mu.Unlock()
@@ -133,16 +131,6 @@ func (s *standIn) authorizeDevice(w http.ResponseWriter, r *http.Request) {
 		"device_code": deviceCode, "user_code": userCode, "expires_in": 900, "interval": int(s.interval.Seconds()),
 		"verification_uri": page, "verification_uri_complete": page + "?user_code=" + userCode + "&client=qwen-code",
 	})
-}
-
-// letters returns n random letters.
-func letters(n int) string {
-	b := make([]byte, n)
-	rand.Read(b)
-	for i := range b {
-		b[i] = 'A' + b[i]%26
-	}
-	return string(b)
 }
 
 // token answers a token request: a poll (RFC 8628 §3.4) or a refresh (RFC 6749 §6).
@@ -225,24 +213,6 @@ func (s *standIn) page(w http.ResponseWriter, r *http.Request) {
 	_ = standInTemplate.Execute(w, object{"UserCode": userCode, "State": state, "ApproveAfter": s.approveAfter}) // as in writeStandIn
 }
 
-// authorized reports whether r has an access token. If not, it answers.
-func (s *standIn) authorized(w http.ResponseWriter, r *http.Request) bool {
-	s.mu.Lock()
-	ok := s.tokens[strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")]
-	s.mu.Unlock()
-	if !ok {
-		standInError(w, http.StatusUnauthorized, "invalid_api_key", "invalid access token or token expired")
-	}
-	return ok
-}
-
-func (s *standIn) models(w http.ResponseWriter, r *http.Request) {
-	if s.authorized(w, r) {
-		model := object{"id": "qwen3-coder-plus", "object": "model", "created": 1753228800, "owned_by": "qwen"}
-		writeStandIn(w, http.StatusOK, object{"object": "list", "data": []object{model}})
-	}
-}
-
 // A standInChat is a chat completion request: the members that the stand-in heeds.
 type standInChat struct {
 	Model    string `json:"model"`
@@ -266,7 +236,11 @@ type standInChat struct {
 
 // chat answers a chat completion request, or fails as the model's name says.
 func (s *standIn) chat(w http.ResponseWriter, r *http.Request) {
-	if !s.authorized(w, r) {
+	s.mu.Lock()
+	authorized := s.tokens[strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")]
+	s.mu.Unlock()
+	if !authorized {
+		standInError(w, http.StatusUnauthorized, "invalid_api_key", "invalid access token or token expired")
 		return
 	}
 	var c standInChat
@@ -298,17 +272,19 @@ func (s *standIn) chat(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "data: %s\n\n", b)
 		_ = http.NewResponseController(w).Flush() // a client that has left ends r's context
 	}
-	for i, delta := range deltas(message) {
+	deltas := []object{message}
+	if text, ok := message["content"].(string); ok {
+		deltas = []object{{"role": "assistant", "content": ""}}
+		for word := range strings.SplitAfterSeq(text, " ") {
+			deltas = append(deltas, object{"content": word})
+		}
+	}
+	for i, delta := range deltas {
 		if c.Model == standInBreaks && i == 3 {
 			break
 		}
 		send(object{"index": 0, "delta": delta, "finish_reason": nil})
-		if i > 0 && i < standInPaced {
-			time.Sleep(s.wordDelay)
-		}
-		if r.Context().Err() != nil {
-			return
-		}
+		time.Sleep(s.wordDelay)
 	}
 	if c.Model == standInBreaks {
 		panic(http.ErrAbortHandler)
@@ -321,21 +297,9 @@ func (s *standIn) chat(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprint(w, "data: [DONE]\n\n")
 }
 
-// deltas returns message in parts for the chunks of a stream: a text word by word, else all at once.
-func deltas(message object) []object {
-	text, ok := message["content"].(string)
-	if !ok {
-		return []object{message}
-	}
-	parts := []object{{"role": "assistant", "content": ""}}
-	for word := range strings.SplitAfterSeq(text, " ") {
-		parts = append(parts, object{"content": word})
-	}
-	return parts
-}
-
-// answer returns the message that answers c, its finish_reason and usage: a call of the first tool if the user spoke last, with
-// what the user said as each required argument, else a text that repeats what the user said, or what the tool answered. Words count for tokens.
+// answer returns the message that answers c, its finish_reason and usage, where words count for tokens. If the user spoke last
+// and there are tools, it is a call of the first one, with what the user said as each required argument. Otherwise it is a text
+// that repeats what the user said, or what the tool answered.
 func (c *standInChat) answer() (message object, finish string, usage object) {
 	role, said, last, prompt := "", "", "", 0
 	for _, m := range c.Messages {
@@ -345,9 +309,9 @@ func (c *standInChat) answer() (message object, finish string, usage object) {
 			said = last
 		}
 	}
-	text := fmt.Sprintf(`%s You said: "%s"`, standInIntro, said)
+	text := fmt.Sprintf(`%s You said: "%s"`, standInIntro, clip(said, 300))
 	if role == "tool" {
-		text = fmt.Sprintf(`%s The tool answered: "%s"`, standInIntro, last)
+		text = fmt.Sprintf(`%s The tool answered: "%s"`, standInIntro, clip(last, 300))
 	}
 	message, finish = object{"role": "assistant", "content": text}, "stop"
 	if role == "user" && len(c.Tools) > 0 {
