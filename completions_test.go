@@ -574,27 +574,3 @@ func FuzzCompletionStream(f *testing.F) {
 		}
 	})
 }
-
-func BenchmarkNewCompletion(b *testing.B) {
-	body := []byte(`{"model":"qwen3-coder-plus","max_tokens":256,"temperature":0.2,"stream":true,"prompt":"` +
-		strings.Repeat("word ", 2000) + `"}`)
-	b.SetBytes(int64(len(body)))
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, _, err := translateRequest(body); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
-
-func BenchmarkCompletionStream(b *testing.B) {
-	in := strings.Repeat(`data: {"choices":[{"delta":{"content":" word"},"index":0,"logprobs":null,"finish_reason":null}],"object":"chat.completion.chunk","usage":null,"created":1735120033,"system_fingerprint":null,"model":"qwen3-coder-plus","id":"chatcmpl-6ada9ed2-7f33-9de2-8bb0-78bd4035025a"}`+"\n\n", 100)
-	c := new(completion)
-	b.SetBytes(int64(len(in)))
-	b.ReportAllocs()
-	for b.Loop() { // 100 chunks
-		if _, err := io.Copy(io.Discard, c.stream(strings.NewReader(in))); err != nil {
-			b.Fatal(err)
-		}
-	}
-}

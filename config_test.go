@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -609,96 +608,3 @@ func TestEnvExampleIsTheREADMEsTable(t *testing.T) {
 
 // envAssignment is a variable in .env.example, commented out.
 var envAssignment = regexp.MustCompile(`^#([A-Z0-9_]+)=(.*)$`)
-
-// FuzzLoadConfig gives the variables, in alphabetical order, the values that are separated by NUL in environment.
-// Those of files become the files' content.
-func FuzzLoadConfig(f *testing.F) {
-	const secret = "s3cr3t"
-	names := settingNames()
-	seed := func(env map[string]string) {
-		values := make([]string, len(names))
-		for i, name := range names {
-			values[i] = env[name]
-		}
-		f.Add(strings.Join(values, "\x00"))
-	}
-	seed(nil)
-	seed(map[string]string{"SERVER_HOST": "[::1]", "SERVER_PORT": "0", "LOG_LEVEL": "warn", "LOG_FORMAT": "text", "DEBUG_MODE": "1",
-		"RATE_LIMIT_RPS": "0.5", "RATE_LIMIT_BURST": "1", "READ_TIMEOUT": "1h", "SSE_KEEPALIVE": "0", "MAX_BODY_BYTES": "1",
-		"MAX_BUFFERED_BYTES": "2", "QWEN_DIR": "~/.qwen", "API_BASE_URL": "https://host/v1/", "QWEN_OAUTH_BASE_URL": "http://[::1]:1",
-		"QWEN_API_KEY": "sk-", "PROXY_API_KEYS_FILE": "# comment\r\nkey\r\n", "MODEL_ALIASES": "a=b, c=d", "MODELS": "a,b",
-		"TRUSTED_PROXIES": "10.0.0.0/8, ::1", "CORS_ALLOWED_ORIGINS": "https://a.example/"})
-	seed(map[string]string{"SERVER_HOST": "unix:", "SERVER_PORT": "65536", "ENABLE_TLS": "true", "TLS_CERT_FILE": "-----BEGIN X-----\n-----END X-----",
-		"TLS_KEY_FILE": "x", "LOG_LEVEL": "loud", "RATE_LIMIT_RPS": "NaN", "READ_TIMEOUT": "-1s", "SSE_KEEPALIVE": "9e9h", "MAX_BODY_BYTES": "2",
-		"MAX_BUFFERED_BYTES": "1", "QWEN_DIR": "\n", "API_BASE_URL": "https://host:port?key#x", "QWEN_OAUTH_BASE_URL": "http:x",
-		"QWEN_API_KEY": "a b", "QWEN_API_KEY_FILE": "a b", "PROXY_API_KEYS": ", \x7f", "PROXY_API_KEYS_FILE": "\xff", "DEFAULT_MODEL": ",",
-		"MODEL_ALIASES": "a=b,a=c,=", "MODELS": ",", "TRUSTED_PROXIES": "1.2.3.4/33,fe80::1%x/64", "CORS_ALLOWED_ORIGINS": "*,null"})
-	dir := f.TempDir()
-	f.Fuzz(func(t *testing.T, environment string) {
-		if strings.Contains(environment, secret) {
-			t.Skip()
-		}
-		env := map[string]string{}
-		for i, value := range strings.Split(environment, "\x00") {
-			if i == len(names) {
-				break
-			}
-			if value == "" {
-				continue
-			}
-			switch name := names[i]; name {
-			case "QWEN_API_KEY_FILE", "PROXY_API_KEYS_FILE", "TLS_CERT_FILE", "TLS_KEY_FILE":
-				env[name] = filepath.Join(dir, name)
-				if err := os.WriteFile(env[name], []byte(value+secret), 0o600); err != nil {
-					t.Fatal(err)
-				}
-			case "QWEN_API_KEY", "PROXY_API_KEYS":
-				env[name] = value + secret
-			case "API_BASE_URL", "QWEN_OAUTH_BASE_URL":
-				if scheme, rest, ok := strings.Cut(value, "//"); ok {
-					value = scheme + "//user:" + secret + "@" + rest
-				}
-				env[name] = value
-			default:
-				env[name] = value
-			}
-		}
-		c, err := loadConfig(lookup(env))
-		if err == nil {
-			checkConfig(t, c)
-			return
-		}
-		if strings.Contains(err.Error(), secret) {
-			t.Errorf("the error tells a secret: %v", err)
-		}
-		for _, line := range strings.Split(err.Error(), "\n") {
-			end := strings.IndexAny(line, "=: ")
-			if end < 0 || !slices.Contains(names, line[:end]) || !strings.Contains(line, "want ") {
-				t.Errorf("%s: want the name of a variable first, and what is wanted", strconv.Quote(line))
-			}
-		}
-	})
-}
-
-// checkConfig checks what the rest of the program relies on.
-func checkConfig(t *testing.T, c *config) {
-	t.Helper()
-	usable := func(u *url.URL) bool {
-		return (u.Scheme == "https" || u.Scheme == "http") && u.Hostname() != "" && u.User == nil && u.RawQuery == "" && !strings.HasSuffix(u.Path, "/")
-	}
-	for what, ok := range map[string]bool{
-		"host": c.host != "", "port": c.port >= 0 && c.port <= 65535,
-		"rateLimit": c.rateLimit >= 0 && c.rateLimit <= 1e6, "rateBurst": c.rateBurst > 0,
-		"readTimeout": c.readTimeout > 0, "writeTimeout": c.writeTimeout > 0, "shutdownTimeout": c.shutdownTimeout > 0,
-		"upstreamTimeout": c.upstreamTimeout > 0, "idleTimeout": c.idleTimeout > 0, "keepAlive": c.keepAlive >= 0,
-		"maxBody": c.maxBody > 0, "maxBuffered": c.maxBuffered >= c.maxBody,
-		"qwenDir": c.qwenDir != "", "refreshBuffer": c.refreshBuffer > 0,
-		"oauthBase": usable(c.oauthBase), "apiBase": c.apiBase == nil || usable(c.apiBase),
-		"apiKey": c.apiKey == "" || validKey(c.apiKey), "proxyKeys": allValidKeys(c.proxyKeys),
-		"defaultModel": c.defaultModel != "", "logFormat": c.logFormat == "json" || c.logFormat == "text",
-	} {
-		if !ok {
-			t.Errorf("accepted a bad %s: %+v", what, c)
-		}
-	}
-}

@@ -4,11 +4,8 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
-	"net/netip"
-	"net/url"
 	"strings"
 	"testing"
-	"time"
 )
 
 func TestBetweenEvents(t *testing.T) {
@@ -72,30 +69,6 @@ func TestAnthropicsClientsFindTheRequestID(t *testing.T) {
 		if got := res.Header.Get("Request-Id"); res.StatusCode != tt.status || got != want {
 			t.Errorf("%s %s, version %q: %s, Request-Id %q, want %q: %s", tt.method, tt.path, tt.version, res.Status, got, want, body)
 		}
-	}
-}
-
-func BenchmarkRequestID(b *testing.B) {
-	for name, header := range map[string]http.Header{"new": {}, "the client's": {"X-Request-Id": {"0198c2d4-7b1e-7c3a-9f52-6f0e0c3c1a77"}}} {
-		b.Run(name, func(b *testing.B) {
-			r := &http.Request{Header: header}
-			b.ReportAllocs()
-			for b.Loop() {
-				requestID(r)
-			}
-		})
-	}
-}
-
-func BenchmarkAccessLine(b *testing.B) {
-	r := &http.Request{Method: "POST", URL: &url.URL{Path: "/v1/chat/completions"}}
-	now := time.Now()
-	x := &exchange{ids: [1]string{"4YQHZQ6R5JNXGK2MHUS7T3WLDA"}, client: netip.MustParseAddr("192.0.2.1"), start: now, status: 200, bytes: 1234,
-		firstByte: now.Add(time.Second), upstreamID: "0198c2d4-7b1e-7c3a-9f52-6f0e0c3c1a77"}
-	log := newLogger(&config{logFormat: "json"}, io.Discard)
-	b.ReportAllocs()
-	for b.Loop() {
-		x.log(r, log, 2*time.Second, false)
 	}
 }
 

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -239,11 +238,8 @@ func decodeMembers(t *testing.T, data []byte) (members map[string]string, twice 
 	return members, twice
 }
 
-// Alphabets for chatBody: the pieces of its text.
-var (
-	codeText    = strings.Split("func |add(a, |b int) |error |{\n|\t|return |if err != nil |}\n|// Prints |\"quoted\" |fmt.Println(|x + y)\n|the |of |number ", "|")
-	chineseText = strings.Split("通义千问是阿里云研发的大语言模型能够回答题创作文字还表达观点撰写代码，。\n", "")
-)
+// codeText is an alphabet for chatBody: the pieces of its text.
+var codeText = strings.Split("func |add(a, |b int) |error |{\n|\t|return |if err != nil |}\n|// Prints |\"quoted\" |fmt.Println(|x + y)\n|the |of |number ", "|")
 
 // chatBody returns a streaming chat request of about size bytes, in messages of some 2 KB. Their text is random,
 // for a processor learns the places of the escapes in a text that repeats; it is the same at every call.
@@ -263,62 +259,5 @@ func chatBody(size int, alphabet []string) []byte {
 		fmt.Fprintf(&b, `,{"role":"user","content":%s}`, quoted)
 	}
 	b.WriteString(`],"temperature":0.7,"max_tokens":4096,"stream":true,"stream_options":{"include_usage":true}}`)
-	return b.Bytes()
-}
-
-func BenchmarkFindMembers(b *testing.B) {
-	image, err := json.Marshal("data:image/png;base64," + base64.StdEncoding.EncodeToString(bytes.Repeat([]byte("\x89PNG\r\n\x1a\nIHDR"), 64<<10)))
-	if err != nil {
-		b.Fatal(err)
-	}
-	tool := `{"type":"function","function":{"name":"read_file","description":"Reads a file.","strict":false,"parameters":` +
-		`{"type":"object","properties":{"path":{"type":"string"},"limit":{"type":"integer","minimum":1}},"required":["path"]}}}`
-	var tools bytes.Buffer
-	if err := json.Indent(&tools, []byte(`{"tools":[`+strings.Repeat(tool+",", 120)+tool+`]}`), "", "  "); err != nil {
-		b.Fatal(err)
-	}
-	bodies := []struct {
-		name string
-		data []byte
-	}{
-		{"2KB chat", chatBody(2<<10, codeText)},
-		{"100KB chat", chatBody(100<<10, codeText)},
-		{"100KB Chinese", chatBody(100<<10, chineseText)},
-		{"100KB escaped Chinese", asciiJSON(chatBody(50<<10, chineseText))},
-		{"1MB base64", []byte(`{"model":"qwen-vl","messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":` + string(image) + `}}]}]}`)},
-		{"100KB tool schemas", tools.Bytes()},
-	}
-	for _, body := range bodies {
-		b.Run(body.name+"/findMembers", func(b *testing.B) {
-			b.SetBytes(int64(len(body.data)))
-			b.ReportAllocs()
-			for b.Loop() {
-				if _, err := findMembers(body.data, "model", "stream", "messages"); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
-		b.Run(body.name+"/json.Valid", func(b *testing.B) {
-			b.SetBytes(int64(len(body.data)))
-			b.ReportAllocs()
-			for b.Loop() {
-				if !json.Valid(body.data) {
-					b.Fatal("not valid")
-				}
-			}
-		})
-	}
-}
-
-// asciiJSON writes what is not ASCII as \u escapes, as Python's json.dumps does unless told otherwise.
-func asciiJSON(data []byte) []byte {
-	var b bytes.Buffer
-	for _, r := range string(data) {
-		if r < 0x80 {
-			b.WriteRune(r)
-		} else {
-			fmt.Fprintf(&b, `\u%04x`, r) // of the basic plane, in these benchmarks
-		}
-	}
 	return b.Bytes()
 }

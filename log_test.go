@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -65,40 +64,6 @@ func TestLogWriterWithAStalledReader(t *testing.T) {
 			t.Error("the log does not go on after the stall")
 		}
 	})
-}
-
-// BenchmarkLogToAPipe is what a line costs the request that logs it.
-func BenchmarkLogToAPipe(b *testing.B) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	go func() {
-		defer r.Close()
-		io.Copy(io.Discard, r)
-	}()
-	defer w.Close()
-	var dropped atomic.Int64
-	buffered := newLogWriter(b.Context(), w, &dropped)
-	for _, tt := range []struct {
-		name string
-		w    io.Writer
-	}{{"direct", w}, {"buffered", buffered}} {
-		b.Run(tt.name, func(b *testing.B) {
-			log := newLogger(&config{logFormat: "json"}, tt.w)
-			b.ReportAllocs()
-			for n := 1; b.Loop(); n++ {
-				log.LogAttrs(b.Context(), slog.LevelInfo, "request", slog.String("request_id", "4YQHZQ6R5JNXGK2MHUS7T3WLDA"), slog.String("method", "POST"),
-					slog.String("path", "/v1/chat/completions"), slog.Int("status", 200), slog.Float64("duration_ms", 2000.5), slog.String("client", "192.0.2.1"))
-				if n%100 == 0 {
-					buffered.flush(time.Second) // a load that the reader keeps up with
-				}
-			}
-		})
-	}
-	if n := dropped.Load(); n != 0 {
-		b.Errorf("%d lines dropped", n)
-	}
 }
 
 func TestIsTerminal(t *testing.T) {

@@ -10,7 +10,6 @@ import (
 	"math"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"os"
 	"regexp"
 	"runtime"
@@ -580,55 +579,6 @@ func metricsHandler(t testing.TB, m *metrics) http.Handler {
 	return newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, benchTransport{http.Header{"Content-Type": {"application/json"}}})
 }
 
-// FuzzMetricsLabels: whatever is asked for, it counts once, for a route and a status that were there before.
-func FuzzMetricsLabels(f *testing.F) {
-	for _, path := range []string{"/", "/health", "/v1/models/x", "/models/\"}\n#", "/v1/chat/completions", "//v1/../health", "/\xff", "*", "", "/v1/models/{id...}", "other", "/metrics"} {
-		for _, method := range []string{"GET", "POST", "HEAD", "OPTIONS", "CONNECT", "BREW", "", "GET\n"} {
-			f.Add(method, path, "localhost")
-		}
-	}
-	f.Add("GET", "/health", "evil.example.com")
-	m := newMetrics()
-	h := metricsHandler(f, m)
-	routes := "other"
-	for _, r := range m.routes {
-		routes += "|" + regexp.QuoteMeta(r.path)
-	}
-	allowed := regexp.MustCompile(`^route="(` + routes + `)",status="[2-5]\d\d"$`)
-	total := 0.0
-	f.Fuzz(func(t *testing.T, method, path, host string) {
-		r := (&http.Request{Method: method, URL: &url.URL{Path: path}, RequestURI: path, Host: host, Header: http.Header{}, RemoteAddr: "127.0.0.1:1",
-			Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: io.NopCloser(strings.NewReader(ordinaryChat))}).WithContext(t.Context())
-		func() {
-			defer func() {
-				if v := recover(); v != nil && v != http.ErrAbortHandler {
-					panic(v)
-				}
-			}()
-			h.ServeHTTP(&discard{http.Header{}}, r)
-		}()
-		var p page
-		p.counts(m)
-		sum := 0.0
-		for line := range strings.Lines(p.String()) { // parsePage would take most of the time
-			labels, ok := strings.CutPrefix(line, "qwen_proxy_requests_total{")
-			if !ok {
-				continue
-			}
-			labels, value, _ := strings.Cut(strings.TrimSuffix(labels, "\n"), "} ")
-			n, err := strconv.ParseFloat(value, 64)
-			if err != nil || !allowed.MatchString(labels) {
-				t.Errorf("%q", line)
-			}
-			sum += n
-		}
-		if total++; sum != total {
-			t.Errorf("%v requests are counted, want %v", sum, total)
-			total = sum
-		}
-	})
-}
-
 const chatPattern = "POST /v1/chat/completions"
 
 // endedExchange is a request that has been answered, for what counts it.
@@ -645,43 +595,6 @@ func TestCountingDoesNotAllocate(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() { m.ended(x, chatPattern, 2*time.Second); m.ended(failed, chatPattern, time.Hour) }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
-}
-
-// BenchmarkMetrics counts a request that went to Qwen: all that counting costs it.
-func BenchmarkMetrics(b *testing.B) {
-	b.Run("serial", func(b *testing.B) {
-		m := newMetrics()
-		x := endedExchange(m)
-		b.ReportAllocs()
-		for b.Loop() {
-			m.ended(x, chatPattern, 2*time.Second)
-		}
-	})
-	b.Run("parallel", func(b *testing.B) {
-		m := newMetrics()
-		answered := endedExchange(m)
-		b.ReportAllocs()
-		b.RunParallel(func(pb *testing.PB) {
-			x := &exchange{start: answered.start, firstByte: answered.firstByte, status: answered.status, called: true}
-			for pb.Next() {
-				m.ended(x, chatPattern, 2*time.Second)
-			}
-		})
-	})
-	b.Run("page", func(b *testing.B) {
-		m := newMetrics()
-		h := metricsHandler(b, m)
-		for _, r := range m.routes {
-			r.statuses[200].Store(1)
-			r.duration.observe(time.Second)
-			r.firstByte.observe(time.Second)
-		}
-		r := httptest.NewRequest("GET", "http://localhost/metrics", nil)
-		b.ReportAllocs()
-		for b.Loop() {
-			h.ServeHTTP(&discard{http.Header{}}, r)
-		}
-	})
 }
 
 // TestMetricsBlameQwenForNothingOfOurs: neither a client that left, nor a shutdown, nor a defect of the proxy is Qwen's failure.

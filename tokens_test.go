@@ -891,28 +891,6 @@ func TestTokenDoesNotAllocate(t *testing.T) {
 	}
 }
 
-func BenchmarkToken(b *testing.B) {
-	s, ctx := signedIn(b), b.Context()
-	b.Run("serial", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			if _, err := s.Token(ctx); err != nil {
-				b.Fatal(err)
-			}
-		}
-	})
-	b.Run("parallel", func(b *testing.B) {
-		b.ReportAllocs()
-		b.RunParallel(func(pb *testing.PB) {
-			for pb.Next() {
-				if _, err := s.Token(ctx); err != nil {
-					b.Error(err)
-				}
-			}
-		})
-	})
-}
-
 func TestNewSignInOfAnAccountThatWasNotServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSourceTest(t, fileOf(0, time.Hour), nil, func(r *http.Request) (int, string) {

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"runtime"
@@ -95,46 +94,6 @@ func (p *program) until(what string, wanted func(footprint) bool) footprint {
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
-}
-
-func TestClientsThatVanishLeaveNothing(t *testing.T) {
-	t.Parallel()
-	clients := many(300)
-	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
-		io.Copy(io.Discard, r.Body)
-		sse(w, "data: 1\n\n")
-		<-r.Context().Done()
-	}, nil)
-	p.footprint()
-	before := p.footprint()
-	var conns sync.Map
-	atOnce(clients, func() {
-		c := p.dial()
-		io.WriteString(c, rawChat)
-		lines := bufio.NewScanner(c)
-		for lines.Scan() && lines.Text() != "data: 1" {
-		}
-		if lines.Err() != nil {
-			t.Error(lines.Err())
-		}
-		conns.Store(c, true)
-	})
-	during := p.footprint()
-	if during.inFlight != clients {
-		t.Fatalf("%d streams are open, want %d", during.inFlight, clients)
-	}
-	n := 0
-	conns.Range(func(c, _ any) bool {
-		if n++; n%2 == 0 {
-			c.(*net.TCPConn).SetLinger(0) // a reset
-		}
-		c.(net.Conn).Close()
-		return true
-	})
-	after := p.until("what it was before", func(u footprint) bool {
-		return u.inFlight == 0 && u.goroutines <= before.goroutines && u.descriptors <= before.descriptors
-	})
-	t.Logf("before %+v, with %d streams %+v, after %+v", before, clients, during, after)
 }
 
 // TestAnnouncementsTakeNoMemory: memory goes by what has come, never by what is said to come.
