@@ -11,9 +11,7 @@ import (
 	"math"
 	"net"
 	"net/http"
-	"net/netip"
 	"runtime"
-	"strconv"
 	"sync/atomic"
 	"time"
 )
@@ -29,28 +27,24 @@ type health struct {
 // watch logs each change of readiness until ctx ends. It calls tell with each reason for not being ready, and with "" when
 // the server is ready.
 func (h *health) watch(ctx context.Context, tell func(reason string)) {
-	reason, first := "", true
-	for ctx.Err() == nil {
-		last := reason
-		reason = ""
+	const unknown = "unknown"
+	last := unknown
+	for ok := true; ok; ok = sleep(ctx, time.Second) {
+		reason := ""
 		if err := h.tokens.ready(); err != nil {
 			reason = err.message
 		}
-		if reason != last || first {
+		if reason != last {
 			tell(reason)
 		}
 		switch {
-		case first || (reason == "") == (last == ""):
+		case last == unknown || (reason == "") == (last == ""):
 		case reason == "":
 			h.log.Info("the server is ready")
 		default:
 			h.log.Warn("the server is not ready", "reason", reason)
 		}
-		first = false
-		select {
-		case <-ctx.Done():
-		case <-time.After(time.Second):
-		}
+		last = reason
 	}
 }
 
@@ -172,22 +166,9 @@ func healthcheckCommand(ctx context.Context, cfg *config, _, stderr io.Writer) i
 	return 0
 }
 
-// serverAddress returns the address at which this machine reaches the server that cfg configures.
-func serverAddress(cfg *config) string {
-	network, address := cfg.addr()
-	if addr, err := netip.ParseAddr(cfg.host); network == "tcp" && err == nil && addr.IsUnspecified() {
-		loopback := "127.0.0.1"
-		if addr.Is6() {
-			loopback = "::1"
-		}
-		return net.JoinHostPort(loopback, strconv.Itoa(cfg.port))
-	}
-	return address
-}
-
 // askServer gets path from the server that cfg configures. The caller closes the answer's body.
 func askServer(ctx context.Context, cfg *config, path string) (*http.Response, error) {
-	network, _ := cfg.addr()
+	network, address := cfg.addr() // to dial 0.0.0.0 or :: is to dial this machine
 	if network == "tcp" && cfg.port == 0 {
 		return nil, errors.New("SERVER_PORT=0 picks any port, so there is none to ask")
 	}
@@ -197,7 +178,7 @@ func askServer(ctx context.Context, cfg *config, path string) (*http.Response, e
 	}
 	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, network, serverAddress(cfg))
+			return (&net.Dialer{}).DialContext(ctx, network, address)
 		},
 		// The certificate is for the server's public name, and this asks by its address. Nothing secret is sent.
 		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true},

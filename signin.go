@@ -152,15 +152,16 @@ func statusCommand(ctx context.Context, cfg *config, stdout, _ io.Writer) int {
 	}
 	server, err := askReady(ctx, cfg)
 	running, ready := err == nil, server.Status == "ready"
+	_, address := cfg.addr()
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
-		line("server", "not running at %s", serverAddress(cfg))
+		line("server", "not running at %s", address)
 	case err != nil:
 		line("server", "not known: %v", err)
 	case ready:
-		line("server", "ready at %s", serverAddress(cfg))
+		line("server", "ready at %s", address)
 	default:
-		line("server", "not ready at %s: %s", serverAddress(cfg), server.Reason)
+		line("server", "not ready at %s: %s", address, server.Reason)
 	}
 	t, problem := localCredentials(cfg)
 	if ready && problem != nil {

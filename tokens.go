@@ -316,6 +316,9 @@ func (s *oauthSource) files() []*watchedFile {
 func (s *oauthSource) readCredentials() error {
 	s.fileMu.Lock()
 	defer s.fileMu.Unlock()
+	if st := s.state.Load(); st.refreshing {
+		return st.fileErr // a refresh reads the file itself
+	}
 	return s.look()
 }
 
