@@ -148,16 +148,19 @@ func (body *requestBody) seal() {
 	}
 	add(body.data[at:])
 	body.edits = nil
+	if body.mapped == nil && len(body.pieces) > 1 {
+		body.pieces = net.Buffers{bytes.Join(body.pieces, nil)}
+	}
 }
 
 // open returns a new reader of what goes to Qwen.
 func (body *requestBody) open() io.ReadCloser {
 	body.mu.Lock()
 	defer body.mu.Unlock()
-	if body.mapped == nil {
+	if body.mapped == nil && len(body.pieces) == 1 {
 		// net/http sends header and body in one write if it knows that the reader is in memory. That takes a system call less,
 		// and a dead connection shows before anything is sent.
-		return io.NopCloser(bytes.NewReader(bytes.Join(body.pieces, nil)))
+		return io.NopCloser(bytes.NewReader(body.pieces[0]))
 	}
 	body.latest = &sentRequest{body: body, rest: slices.Clone(body.pieces)}
 	return body.latest

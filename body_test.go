@@ -325,7 +325,7 @@ func TestEveryWayOutGivesTheMemoryBack(t *testing.T) {
 		defer transport.CloseIdleConnections()
 		quiet := slog.New(slog.DiscardHandler)
 		p := newProxy(cfg, newSource(cfg, quiet, io.Discard), newMetrics(), transport)
-		srv := httptest.NewServer(track(cfg, quiet, p.metrics, p.forward(pathChat)))
+		srv := httptest.NewServer(track(cfg, quiet, p.metrics, p.forward("/chat/completions", "messages")))
 		defer srv.Close()
 
 		var clients sync.WaitGroup

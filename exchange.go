@@ -1,240 +1,132 @@
 package main
 
 import (
+	"context"
 	"crypto/rand"
-	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
-	"net"
+	"math"
 	"net/http"
 	"net/netip"
-	"path"
-	"runtime/debug"
+	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
-// An exchange is one request and its answer as the access log tells them. It is the ResponseWriter that
-// every handler gets.
+// An exchange is one request and its answer: the ResponseWriter that every handler gets, and the record of the request.
 type exchange struct {
-	w            http.ResponseWriter
-	rc           *http.ResponseController
-	ids          [1]string  // X-Request-ID, as the value of a header
-	client       netip.Addr // not valid where it is unknown
-	start        time.Time
-	writeTimeout time.Duration
-	http2        bool
-	anthropic    bool      // the client is one of Anthropic's interface
-	err          *apiError // what failed, first; nil where nothing did
-	upstreamID   string    // Qwen's own request id
-	called       bool      // the request has gone to Qwen
-	replayed     bool      // it has gone there more than once, because the connection failed
-	quiet        bool      // the access line is at debug level
-	firstByte    time.Time // when the first byte of Qwen's answer's body came; zero until then
+	answerWriter
+	record
+}
 
-	mu        sync.Mutex // guards w and what follows: a keep-alive is written from another goroutine
-	status    int        // 0 until the header is written
-	bytes     int64      // of the body
-	lastWrite time.Time
-	deadline  time.Time   // of the connection's writes
-	unflushed bool        // net/http may hold some of the answer back
-	sse       bool        // the body is an event stream
-	beat      *time.Timer // writes the stream's keep-alives; nil for none
-	tail      [4]byte     // the last bytes of an event stream
-	done      bool        // the handler has returned: w is no longer ours
+// A record is what the access log and the metrics tell of a request. Whoever knows a field fills it; track writes the record.
+type record struct {
+	ids        [1]string // X-Request-ID, as the value of a header
+	client     netip.Addr
+	start      time.Time
+	anthropic  bool      // the client expects the errors of Anthropic's API
+	quiet      bool      // the access line is at debug level
+	called     bool      // the request has gone to Qwen
+	replayed   bool      // it has gone there more than once, because the connection failed
+	upstreamID string    // Qwen's own request id
+	firstByte  time.Time // when the first byte of Qwen's answer's body came; zero until then
+	err        *apiError // what failed first; nil if nothing did
 }
 
 // id returns the request's X-Request-ID.
-func (x *exchange) id() string { return x.ids[0] }
+func (rec *record) id() string { return rec.ids[0] }
 
-func (x *exchange) Header() http.Header { return x.w.Header() }
+// fail notes what failed. The first failure counts: others follow from it.
+func (rec *record) fail(err *apiError) {
+	if rec.err == nil {
+		rec.err = err
+	}
+}
+
+// An answerWriter is the ResponseWriter of one request. It counts what it writes, and gives each write WRITE_TIMEOUT.
+type answerWriter struct {
+	w         http.ResponseWriter
+	rc        *http.ResponseController
+	timeout   time.Duration
+	http2     bool
+	status    int       // 0 until the header is written
+	bytes     int64     // of the body
+	deadline  time.Time // of writes
+	unflushed bool      // net/http may hold some of the answer back
+}
+
+func (a *answerWriter) Header() http.Header { return a.w.Header() }
 
 // Unwrap is for http.ResponseController.
-func (x *exchange) Unwrap() http.ResponseWriter { return x.w }
+func (a *answerWriter) Unwrap() http.ResponseWriter { return a.w }
 
-func (x *exchange) WriteHeader(status int) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.writeHeader(status)
+func (a *answerWriter) WriteHeader(status int) {
+	if a.status == 0 {
+		a.status = status
+	}
+	a.unflushed = true
+	a.w.WriteHeader(status)
 }
 
-func (x *exchange) writeHeader(status int) {
-	if x.status == 0 {
-		x.status = status
-		x.lastWrite = time.Now()
+func (a *answerWriter) Write(p []byte) (int, error) {
+	if a.status == 0 {
+		a.WriteHeader(http.StatusOK)
 	}
-	x.unflushed = true
-	x.w.WriteHeader(status)
-	if x.sse {
-		// The client shall know at once that it is served. Besides, net/http needs much stack to write a header, and further in
-		// there is more on it.
-		x.flush()
-	}
-}
-
-func (x *exchange) Write(p []byte) (int, error) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return x.write(p)
-}
-
-func (x *exchange) write(p []byte) (int, error) {
-	if x.status == 0 {
-		x.writeHeader(http.StatusOK)
-	}
-	x.renewDeadline()
-	x.unflushed = true
-	n, err := x.w.Write(p)
-	x.dropDeadline()
-	x.bytes += int64(n)
-	if x.sse {
-		x.tail = lastBytes(x.tail, p[:n])
-	}
+	a.renewDeadline()
+	a.unflushed = true
+	n, err := a.w.Write(p)
+	a.dropDeadline()
+	a.bytes += int64(n)
 	return n, err
 }
 
 // FlushError is Flush with its error, as http.ResponseController looks for it.
-func (x *exchange) FlushError() error {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return x.flush()
-}
-
-func (x *exchange) flush() error {
-	x.renewDeadline()
-	x.unflushed = false
-	err := x.rc.Flush()
-	x.dropDeadline()
+func (a *answerWriter) FlushError() error {
+	a.renewDeadline()
+	a.unflushed = false
+	err := a.rc.Flush()
+	a.dropDeadline()
 	return err
 }
 
-// renewDeadline gives the next write writeTimeout. It is not moved for each of a quick succession of
-// writes, since that costs more than the write's own bookkeeping; the sixteenth put on top makes up for it.
-func (x *exchange) renewDeadline() {
-	x.lastWrite = time.Now()
-	slack := x.writeTimeout / 16
-	if x.deadline.Sub(x.lastWrite) < x.writeTimeout {
-		x.deadline = x.lastWrite.Add(x.writeTimeout + slack)
-		x.rc.SetWriteDeadline(x.deadline) // an error shows in the write
+// renewDeadline gives the next write the timeout, and up to a sixteenth more, so that not every write has to move it.
+func (a *answerWriter) renewDeadline() {
+	if now := time.Now(); a.deadline.Sub(now) < a.timeout {
+		a.deadline = now.Add(a.timeout + a.timeout/16)
+		a.rc.SetWriteDeadline(a.deadline) // an error shows in the write
 	}
 }
 
-// dropDeadline takes the deadline back in HTTP/2. There it is a timer that resets the stream, also while nothing is being
-// written: it would bound Qwen's silences. And a timer that is set after the client has reset the stream keeps the stream
-// in memory until it fires.
-func (x *exchange) dropDeadline() {
-	if x.http2 {
-		x.deadline = time.Time{}
-		x.rc.SetWriteDeadline(x.deadline)
+// dropDeadline takes the deadline back in HTTP/2. There it is a timer that resets the stream, also while Qwen is silent. And a
+// timer that is set after the client has reset the stream keeps the stream in memory until it fires.
+func (a *answerWriter) dropDeadline() {
+	if a.http2 {
+		a.deadline = time.Time{}
+		a.rc.SetWriteDeadline(a.deadline)
 	}
 }
 
-// stream notes that the body is an event stream. Where its client has heard nothing for every, it gets a comment
-// (WHATWG EventSource, "authors can include a comment line every 15 seconds or so"); 0 for none.
-func (x *exchange) stream(every time.Duration) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.sse = true
-	if every > 0 {
-		x.beat = time.AfterFunc(every, func() { x.keepAlive(every) })
+// end is called when the handler has returned and its answer is whole. net/http still writes the answer's end, and the deadline
+// of the last write may be over. In HTTP/2 no deadline may outlive the handler, so what net/http holds back is written here.
+func (a *answerWriter) end() error {
+	if !a.http2 {
+		a.renewDeadline()
+	} else if a.unflushed {
+		return a.FlushError()
 	}
+	return nil
 }
 
-// keepAlive writes a comment where one is due and the stream stands between two events.
-func (x *exchange) keepAlive(every time.Duration) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.done {
-		return
-	}
-	next := every
-	if silent := time.Since(x.lastWrite); silent < every {
-		next -= silent
-	} else if x.status != 0 && betweenEvents(x.tail, x.bytes) {
-		if _, err := x.write([]byte(": keep-alive\n\n")); err == nil {
-			x.flush()
-		}
-	}
-	x.beat.Reset(next)
-}
-
-// lastBytes returns the last four bytes of tail and p together.
-func lastBytes(tail [4]byte, p []byte) [4]byte {
-	if len(p) >= 4 {
-		return [4]byte(p[len(p)-4:])
-	}
-	copy(tail[:], tail[len(p):])
-	copy(tail[4-len(p):], p)
-	return tail
-}
-
-// betweenEvents reports whether an event stream of n bytes that ends in tail has ended its last line and the
-// blank one behind it. Lines end in LF, CRLF or CR.
-func betweenEvents(tail [4]byte, n int64) bool {
-	if n == 0 {
-		return true
-	}
-	end := tail[:]
-	if n < 4 {
-		end = tail[4-n:]
-	}
-	rest, ok := trimNewline(end)
-	if !ok {
-		return false
-	}
-	_, ok = trimNewline(rest)
-	return ok || len(rest) == 0 // a blank line alone
-}
-
-// trimNewline returns s without the line end at its end, and whether there was one.
-func trimNewline(s []byte) ([]byte, bool) {
-	switch n := len(s); {
-	case n >= 2 && s[n-2] == '\r' && s[n-1] == '\n':
-		return s[:n-2], true
-	case n >= 1 && (s[n-1] == '\n' || s[n-1] == '\r'):
-		return s[:n-1], true
-	}
-	return s, false
-}
-
-// fail notes what failed, for the log. The first failure counts: others follow from it.
-func (x *exchange) fail(err *apiError) {
-	if x.err == nil {
-		x.err = err
-	}
-}
-
-// finish ends x: no handler writes to it any more. If the answer is whole, net/http has its end yet to write, such as that of
-// a chunked body, and the deadline of the last write may have passed long ago. In HTTP/2 no deadline may outlive the
-// handler (see dropDeadline), so what net/http holds back is written here; the frame that ends the stream never waits.
-func (x *exchange) finish(whole bool) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	switch {
-	case x.http2:
-		if whole && x.unflushed && x.flush() != nil {
-			x.fail(errNotTaken)
-		}
-		x.rc.SetReadDeadline(time.Time{})
-	case whole:
-		x.renewDeadline()
-	}
-	x.done = true
-	if x.beat != nil {
-		x.beat.Stop()
-	}
-}
-
-// answerError answers with err, of which it writes nothing but the apiError's message. It is for requests that have had no
+// answerError answers with err, and reports whether it did: a client that has left gets no answer. The request must have had no
 // other answer yet.
-func (x *exchange) answerError(err error) {
+func (x *exchange) answerError(err error) bool {
 	e := toAPIError(err)
 	x.fail(e)
-	if e.status == statusClientClosedRequest {
-		// Nobody reads an answer. A client that has closed only its own half of the connection must not get the empty 200 of
-		// a handler that just returns.
-		panic(http.ErrAbortHandler)
+	if e == errClientLeft {
+		return false // it may have closed only its own half of the connection, and must not get an empty 200
 	}
 	h := x.Header()
 	maps.Copy(h, e.header)
@@ -247,10 +139,11 @@ func (x *exchange) answerError(err error) {
 		h.Set("Retry-After", retryAfterSeconds(e.retryAfter))
 	}
 	x.WriteHeader(e.status)
-	x.Write(x.errorBody(e)) // a client that's gone needs no answer
+	x.Write(x.errorBody(e)) // a client that has left needs no answer
+	return true
 }
 
-// errorBody returns the JSON by which the client learns of e.
+// errorBody returns the JSON that tells the client of e.
 func (x *exchange) errorBody(e *apiError) []byte {
 	b := e.body(x.id())
 	if x.anthropic {
@@ -259,104 +152,7 @@ func (x *exchange) errorBody(e *apiError) []byte {
 	return b
 }
 
-// anthropicPath reports whether a request to path expects the errors of Anthropic's API.
-func anthropicPath(p string) bool {
-	p = strings.TrimPrefix(path.Clean("/"+p), "/v1")
-	return p == "/messages" || strings.HasPrefix(p, "/messages/")
-}
-
-// Header values that never change. net/http reads them only.
-var (
-	valueNosniff    = []string{"nosniff"}
-	valueDeny       = []string{"DENY"}
-	valueNoReferrer = []string{"no-referrer"}
-	valueHSTS       = []string{"max-age=31536000"}
-	valueClose      = []string{"close"}
-)
-
-// track is the outermost handler: it gives each request its exchange, id and security headers, calls next, answers for its
-// error or panic, and counts and logs the request.
-func track(cfg *config, log *slog.Logger, m *metrics, next handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		x := begin(cfg, w, r)
-		m.requests.Add(1)
-		m.inFlight.Add(1)
-		defer func() {
-			v := recover()
-			if v == http.ErrAbortHandler {
-				x.fail(errNotTaken) // where nothing else has failed
-			}
-			if v != nil && v != http.ErrAbortHandler {
-				log.Error("a defect of the proxy: please report it", "request_id", x.id(), "panic", v, "stack", string(debug.Stack()))
-				err := &apiError{status: http.StatusInternalServerError, typ: typeServer, code: codeInternal,
-					message: "The proxy failed to handle the request. Its log says why."}
-				x.fail(err)
-				if x.status == 0 {
-					x.answerError(err)
-					v = nil
-				}
-			}
-			x.finish(v == nil)
-			took := time.Since(x.start)
-			m.inFlight.Add(-1)
-			m.ended(x, r.Pattern, took)
-			x.log(r, log, took, cfg.debug)
-			if v != nil {
-				resetHTTP10(r)
-				panic(http.ErrAbortHandler) // an answer that was begun must not look whole
-			}
-		}()
-		if err := next(x, r); err != nil {
-			x.answerError(err)
-		}
-	})
-}
-
-// begin returns the exchange of r, with what every answer's header has.
-func begin(cfg *config, w http.ResponseWriter, r *http.Request) *exchange {
-	x := &exchange{w: w, rc: http.NewResponseController(w), ids: [1]string{requestID(r)}, start: time.Now(), writeTimeout: cfg.writeTimeout, http2: r.ProtoMajor == 2, anthropic: anthropicPath(r.URL.Path)}
-	h := w.Header()
-	h["X-Request-Id"] = x.ids[:]
-	if _, ok := r.Header["Anthropic-Version"]; ok {
-		h["Request-Id"] = x.ids[:] // where Anthropic's clients, which all send that, look for it
-	}
-	h["X-Content-Type-Options"] = valueNosniff
-	h["X-Frame-Options"] = valueDeny
-	h["Referrer-Policy"] = valueNoReferrer
-	if r.TLS != nil {
-		h["Strict-Transport-Security"] = valueHSTS
-	}
-	if len(r.TransferEncoding) > 0 {
-		// net/http takes a request with both Transfer-Encoding and Content-Length, and then hides the
-		// latter. "the server MUST close the connection after responding to such a request" (RFC 9112 §6.1).
-		h["Connection"] = valueClose
-	}
-	if !x.http2 && r.Body != http.NoBody {
-		// What a handler leaves of the body net/http reads, and would wait for without end.
-		x.rc.SetReadDeadline(x.start.Add(cfg.readTimeout))
-	}
-	return x
-}
-
-// connKey is where a request's context has its connection.
-type connKey struct{}
-
-// resetHTTP10 makes the connection of an HTTP/1.0 request end by a reset: such a client takes the connection's end for
-// that of the answer.
-func resetHTTP10(r *http.Request) {
-	if r.ProtoAtLeast(1, 1) {
-		return
-	}
-	c, _ := r.Context().Value(connKey{}).(net.Conn)
-	if t, ok := c.(*tls.Conn); ok {
-		c = t.NetConn()
-	}
-	if c, ok := c.(*net.TCPConn); ok {
-		c.SetLinger(0)
-	}
-}
-
-// outcome returns the status of x, which has ended: where no answer was begun that of what failed.
+// outcome returns the status for the log and the metrics. If no answer was begun it is that of what failed.
 func (x *exchange) outcome() int {
 	switch {
 	case x.status != 0:
@@ -367,24 +163,20 @@ func (x *exchange) outcome() int {
 	return http.StatusOK // net/http's, for a handler that wrote nothing
 }
 
-// log writes the access line.
+// log writes the access line. detail is for DEBUG_MODE.
 func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, detail bool) {
 	status, level := x.outcome(), slog.LevelInfo
 	if status >= 500 {
 		level = slog.LevelError
 	}
-	if x.http2 && !x.called && r.Context().Err() != nil {
-		// Streams can be opened and reset faster than answered (CVE-2023-44487), and a line each would fill a disk.
-		level = slog.LevelDebug
-	}
-	if x.quiet {
+	// Streams of HTTP/2 can be opened and reset faster than answered (CVE-2023-44487), and a line each would fill a disk.
+	if x.quiet || x.http2 && !x.called && r.Context().Err() != nil {
 		level = slog.LevelDebug
 	}
 	if !log.Enabled(r.Context(), level) {
 		return
 	}
-	attrs := make([]slog.Attr, 0, 16)
-	attrs = append(attrs,
+	attrs := append(make([]slog.Attr, 0, 16),
 		slog.String("request_id", x.id()),
 		slog.String("method", clip(r.Method, 20)),
 		slog.String("path", clip(r.URL.Path, 200)),
@@ -394,7 +186,11 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, de
 	if !x.firstByte.IsZero() {
 		attrs = append(attrs, slog.Float64("first_byte_ms", milliseconds(x.firstByte.Sub(x.start))))
 	}
-	attrs = append(attrs, slog.Int64("bytes", x.bytes), slog.String("client", x.clientName()))
+	client := "unix"
+	if x.client.IsValid() {
+		client = x.client.String()
+	}
+	attrs = append(attrs, slog.Int64("bytes", x.bytes), slog.String("client", client))
 	if x.upstreamID != "" {
 		attrs = append(attrs, slog.String("upstream_request_id", x.upstreamID))
 	}
@@ -410,51 +206,138 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, de
 	log.LogAttrs(r.Context(), level, "request", attrs...)
 }
 
-func (x *exchange) clientName() string {
-	if !x.client.IsValid() {
-		return "unix"
-	}
-	return x.client.String()
-}
-
 // milliseconds returns d in milliseconds, to the microsecond.
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-// safeHeaders returns the request's headers for a debug log: the names of all, and the values of those
-// that hold no secret whatever the client puts there on purpose.
+// safeHeaders returns the names of the request's headers, at most 50, and the values of those that never hold a secret.
 func safeHeaders(r *http.Request) slog.Value {
 	attrs := []slog.Attr{slog.String("Host", clip(r.Host, 200))}
 	for name, values := range r.Header {
+		value := "(not shown)"
 		switch name {
 		case "Accept", "Accept-Encoding", "Content-Type", "Content-Length", "User-Agent", "Origin", "Sec-Fetch-Site", "Connection":
-			attrs = append(attrs, slog.String(name, clip(strings.Join(values, ", "), 200)))
-		default:
-			attrs = append(attrs, slog.String(name, "(not shown)"))
+			value = clip(strings.Join(values, ", "), 200)
 		}
-		if len(attrs) == 50 {
+		if attrs = append(attrs, slog.String(name, value)); len(attrs) == 50 {
 			break
 		}
 	}
 	return slog.GroupValue(attrs...)
 }
 
-// requestID returns the client's X-Request-ID where it is 1 to 128 characters of [A-Za-z0-9._-], else a new one.
+// requestID returns the client's X-Request-ID if it is 1 to 128 characters of [A-Za-z0-9._-], else a new one.
 func requestID(r *http.Request) string {
-	if ids := r.Header["X-Request-Id"]; len(ids) == 1 && validRequestID(ids[0]) {
+	const allowed = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-"
+	ids := r.Header["X-Request-Id"]
+	if len(ids) == 1 && 0 < len(ids[0]) && len(ids[0]) <= 128 && strings.Trim(ids[0], allowed) == "" {
 		return ids[0]
 	}
 	return rand.Text()
 }
 
-func validRequestID(s string) bool {
-	if s == "" || len(s) > 128 {
-		return false
+// The categories of failure: an error body's type and the log's error_type.
+const (
+	typeAuthentication = "authentication_error"
+	typeInvalidRequest = "invalid_request_error"
+	typeNetwork        = "network_error"
+	typeRateLimit      = "rate_limit_error"
+	typeStreaming      = "streaming_error"
+	typeConfiguration  = "configuration_error"
+	typeServer         = "server_error"
+)
+
+// Failures that neither Qwen nor the way to it has caused.
+var (
+	// 499 is nginx's status for a client that left before its answer. It is only logged.
+	errClientLeft = &apiError{status: 499, typ: typeNetwork, code: "client_closed_request",
+		message: "The client closed the connection, or took nothing for WRITE_TIMEOUT."}
+	errShuttingDown = &apiError{status: http.StatusServiceUnavailable, typ: typeServer, code: "shutting_down", retryAfter: time.Second,
+		message: "The proxy is shutting down. Try again."}
+	errDefect = &apiError{status: http.StatusInternalServerError, typ: typeServer, code: "internal_error",
+		message: "The proxy failed to handle the request. Its log says why."}
+)
+
+// An apiError is a failure as the client is told of it, in the shape of OpenAI's errors. Those that code decides on are
+// variables, and compared with ==.
+type apiError struct {
+	status     int           // HTTP status
+	typ        string        // one of the type constants
+	code       string        // "" is JSON null
+	param      string        // the member of the request that is wrong; "" is JSON null
+	message    string        // says what to do next; no secrets, no message text
+	hint       string        // follows message in the answer, and is left out of the log; may be ""
+	retryAfter time.Duration // the Retry-After header, rounded up to seconds; 0 for none
+	header     http.Header   // other headers of the answer; may be nil
+	err        error         // what happened, for the log alone; may be nil
+}
+
+func (e *apiError) Error() string {
+	if e.err != nil {
+		return e.message + " (" + e.err.Error() + ")"
 	}
-	for i := range len(s) {
-		c := s[i]
-		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '.' || c == '_' || c == '-') {
-			return false
-		}
+	return e.message
+}
+
+func (e *apiError) Unwrap() error { return e.err }
+
+// ours reports whether neither Qwen nor the way to it has caused e.
+func (e *apiError) ours() bool { return e == errClientLeft || e == errShuttingDown || e == errDefect }
+
+// because returns e with what happened, for the log.
+func (e *apiError) because(err error) *apiError {
+	with := *e
+	with.err = err
+	return &with
+}
+
+// invalidRequest returns a 400 about param, a member of the request's body ("" for the body as a whole).
+func invalidRequest(param, code, format string, args ...any) *apiError {
+	return &apiError{status: http.StatusBadRequest, typ: typeInvalidRequest, param: param, code: code, message: fmt.Sprintf(format, args...)}
+}
+
+// toAPIError turns any error of a request into what the client is told. An error that is no apiError comes from the way to Qwen;
+// its text is for the log alone.
+func toAPIError(err error) *apiError {
+	if e, ok := errors.AsType[*apiError](err); ok {
+		return e
 	}
-	return true
+	var timeout interface{ Timeout() bool }
+	switch {
+	case errors.Is(err, context.Canceled):
+		return errClientLeft
+	case errors.As(err, &timeout) && timeout.Timeout():
+		return errUpstreamTimeout.because(err)
+	}
+	return &apiError{status: http.StatusBadGateway, typ: typeNetwork, code: "upstream_unreachable",
+		message: "Qwen could not be reached. Try again; if it lasts, check the proxy's network and its log.", err: err}
+}
+
+// body returns the JSON of OpenAI's error shape, on one line.
+func (e *apiError) body(requestID string) []byte {
+	type detail struct {
+		Message string  `json:"message"`
+		Type    string  `json:"type"`
+		Param   *string `json:"param"`
+		Code    *string `json:"code"`
+	}
+	d := detail{Message: strings.TrimSpace(e.message + " " + e.hint), Type: e.typ}
+	if e.param != "" {
+		d.Param = &e.param
+	}
+	if e.code != "" {
+		d.Code = &e.code
+	}
+	b, err := json.Marshal(struct {
+		Error     detail `json:"error"`
+		RequestID string `json:"request_id"`
+	}{d, requestID})
+	if err != nil {
+		panic(err) // strings alone always marshal
+	}
+	return b
+}
+
+// retryAfterSeconds is the Retry-After header's value for d (RFC 9110 §10.2.3), at least 1.
+func retryAfterSeconds(d time.Duration) string {
+	return strconv.FormatInt(max(1, int64(math.Ceil(d.Seconds()))), 10)
 }

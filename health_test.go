@@ -121,7 +121,7 @@ func TestHealthDetailedCounts(t *testing.T) {
 	}
 	defer res.Body.Close()
 	limited, body := p.get("/v1/models")
-	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, codeRateLimit)
+	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, "rate_limit_exceeded")
 	want := map[string]any{"total": 3.0, "in_flight": 2.0, "open_streams": 1.0, "rate_limited": 1.0, "upstream_errors": 0.0}
 	if diff := cmp.Diff(want, p.detailed(nil)["requests"]); diff != "" {
 		t.Errorf("while a stream is open (-want +got):\n%s", diff)
@@ -270,7 +270,7 @@ func TestReadiness(t *testing.T) {
 func readiness(t *testing.T, h *health) string {
 	t.Helper()
 	w := httptest.NewRecorder()
-	h.ready(&exchange{w: w, rc: http.NewResponseController(w)}, nil)
+	h.ready(&exchange{answerWriter: answerWriter{w: w, rc: http.NewResponseController(w)}}, nil)
 	var got struct{ Status, Code string }
 	if err := json.Unmarshal(w.Body.Bytes(), &got); err != nil {
 		t.Fatal(err)

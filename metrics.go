@@ -93,9 +93,6 @@ func (m *metrics) ended(x *exchange, pattern string, took time.Duration) {
 	if !x.firstByte.IsZero() {
 		counts.firstByte.observe(x.firstByte.Sub(x.start))
 	}
-	if x.err != nil && x.err.code == codeRateLimit {
-		m.rateLimited.Add(1)
-	}
 	if x.called {
 		m.upstreamRequests.Add(1)
 		if x.err != nil && !x.err.ours() {

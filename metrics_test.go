@@ -333,7 +333,7 @@ func TestMetricsOfWhatIsOpen(t *testing.T) {
 	}
 	defer res.Body.Close()
 	limited, body := p.get("/v1/models")
-	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, codeRateLimit)
+	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, "rate_limit_exceeded")
 	want := map[string]float64{"requests_in_flight": 2, "open_streams": 1, "rate_limited_total": 1, "upstream_requests_total": 0, "ready": 1}
 	if diff := cmp.Diff(want, gauges()); diff != "" {
 		t.Errorf("while a stream is open (-want +got):\n%s", diff)
@@ -585,7 +585,7 @@ const chatPattern = "POST /v1/chat/completions"
 func endedExchange(m *metrics) *exchange {
 	m.register("/v1/chat/completions", []string{chatPattern})
 	start := time.Now()
-	return &exchange{start: start, firstByte: start.Add(700 * time.Millisecond), status: http.StatusOK, called: true}
+	return &exchange{answerWriter{status: http.StatusOK}, record{start: start, firstByte: start.Add(700 * time.Millisecond), called: true}}
 }
 
 func TestCountingDoesNotAllocate(t *testing.T) {
@@ -600,13 +600,13 @@ func TestCountingDoesNotAllocate(t *testing.T) {
 // TestMetricsBlameQwenForNothingOfOurs: neither a client that left, nor a shutdown, nor a defect of the proxy is Qwen's failure.
 func TestMetricsBlameQwenForNothingOfOurs(t *testing.T) {
 	m := newMetrics()
-	for _, err := range []*apiError{errNotTaken, toAPIError(context.Canceled), errShuttingDown, {status: 500, typ: typeServer, code: codeInternal}} {
-		m.ended(&exchange{called: true, err: err}, "", time.Second)
+	for _, err := range []*apiError{errClientLeft, toAPIError(context.Canceled), errShuttingDown, errDefect} {
+		m.ended(&exchange{record: record{called: true, err: err}}, "", time.Second)
 		if n := m.upstreamFailures(); n != 0 {
 			t.Fatalf("%s counts as Qwen's failure", err.code)
 		}
 	}
-	m.ended(&exchange{called: true, err: errBroken}, "", time.Second)
+	m.ended(&exchange{record: record{called: true, err: errBroken}}, "", time.Second)
 	if n := m.upstreamFailures(); n != 1 {
 		t.Errorf("%d failures, want that of the broken answer alone", n)
 	}

@@ -153,7 +153,7 @@ func (l *rateLimiter) check(h http.Header, key rateKey) error {
 		return nil
 	}
 	return &apiError{
-		status: http.StatusTooManyRequests, typ: typeRateLimit, code: codeRateLimit, retryAfter: d.retryAfter,
+		status: http.StatusTooManyRequests, typ: typeRateLimit, code: "rate_limit_exceeded", retryAfter: d.retryAfter,
 		message: fmt.Sprintf("Too many requests: this proxy allows each client %s a second. "+
 			"Try again in %s s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST.", l.rate[0], retryAfterSeconds(d.retryAfter)),
 	}

@@ -367,7 +367,7 @@ func TestLimit(t *testing.T) {
 		return got
 	}
 	byAddress := func(l *rateLimiter) http.Handler {
-		s := &server{access: newAccess(&config{}, slog.New(slog.DiscardHandler)), limiter: l}
+		s := &server{access: newAccess(&config{}, slog.New(slog.DiscardHandler)), metrics: newMetrics(), limiter: l}
 		return track(&config{}, slog.New(slog.DiscardHandler), newMetrics(), func(x *exchange, r *http.Request) error {
 			if err := s.admit(x.Header(), r, s.access.client(r), limited); err != nil {
 				return err

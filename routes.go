@@ -5,7 +5,9 @@ import (
 	"log/slog"
 	"net/http"
 	"path"
+	"runtime/debug"
 	"strings"
+	"time"
 )
 
 // A handler answers a request, or returns why it did not. track answers with the error.
@@ -32,6 +34,7 @@ const (
 // A server finds the route of each request, checks whether the client may use it, and calls its handler.
 type server struct {
 	access    *access
+	metrics   *metrics
 	limiter   *rateLimiter // nil limits nothing
 	routes    []route
 	unmatched route             // of requests that match none of routes
@@ -42,12 +45,12 @@ type server struct {
 // newRoutes returns the routes, in the README's order.
 func newRoutes(p *proxy, models *models, tokens tokenSource, h *health) []route {
 	return []route{
-		{"POST", "/v1/chat/completions", limited, p.forward(pathChat)},
-		{"POST", "/v1/completions", limited, p.completions()},
-		{"POST", "/v1/embeddings", limited, p.forward(pathEmbeddings)},
-		{"POST", "/v1/responses", limited, p.forward(pathResponses)},
-		{"POST", "/v1/messages", limited, p.messages(pathMessages)},
-		{"POST", "/v1/messages/count_tokens", limited, p.messages(pathCountTokens)},
+		{"POST", "/v1/chat/completions", limited, p.forward("/chat/completions", "messages")},
+		{"POST", "/v1/completions", limited, p.completions},
+		{"POST", "/v1/embeddings", limited, p.forward("/embeddings", "input")},
+		{"POST", "/v1/responses", limited, p.forward("/responses", "")},
+		{"POST", "/v1/messages", limited, p.messages("/messages")},
+		{"POST", "/v1/messages/count_tokens", limited, p.messages("/messages/count_tokens")},
 		{"GET", "/v1/models", limited, models.all},
 		{"GET", "/v1/models/{id}", limited, models.one},
 		{"GET", "/auth", private, authHandler(tokens)},
@@ -62,7 +65,7 @@ func newRoutes(p *proxy, models *models, tokens tokenSource, h *health) []route 
 // newHandler returns the handler of all requests.
 func newHandler(cfg *config, log *slog.Logger, tokens tokenSource, keys *access, m *metrics, h *health, transport http.RoundTripper) http.Handler {
 	s := &server{
-		access: keys, limiter: newRateLimiter(cfg.rateLimit, cfg.rateBurst),
+		access: keys, metrics: m, limiter: newRateLimiter(cfg.rateLimit, cfg.rateBurst),
 		routes: newRoutes(newProxy(cfg, tokens, m, transport), newModels(cfg, tokens, transport, log), tokens, h),
 		mux:    http.NewServeMux(), byPattern: map[string]*route{},
 	}
@@ -92,6 +95,90 @@ func (rt *route) patterns() []string {
 	return patterns
 }
 
+// track is the outermost handler: it gives each request its exchange, calls next, answers for its error or panic, and counts
+// and logs the request.
+func track(cfg *config, log *slog.Logger, m *metrics, next handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		x := begin(cfg, w, r)
+		m.requests.Add(1)
+		m.inFlight.Add(1)
+		whole := answer(x, r, log, next)
+		if whole && x.end() != nil {
+			x.fail(errClientLeft)
+		}
+		took := time.Since(x.start)
+		m.inFlight.Add(-1)
+		m.ended(x, r.Pattern, took)
+		x.log(r, log, took, cfg.debug)
+		if !whole {
+			panic(http.ErrAbortHandler) // net/http cuts the connection, so that the answer does not look whole
+		}
+	})
+}
+
+// Header values that never change. net/http reads them only.
+var (
+	valueNosniff    = []string{"nosniff"}
+	valueDeny       = []string{"DENY"}
+	valueNoReferrer = []string{"no-referrer"}
+	valueHSTS       = []string{"max-age=31536000"}
+	valueClose      = []string{"close"}
+)
+
+// begin returns the exchange of r, and sets the headers that every answer has.
+func begin(cfg *config, w http.ResponseWriter, r *http.Request) *exchange {
+	if clean := path.Clean("/" + r.URL.Path); clean != r.URL.Path {
+		// A base URL that ends in a slash makes /v1//chat/completions. ServeMux would redirect, and a redirected POST arrives as a GET.
+		r.URL.Path, r.URL.RawPath = clean, ""
+	}
+	bare := strings.TrimPrefix(r.URL.Path, "/v1")
+	x := &exchange{
+		answerWriter: answerWriter{w: w, rc: http.NewResponseController(w), timeout: cfg.writeTimeout, http2: r.ProtoMajor == 2},
+		record: record{ids: [1]string{requestID(r)}, start: time.Now(),
+			anthropic: bare == "/messages" || strings.HasPrefix(bare, "/messages/")},
+	}
+	h := w.Header()
+	h["X-Request-Id"] = x.ids[:]
+	if _, ok := r.Header["Anthropic-Version"]; ok {
+		h["Request-Id"] = x.ids[:] // where Anthropic's clients look for it
+	}
+	h["X-Content-Type-Options"] = valueNosniff
+	h["X-Frame-Options"] = valueDeny
+	h["Referrer-Policy"] = valueNoReferrer
+	if r.TLS != nil {
+		h["Strict-Transport-Security"] = valueHSTS
+	}
+	if len(r.TransferEncoding) > 0 {
+		// net/http takes a request with both Transfer-Encoding and Content-Length, and then hides the
+		// latter. "the server MUST close the connection after responding to such a request" (RFC 9112 §6.1).
+		h["Connection"] = valueClose
+	}
+	if !x.http2 && r.Body != http.NoBody {
+		// net/http reads what a handler leaves of the body, and would wait for it without end.
+		x.rc.SetReadDeadline(x.start.Add(cfg.readTimeout))
+	}
+	return x
+}
+
+// answer calls next and answers its error or panic. It reports whether the answer is whole.
+func answer(x *exchange, r *http.Request, log *slog.Logger, next handler) (whole bool) {
+	defer func() {
+		switch v := recover(); v {
+		case nil:
+		case http.ErrAbortHandler: // ReverseProxy could not pass the answer on
+			x.fail(errClientLeft)
+		default:
+			log.Error("a defect of the proxy: please report it", "request_id", x.id(), "panic", v, "stack", string(debug.Stack()))
+			x.fail(errDefect)
+			whole = x.status == 0 && x.answerError(errDefect)
+		}
+	}()
+	if err := next(x, r); err != nil {
+		return x.answerError(err)
+	}
+	return true
+}
+
 // serve answers r, or returns why it did not. It calls one handler, which no other handler wraps: all of them would be on the
 // stack for as long as a stream lasts, and double it to 16 kB.
 func (s *server) serve(x *exchange, r *http.Request) error {
@@ -114,11 +201,6 @@ func (s *server) serve(x *exchange, r *http.Request) error {
 
 // find returns the route of r and sets r.Pattern, "" where no route matches.
 func (s *server) find(r *http.Request) *route {
-	if clean := path.Clean("/" + r.URL.Path); clean != r.URL.Path {
-		// A base URL that ends in a slash makes /v1//chat/completions. ServeMux would redirect, and a
-		// redirected POST arrives as a GET.
-		r.URL.Path, r.URL.RawPath = clean, ""
-	}
 	_, r.Pattern = s.mux.Handler(r)
 	if rt := s.byPattern[r.Pattern]; rt != nil {
 		return rt
@@ -133,6 +215,7 @@ func (s *server) admit(h http.Header, r *http.Request, c client, class accessCla
 	}
 	if s.limiter != nil && (class != keyed || !c.admitted) { // a wrong key counts wherever it is tried
 		if err := s.limiter.check(h, c.rate); err != nil {
+			s.metrics.rateLimited.Add(1)
 			return err
 		}
 	}

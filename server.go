@@ -67,7 +67,6 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io
 		// net/http reserves a frame's announced length before any of it comes, by default up to 1 MiB a connection.
 		HTTP2:                        &http.HTTP2Config{MaxReadFrameSize: 16 << 10},
 		BaseContext:                  func(net.Listener) context.Context { return requests },
-		ConnContext:                  func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
 	}

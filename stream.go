@@ -2,12 +2,10 @@ package main
 
 import (
 	"bytes"
-	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"sync"
 	"time"
 )
 
@@ -15,204 +13,225 @@ import (
 var errBroken = &apiError{status: http.StatusBadGateway, typ: typeStreaming, code: "upstream_broken",
 	message: "The connection to Qwen broke in the middle of its answer. Try again."}
 
-// An upstreamBody is the body of Qwen's answer as it comes. It bounds Qwen's silences: every byte counts, whatever
-// becomes of it. A client that takes its time does not.
+// An upstreamBody is the body of Qwen's answer as it comes. It cuts the call off when Qwen is silent for too long, and only
+// while it waits for Qwen: a client may take its time.
 type upstreamBody struct {
 	io.ReadCloser
-	x       *exchange
-	silence *time.Timer
-	limit   time.Duration
+	call *call
 }
 
 func (b *upstreamBody) Read(p []byte) (int, error) {
-	b.silence.Reset(b.limit)
-	defer b.silence.Stop()
+	b.call.silence.Reset(b.call.cfg.idleTimeout)
+	defer b.call.silence.Stop()
 	n, err := b.ReadCloser.Read(p)
-	if n > 0 && b.x.firstByte.IsZero() {
-		b.x.firstByte = time.Now()
+	if n > 0 && b.call.x.firstByte.IsZero() {
+		b.call.x.firstByte = time.Now()
 	}
 	return n, err
 }
 
-// A responseBody is Qwen's answer on its way through ReverseProxy. It passes every byte as it came. An answer that breaks
-// off must not look whole: an event stream gets an error event, unless its last event has passed, and Read's error makes
-// ReverseProxy cut the client's connection short.
-type responseBody struct {
+// An answerBody is Qwen's answer on its way through ReverseProxy. An answer that breaks off must not look whole: Read's error
+// makes ReverseProxy cut the client's connection. An event stream gets an error event before that, unless its last event has
+// passed.
+type answerBody struct {
+	io.Closer // of the upstreamBody
 	call      *call
-	res       *http.Response
-	src       io.ReadCloser
-	text      io.Reader // what the client gets: src, or its translation
-	sse       bool
-	ending    ending // looks for the answer's end; nil for none
-	delimited bool   // only the connection's end ends the answer: without an ending before it, the answer is broken
-	pending   []byte // to be read before src: what peek read, or the error event
-	err       error  // how src ended; nil while it has not
-	onClose   func() // runs at Close; nil for nothing
+	text      io.Reader // the upstreamBody, or its translation
+	stream    bool      // it is an event stream that can be read
+	delimited bool      // only the connection's end ends it
+	pending   []byte    // to be read before text: what peek read, or the error event
+	end       error     // how text ended; nil while it has not
+	err       error     // what Read returns after pending; nil while text is read
+	buffer    []byte    // of peek; nil for none
 }
 
-func (b *responseBody) Read(p []byte) (int, error) {
+func (b *answerBody) Read(p []byte) (n int, err error) {
+	if len(b.pending) == 0 && b.err == nil {
+		if b.end == nil {
+			// An error that comes beside data waits until the data has been passed on.
+			if n, b.end = b.text.Read(p); n > 0 || b.end == nil {
+				return n, nil
+			}
+		}
+		b.err = b.finish()
+	}
 	if len(b.pending) > 0 {
-		n := copy(p, b.pending)
+		n = copy(p, b.pending)
 		b.pending = b.pending[n:]
 		return n, nil
-	}
-	if b.err != nil {
-		return 0, b.err
-	}
-	n, err := b.text.Read(p)
-	if b.ending != nil {
-		b.ending.follow(p[:n])
-	}
-	if err == nil {
-		return n, nil
-	}
-	if err == io.EOF && b.delimited && !b.sawEnding() {
-		err = io.ErrUnexpectedEOF
-	}
-	if b.err = err; err == io.EOF {
-		b.res.Trailer = nil // no header of the upstream's passes that is not on the list
-		return n, err
-	}
-	e := b.broken(err)
-	b.err = e
-	b.call.x.fail(e)
-	if b.sse && !b.sawEnding() && e.status != statusClientClosedRequest {
-		// A blank line goes first: the event must not join a line that was cut.
-		b.pending = append([]byte("\n\n"), b.call.errorEvent(e)...)
-	}
-	switch {
-	case n > 0:
-		return n, nil
-	case len(b.pending) > 0:
-		return b.Read(p)
 	}
 	return 0, b.err
 }
 
-// sawEnding reports whether the answer's end has passed, where anybody looks for it.
-func (b *responseBody) sawEnding() bool { return b.ending != nil && b.ending.seen() }
-
-// errorEvent returns e as an event of the stream that the client expects.
-func (c *call) errorEvent(e *apiError) []byte {
-	body := c.x.errorBody(e)
-	if c.x.anthropic { // such a client reads the event's name
-		return fmt.Appendf(nil, "event: error\ndata: %s\n\n", body)
+// finish returns io.EOF if the answer is whole, else what failed.
+func (b *answerBody) finish() error {
+	c := b.call
+	complete := b.stream && c.out.isComplete()
+	if b.end == io.EOF && (complete || !b.stream || !b.delimited) {
+		return io.EOF
 	}
-	return fmt.Appendf(nil, "data: %s\n\n", body)
+	e := c.broken(b.end)
+	c.x.fail(e)
+	if b.stream && !complete && e != errClientLeft {
+		// A blank line goes first: the event must not join a line that was cut.
+		event := "data: "
+		if c.x.anthropic { // such a client reads the event's name
+			event = "event: error\ndata: "
+		}
+		b.pending = fmt.Appendf(nil, "\n\n%s%s\n\n", event, c.x.errorBody(e))
+	}
+	return e
 }
 
-// broken returns what the client is told of an answer that ended with err.
-func (b *responseBody) broken(err error) *apiError {
-	switch cause, ok := errors.AsType[*apiError](context.Cause(b.call.ctx)); {
-	case ok:
-		return cause // silent for too long, or shutting down
-	case errors.Is(context.Cause(b.call.ctx), context.Canceled):
-		return toAPIError(context.Canceled)
+func (b *answerBody) Close() error {
+	if b.stream {
+		b.stream = false
+		b.call.metrics.streams.Add(-1)
 	}
-	e := *errBroken
-	e.err = b.call.token.redactError(err)
-	return &e
+	if b.buffer != nil {
+		b.call.buffers.Put(b.buffer)
+		b.buffer = nil
+	}
+	return b.Closer.Close()
 }
 
-func (b *responseBody) Close() error {
-	if b.onClose != nil {
-		b.onClose()
-		b.onClose = nil
-	}
-	return b.src.Close()
-}
-
-// maxPeekTime bounds how long peek collects the beginning of an answer that comes in pieces.
-const maxPeekTime = 10 * time.Second
-
-// peek reads the beginning of a JSON answer, all of it where it is short, while the client can still be told
-// that it is none: an HTML page, an empty body, a connection that breaks. After limit the answer passes as it comes.
-func (b *responseBody) peek(buffers *copyBuffers, limit time.Duration) error {
-	b.res.Body = b
-	if isCompressed(b.res.Header) {
-		return nil
-	}
-	buf := buffers.Get()
-	b.onClose = func() { buffers.Put(buf) }
-	began, n := time.Now(), 0
-	for n < len(buf) && b.err == nil && time.Since(began) < limit {
+// peek reads the beginning of a JSON answer, all of it if it is short, while the client can still be told that it is none: an
+// HTML page, an empty body, a connection that breaks. After limit the answer passes as it comes.
+func (b *answerBody) peek(res *http.Response, limit time.Duration) error {
+	b.buffer = b.call.buffers.Get()
+	buf, n := b.buffer, 0
+	for began := time.Now(); n < len(buf) && time.Since(began) < limit; {
 		m, err := b.Read(buf[n:])
 		n += m
-		start := bytes.TrimLeft(buf[:n], " \t\r\n")
-		switch {
-		case len(start) > 0 && start[0] != '{' && start[0] != '[', len(start) == 0 && err == io.EOF:
-			return notAnAnswer(b.res.StatusCode, nil)
-		case err != nil && err != io.EOF:
+		if !beginsJSON(buf[:n]) && (err == io.EOF || len(bytes.TrimSpace(buf[:n])) > 0) {
+			return notAnAnswer(res.StatusCode, nil)
+		}
+		if err == io.EOF {
+			break
+		} else if err != nil {
 			return err
 		}
 	}
-	if b.delimited && b.err == io.EOF && !json.Valid(buf[:n]) {
-		return b.broken(io.ErrUnexpectedEOF)
-	}
 	b.pending = buf[:n]
 	if b.err == nil && n < len(buf) {
-		b.res.ContentLength = -1 // ReverseProxy passes each piece on at once then
+		res.ContentLength = -1 // ReverseProxy passes each piece on at once then
 	}
 	return nil
 }
 
-// endsWithConnection reports whether nothing but the connection's end tells the end of an answer (RFC 9112 §6.3, rule 8).
-// Call it before anything changes res.
-func endsWithConnection(res *http.Response) bool {
-	return res.ProtoMajor == 1 && res.ContentLength < 0 && len(res.TransferEncoding) == 0
+// beginsJSON reports whether text begins a JSON object or array.
+func beginsJSON(text []byte) bool {
+	first := byteAt(text, skipSpace(text, 0))
+	return first == '{' || first == '['
 }
 
-// An ending tells from an answer that passes in pieces whether it has come to its end.
-type ending interface {
-	follow(p []byte) // p has passed
-	seen() bool      // reports whether the end has passed
+// A streamWriter passes Qwen's answer on to the client. Between two events of a stream that is silent it writes comments
+// (WHATWG EventSource: "authors can include a comment line every 15 seconds or so").
+type streamWriter struct {
+	*exchange
+
+	mu       sync.Mutex // guards all of this and the exchange's answerWriter: comments are written from another goroutine
+	active   bool       // it is an event stream, and not stopped
+	every    time.Duration
+	beat     *time.Timer // writes a comment; nil for none
+	line     []byte      // the beginning of the line under way
+	blank    bool        // the last line was blank, or there was none
+	complete bool        // the last event of the stream has passed
 }
 
-// A doneEnding looks for the line data: [DONE], the end of a chat completion's stream.
-type doneEnding struct {
-	line []byte // the beginning of the line under way
-	done bool
+// start says that the answer is an event stream, and that a comment is due when the client has got nothing for every; 0 for none.
+func (s *streamWriter) start(every time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.active, s.every, s.blank = true, every, true
+	if every > 0 {
+		s.beat = time.AfterFunc(every, s.keepAlive)
+	}
 }
 
-func (e *doneEnding) seen() bool { return e.done }
+// stop ends the comments.
+func (s *streamWriter) stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.active = false
+	if s.beat != nil {
+		s.beat.Stop()
+	}
+}
 
-func (e *doneEnding) follow(p []byte) {
-	for !e.done && len(p) > 0 {
+func (s *streamWriter) keepAlive() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.active {
+		return
+	}
+	if s.status != 0 && s.blank && len(s.line) == 0 {
+		if _, err := io.WriteString(s.exchange, ": keep-alive\n\n"); err == nil {
+			s.exchange.FlushError()
+		}
+	}
+	s.beat.Reset(s.every)
+}
+
+func (s *streamWriter) WriteHeader(status int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.exchange.WriteHeader(status)
+	if s.active {
+		// The client learns at once that it is served. And net/http needs much stack to write a header: here there is less on it.
+		s.exchange.FlushError()
+	}
+}
+
+func (s *streamWriter) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, err := s.exchange.Write(p)
+	if s.active {
+		s.follow(p[:n])
+		if s.beat != nil {
+			s.beat.Reset(s.every)
+		}
+	}
+	return n, err
+}
+
+func (s *streamWriter) FlushError() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.exchange.FlushError()
+}
+
+// isComplete reports whether the stream's last event has passed.
+func (s *streamWriter) isComplete() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.complete
+}
+
+// follow notes which lines have passed, in p and before.
+func (s *streamWriter) follow(p []byte) {
+	const enough = 40 // bytes to know a line by
+	for len(p) > 0 {
 		line, rest, ended := bytes.Cut(p, []byte("\n"))
-		if len(e.line) < 16 {
-			e.line = append(e.line, line[:min(len(line), 16)]...)
-			data, ok := bytes.CutPrefix(e.line, []byte("data:"))
-			e.done = ok && string(bytes.TrimSpace(data)) == "[DONE]"
+		s.line = append(s.line, line[:min(len(line), enough-len(s.line))]...)
+		s.complete = s.complete || endsStream(s.line)
+		if ended {
+			s.blank = len(bytes.TrimSuffix(s.line, []byte("\r"))) == 0
+			s.line = s.line[:0]
 		}
-		if p = rest; ended {
-			e.line = e.line[:0]
-		}
+		p = rest
 	}
 }
 
-// A jsonEnding looks for the end of a JSON object or array, which it takes for correct.
-type jsonEnding struct {
-	open            int // brackets that are not closed yet
-	quoted, escaped bool
-	closed          bool // the first bracket has been closed
-}
-
-func (e *jsonEnding) seen() bool { return e.closed }
-
-func (e *jsonEnding) follow(p []byte) {
-	for _, c := range p {
-		switch {
-		case e.escaped:
-			e.escaped = false
-		case e.quoted:
-			e.escaped, e.quoted = c == '\\', c != '"'
-		case c == '"':
-			e.quoted = true
-		case c == '{', c == '[':
-			e.open++
-		case c == '}', c == ']':
-			e.open--
-			e.closed = e.open == 0
-		}
+// endsStream reports whether line is from the last event of a stream: of chat completions, of messages, or of the responses API.
+func endsStream(line []byte) bool {
+	name, value, _ := bytes.Cut(line, []byte(":"))
+	switch string(bytes.TrimSpace(value)) {
+	case "[DONE]":
+		return string(name) == "data"
+	case "message_stop", "response.completed", "response.incomplete", "response.failed":
+		return string(name) == "event"
 	}
+	return false
 }

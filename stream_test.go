@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"compress/gzip"
-	"encoding/json"
 	"io"
 	"net/http"
 	"strings"
@@ -81,12 +79,12 @@ func TestASlowAnswerIsNotWaitedForWithoutEnd(t *testing.T) {
 		code       string // of an error
 		after      time.Duration
 	}{
-		{"an error", "chat/completions", drip(429, "", `{"error":{"message":"x"`), 429, "upstream_error", maxErrorTime},
-		{"an error of a text completion", "completions", drip(500, "100000", `{"error":{"message":"x"`), 500, "upstream_error", maxErrorTime},
-		{"an answer", "chat/completions", drip(200, "", `{"a":1`), 200, "", maxPeekTime},
-		{"an answer of a known length", "chat/completions", drip(200, "100000", `{"a":1`), 200, "", maxPeekTime},
-		{"one that has not begun", "chat/completions", drip(200, "", " "), 200, "", maxPeekTime},
-		{"one that is none", "chat/completions", drip(200, "", "<html>"), 502, "bad_upstream_answer", maxPeekTime},
+		{"an error", "chat/completions", drip(429, "", `{"error":{"message":"x"`), 429, "upstream_error", maxWait},
+		{"an error of a text completion", "completions", drip(500, "100000", `{"error":{"message":"x"`), 500, "upstream_error", maxWait},
+		{"an answer", "chat/completions", drip(200, "", `{"a":1`), 200, "", maxWait},
+		{"an answer of a known length", "chat/completions", drip(200, "100000", `{"a":1`), 200, "", maxWait},
+		{"one that has not begun", "chat/completions", drip(200, "", " "), 200, "", maxWait},
+		{"one that is none", "chat/completions", drip(200, "", "<html>"), 502, "bad_upstream_answer", maxWait},
 		{"one to translate", "completions", drip(200, "", `{"a":1`), 504, "upstream_timeout", 7 * time.Minute},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -151,24 +149,6 @@ func gzipped(s string) string {
 	return b.String()
 }
 
-// FuzzJSONEnding: of JSON that parses, the end is seen at its last bracket and not before.
-func FuzzJSONEnding(f *testing.F) {
-	f.Add([]byte(`{"a":"}\\\"]","b":[{},[]]}`))
-	f.Add([]byte("[\"\\\\\"]\n"))
-	f.Fuzz(func(t *testing.T, text []byte) {
-		if trimmed := bytes.TrimSpace(text); !json.Valid(text) || trimmed[0] != '{' && trimmed[0] != '[' {
-			return
-		}
-		var e jsonEnding
-		for i := range text {
-			e.follow(text[i : i+1])
-			if want := json.Valid(text[:i+1]); e.seen() != want {
-				t.Fatalf("%q: seen %v behind %q", text, e.seen(), text[:i+1])
-			}
-		}
-	})
-}
-
 func TestAnAnswerThatEndsLateIsWhole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := inBubble(t, map[string]string{"WRITE_TIMEOUT": "10s", "SSE_KEEPALIVE": "0"}, func(w http.ResponseWriter, r *http.Request) {
@@ -186,4 +166,40 @@ func answerJSONPart(w http.ResponseWriter, s string) {
 	w.Header().Set("Content-Type", "application/json")
 	io.WriteString(w, s)
 	http.NewResponseController(w).Flush()
+}
+
+// TestBetweenEvents tells at which points of a stream a comment may go in.
+func TestBetweenEvents(t *testing.T) {
+	for text, want := range map[string]bool{
+		"":                        true,
+		"\n":                      true, // a blank line alone
+		"\r\n":                    true,
+		"data: 1\n\n":             true,
+		"data: 1\r\n\r\n":         true,
+		"data: 1\n\r\n":           true,
+		"data: 1\r\n\n":           true,
+		"x\n\n":                   true,
+		": c\n\n":                 true,
+		"data: 1\n":               false,
+		"data: 1\r\n":             false,
+		"data: 1":                 false,
+		"data: 1\n\nd":            false,
+		"data: 1\n\r":             false,
+		"data: 1\n\ndata: [DONE]": false,
+		"a\n":                     false,
+		"a":                       false,
+	} {
+		var whole, bytewise streamWriter
+		whole.start(0)
+		bytewise.start(0)
+		whole.follow([]byte(text))
+		for i := range text {
+			bytewise.follow([]byte(text[i : i+1]))
+		}
+		for _, s := range []*streamWriter{&whole, &bytewise} {
+			if got := s.blank && len(s.line) == 0; got != want {
+				t.Errorf("%q: %v, want %v", text, got, want)
+			}
+		}
+	}
 }

@@ -137,6 +137,7 @@ func TestMemoryStaysWithinItsBound(t *testing.T) {
 	}
 	const chatText, chatName = `{"messages":[{"role":"user","content":"%s"}]}`, `{"%s":1,"messages":[]}`
 	const text, textName = `{"prompt":"%s","max_tokens":1,"echo":false}`, `{"%s":1,"prompt":"Hello"}`
+	const answerSize = 2 << 20
 	const chat, completions = "/v1/chat/completions", "/v1/completions"
 	content := func(s string, n int) []byte {
 		return []byte(`{"choices":[{"message":{"content":"` + strings.Repeat(s, n/len(s)) + `"}}]}`)
@@ -165,11 +166,11 @@ func TestMemoryStaysWithinItsBound(t *testing.T) {
 		{name: "streams of 100 KB prompts", n: streams, atOnce: 20, kind: "stream", path: chat, body: body(100000, chatText, "x"), all: true},
 		{name: "streams of 200 KB prompts", n: streams, atOnce: 20, kind: "stream", path: chat, body: body(200000, chatText, "x"), all: true, quick: true},
 		{name: "streams of 200 KB text completions", n: streams, atOnce: 20, kind: "stream", path: completions, body: body(200000, text, "x"), all: true},
-		{name: "long translated answers", n: answers, atOnce: answers / 2, kind: "late", path: completions, body: body(1000, text, "x"), answer: content("\xff", maxTranslated-100), quick: true},
-		{name: "long translated answers of escapes", n: answers, atOnce: answers / 2, kind: "late", path: completions, body: body(1000, text, "x"), answer: content(`\u0001`, maxTranslated-100)},
+		{name: "long translated answers", n: answers, atOnce: answers / 2, kind: "late", path: completions, body: body(1000, text, "x"), answer: content("\xff", answerSize-100), quick: true},
+		{name: "long translated answers of escapes", n: answers, atOnce: answers / 2, kind: "late", path: completions, body: body(1000, text, "x"), answer: content(`\u0001`, answerSize-100)},
 		{name: "translated answers of many choices", n: answers, atOnce: answers / 2, kind: "late", path: completions, body: body(1000, text, "x"),
-			answer: []byte(`{"choices":[{}` + strings.Repeat(",{}", maxTranslated/3-100) + `]}`)},
-		{name: "translated answers that are too long", n: answers, atOnce: answers / 2, kind: "late", path: completions, body: body(1000, text, "x"), answer: content("x", 2*maxTranslated)},
+			answer: []byte(`{"choices":[{}` + strings.Repeat(",{}", answerSize/3-100) + `]}`)},
+		{name: "translated answers that are too long", n: answers, atOnce: answers / 2, kind: "late", path: completions, body: body(1000, text, "x"), answer: content("x", 2*answerSize)},
 	} {
 		if !tt.quick && !longTests() {
 			continue
