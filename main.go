@@ -61,7 +61,7 @@ func main() {
 	// signal would pass on to the browser that login starts.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal kills at once, except a server: see secondSignal
+	context.AfterFunc(ctx, stop) // a second signal kills at once, except a server: see serve
 	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, ".env", os.Stdout, os.Stderr))
 }
 

@@ -41,7 +41,11 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io
 	defer stopLogging()
 	out := newLogWriter(logging, stderr, &m.logDropped)
 	defer out.flush(time.Second)
-	abort, cancelAbort := secondSignal(ctx)
+	// No signal kills the program from here on, so that it can release its lock first. A second one ends abort.
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(signals)
+	abort, cancelAbort := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancelAbort()
 	log := newLogger(cfg, out)
 	ln, err := listen(cfg)
@@ -108,6 +112,11 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io
 	case err = <-served:
 	case <-ctx.Done():
 		h.stopping.Store(true)
+		go func() {
+			<-signals // the one that has ended ctx
+			<-signals
+			cancelAbort()
+		}()
 		if cfg.greet {
 			fmt.Fprintln(out, "Stopping. Ctrl-C again cuts off what is under way.")
 		}
@@ -160,26 +169,6 @@ func shutDown(ctx, abort context.Context, cfg *config, log *slog.Logger, srv *ht
 	if srv.Shutdown(last) != nil {
 		srv.Close()
 	}
-}
-
-// secondSignal returns a context that ends when the program has been asked twice to stop. From here on no signal kills it, so
-// that it can release its lock first.
-func secondSignal(ctx context.Context) (context.Context, context.CancelFunc) {
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	twice, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	go func() {
-		defer signal.Stop(signals)
-		for range 2 {
-			select {
-			case <-signals:
-			case <-twice.Done():
-				return
-			}
-		}
-		cancel()
-	}()
-	return twice, cancel
 }
 
 // notifyManager sends lines to the service manager by systemd's protocol, sd_notify(3). It does nothing if there is no manager.
