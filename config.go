@@ -27,13 +27,13 @@ type config struct {
 	tls      bool
 	certFile string
 	keyFile  string
-	tlsErr   error // why the two files can't be used; nil where TLS is off
+	tlsErr   error // why the two files can't be used; nil if TLS is off
 
 	logLevel  slog.Level
 	logFormat string // "json" or "text"
 	debug     bool   // per-request detail in the log
 	demo      bool   // a stand-in answers in Qwen's place
-	greet     bool   // whoever started the program sits at a terminal and reads
+	greet     bool   // the log goes to a terminal, and a user reads it
 
 	envFile      string // the file that settings were read from; "" for none
 	notifySocket string // of the service manager; "" for none
@@ -61,7 +61,7 @@ type config struct {
 	apiBase    *url.URL // nil: what the credentials or the kind of key say
 	apiKey     string   // "" is OAuth
 	apiKeyFile string
-	apiKeyErr  error // why there is no usable key where one is set
+	apiKeyErr  error // why the key that is set can't be used
 
 	defaultModel string // never an alias
 	aliases      map[string]string
@@ -89,7 +89,6 @@ func loadSettings(lookup func(string) (string, bool)) (*config, error) {
 		text      = "text without control characters"
 		baseURL   = "a URL such as https://host/v1, without user, password, ? and #"
 		modelIDs  = "model ids without blanks and control characters"
-		aliases   = "alias=model pairs such as gpt-4o=qwen3.7-plus, each alias once"
 		origins   = "origins such as https://app.example.com, or * alone"
 	)
 	e := &env{lookup: lookup}
@@ -127,7 +126,7 @@ func loadSettings(lookup func(string) (string, bool)) (*config, error) {
 		apiBase: read(e, "API_BASE_URL", nil, baseURL, parseURL),
 
 		defaultModel: read(e, "DEFAULT_MODEL", "qwen3-coder-plus", "one model id", parseModel),
-		aliases:      map[string]string{},
+		aliases:      e.aliases("MODEL_ALIASES"),
 		models:       readList(e, "MODELS", modelIDs, parseModel),
 
 		trustedProxies: readList(e, "TRUSTED_PROXIES", "IP addresses or CIDRs such as 10.0.0.0/8", parsePrefix),
@@ -141,18 +140,6 @@ func loadSettings(lookup func(string) (string, bool)) (*config, error) {
 	}
 	if len(c.corsOrigins) > 1 && slices.Contains(c.corsOrigins, "*") {
 		e.problem("CORS_ALLOWED_ORIGINS", e.get("CORS_ALLOWED_ORIGINS"), origins)
-	}
-	pairs := readList(e, "MODEL_ALIASES", aliases, parseAlias)
-	for _, pair := range pairs {
-		if _, dup := c.aliases[pair[0]]; dup {
-			e.problem("MODEL_ALIASES", pair[0]+"="+pair[1], aliases)
-		}
-		c.aliases[pair[0]] = pair[1]
-	}
-	for _, pair := range pairs {
-		if _, alias := c.aliases[pair[1]]; alias {
-			e.problem("MODEL_ALIASES", pair[0]+"="+pair[1], "a model, not another alias, behind =")
-		}
 	}
 	if model, ok := c.aliases[c.defaultModel]; ok {
 		c.defaultModel = model
@@ -284,6 +271,25 @@ func (e *env) integer(key string, def, low, high int64) int64 {
 	})
 }
 
+// aliases returns the value of key: models by their aliases.
+func (e *env) aliases(key string) map[string]string {
+	models := map[string]string{}
+	for _, item := range e.list(key) {
+		alias, model, _ := strings.Cut(item, "=")
+		alias, model = strings.TrimSpace(alias), strings.TrimSpace(model)
+		if _, dup := models[alias]; dup || alias == "" || model == "" || !printable(item) {
+			e.problem(key, item, "alias=model pairs such as gpt-4o=qwen3.7-plus, each alias once")
+		}
+		models[alias] = model
+	}
+	for alias, model := range models {
+		if _, ok := models[model]; ok && model != "" {
+			e.problem(key, alias+"="+model, "a model, not another alias, behind =")
+		}
+	}
+	return models
+}
+
 func parseText(s string) (string, bool) { return s, printable(s) }
 
 func parseBool(s string) (bool, bool) {
@@ -349,12 +355,6 @@ func parseURL(s string) (*url.URL, bool) {
 
 func parseModel(s string) (string, bool) {
 	return s, printable(s) && !strings.ContainsAny(s, ", ")
-}
-
-func parseAlias(s string) (pair [2]string, ok bool) {
-	from, to, _ := strings.Cut(s, "=")
-	pair = [2]string{strings.TrimSpace(from), strings.TrimSpace(to)}
-	return pair, pair[0] != "" && pair[1] != "" && printable(s)
 }
 
 // parsePrefix returns a range of IP addresses, or that of one address.
@@ -437,10 +437,8 @@ func validKey(s string) bool {
 	return s != "" && !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f })
 }
 
-// quoted reports whether s begins or ends with a quote: Docker, for one, leaves those of its --env-file in the value.
-func quoted(s string) bool {
-	return strings.Trim(s, "\"'") != s
-}
+// quoted reports whether s begins or ends with a quote. Docker leaves the quotes of its --env-file in the value.
+func quoted(s string) bool { return strings.Trim(s, "\"'") != s }
 
 // printable reports whether s is free of control characters.
 func printable(s string) bool {
