@@ -23,10 +23,10 @@ const (
 	maxTokenWait = 30 * time.Second
 	// maxRefreshPause bounds the growing pauses between attempts to refresh.
 	maxRefreshPause = 30 * time.Second
-	// maxNap bounds how long the source sleeps: this often it notices a wall clock that jumped or a laptop that slept.
+	// maxNap bounds how long run sleeps, so that it notices a wall clock that jumped and a laptop that slept.
 	maxNap = 5 * time.Second
-	// refusalTime is how long the API has to refuse the credentials until the server counts as not ready. For as long after
-	// the last 401 to a fresh token, no 401 leads to a refresh.
+	// refusalTime is how long Qwen has to refuse the credentials until the server counts as not ready. For as long after the
+	// last 401 to a fresh token, no 401 leads to a refresh.
 	refusalTime = time.Minute
 )
 
@@ -68,75 +68,69 @@ func newSource(cfg *config, log *slog.Logger, prompt io.Writer) tokenSource {
 	return newOAuthSource(newOAuthClient(cfg), &credentialStore{dir: cfg.qwenDir}, cfg, log, prompt)
 }
 
-// An oauthSource hands out Qwen's access token and renews it before it expires. Requests read one atomic pointer, run alone
+// An oauthSource hands out Qwen's access token and renews it before it expires. Requests read one atomic pointer. Only run
 // renews the token, and all requests that wait for it wait for one refresh.
 type oauthSource struct {
 	oauth  *oauthClient
 	store  *credentialStore
-	base   *url.URL      // API_BASE_URL; nil: what the token says
+	base   *url.URL      // API_BASE_URL; nil: the token names it
 	buffer time.Duration // TOKEN_REFRESH_BUFFER
-	demo   bool          // a stand-in answers in Qwen's place
 	log    *slog.Logger
+	flow   deviceFlow // signs in if there is no token, or none that can be renewed
 
-	flow  deviceFlow // signs in where there is no token, or none that can be renewed
 	state atomic.Pointer[authState]
 	mu    sync.Mutex    // held while state is replaced
 	wake  chan struct{} // 1 slot: there may be something to do for run
 
-	fileMu sync.Mutex  // held while a change of the credential file is put into use, or a sign-in is stored
-	seen   fs.FileInfo // the file at the last look; nil where there was none; guarded by fileMu
-	spent  sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
-
-	verdict    verdict
-	refreshes  [len(refreshResults)]atomic.Int64
+	fileMu     sync.Mutex  // held while a change of the credential file is put into use, or a token is stored
+	seen       fs.FileInfo // the file at the last look, nil if there was none; guarded by fileMu
+	broken     bool        // it could not be used then; guarded by fileMu
+	spent      sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
 	sayInPlace sync.Once
+
+	verdict   verdict
+	refreshes [len(refreshResults)]atomic.Int64
 }
 
-// An authState is what is known of the credentials at one time. It does not change; a new one takes its place.
+// An authState is what is known of the credentials at one time. It does not change; a new one replaces it.
 type authState struct {
-	token      *token        // nil where nobody is signed in
-	rejected   bool          // the API answered 401 to token
+	token      *token        // nil if nobody is signed in
+	rejected   bool          // Qwen answered 401 to token
+	outdated   bool          // the file holds a token that token has replaced; a refresh writes it again
 	refreshing bool          // token is being renewed now
 	attempts   int           // failed attempts to renew token
-	failed     error         // why the last one failed; the next is at retryAt
-	retryAt    time.Time     //
-	outdated   bool          // the file holds a token that token has replaced; a refresh writes it anew
+	failed     error         // why the last one failed
+	retryAt    time.Time     // the next one
 	refused    error         // why token can't be renewed at all; nil while it may be
-	fileErr    error         // why the credential file can't be used, as it was logged; nil where it can, or is not there
-	changed    chan struct{} // closed when another state has taken this one's place
+	changed    chan struct{} // closed when another state has replaced this one
 }
 
-// What may come of a refresh, as indices into refreshResults.
+// The results of a refresh, as indices into refreshResults.
 const (
 	refreshed      = iota // by this process, or by another that was faster
-	refreshRefused        // no other attempt would fare better
+	refreshRefused        // another attempt is useless
 	refreshFailed         // to be tried again
 )
 
 var refreshResults = [...]string{"success", "refused", "failed"}
 
-// newOAuthSource returns a source over the credential file, which is read here. It needs run to renew anything.
+// newOAuthSource returns a source over the credential file, which it reads.
 func newOAuthSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *oauthSource {
 	s := &oauthSource{
-		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, demo: cfg.demo, log: log,
+		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log, wake: make(chan struct{}, 1),
 		flow: deviceFlow{oauth: oauth, log: log, prompt: prompt, demo: cfg.demo},
-		wake: make(chan struct{}, 1),
 	}
 	s.flow.complete = s.signedIn
 	s.flow.current.Store(&signIn{changed: make(chan struct{})})
-	s.seen, _ = os.Stat(store.path())
-	t, err := store.load()
-	if !unusable(err) {
-		err = nil
-	}
 	if err := store.check(); err != nil {
 		log.Error("the credentials can't be stored", "error", err)
 	}
-	s.state.Store(&authState{token: s.prepare(t), fileErr: err, changed: make(chan struct{})})
+	t, _ := store.load() // the first look tells of an error
+	s.state.Store(&authState{token: s.prepare(t), changed: make(chan struct{})})
 	return s
 }
 
-// prepare makes t ready for the request path.
+// prepare computes what the request path needs of t.
 func (s *oauthSource) prepare(t *token) *token {
 	if t == nil {
 		return nil
@@ -161,8 +155,8 @@ func (s *oauthSource) Token(ctx context.Context) (*token, error) {
 	return s.wait(ctx, nil)
 }
 
-// Replace returns the token that has replaced rejected already, or the one of a refresh. It does not try to refresh within a
-// minute after a fresh token was refused too.
+// Replace returns the token that has replaced rejected already, or that of a refresh. It does not refresh within a minute
+// after a fresh token was refused too.
 func (s *oauthSource) Replace(ctx context.Context, rejected *token) (*token, error) {
 	if s.verdict.refusedAgain() {
 		return nil, notServed()
@@ -173,7 +167,7 @@ func (s *oauthSource) Replace(ctx context.Context, rejected *token) (*token, err
 	return s.wait(ctx, rejected)
 }
 
-// wait returns a good token other than not, and sees to it that run renews the one there is.
+// wait returns a good token other than not. It makes run renew the token at hand.
 func (s *oauthSource) wait(ctx context.Context, not *token) (*token, error) {
 	timeout := time.NewTimer(maxTokenWait)
 	defer timeout.Stop()
@@ -184,11 +178,11 @@ func (s *oauthSource) wait(ctx context.Context, not *token) (*token, error) {
 		}
 		if err := s.problem(st, now); err != nil {
 			if err.status == http.StatusUnauthorized && now.Sub(s.flow.state().ended) > time.Minute {
-				s.flow.start() // the link of the last one is dead: whoever looks at the log shall find a live one
+				s.flow.start() // the last link is dead, and the message says that there is one in the log
 			}
 			return nil, err
 		}
-		wakeUp(s.wake)
+		s.wakeRun()
 		select {
 		case <-st.changed:
 		case <-ctx.Done():
@@ -199,8 +193,7 @@ func (s *oauthSource) wait(ctx context.Context, not *token) (*token, error) {
 	}
 }
 
-// problem returns why st has no good token at now, in the words that everything else uses too, and nil
-// where there is one or a refresh is under way or due.
+// problem returns why st has no good token at now. It returns nil if there is one, and while a refresh is under way or due.
 func (s *oauthSource) problem(st *authState, now time.Time) *apiError {
 	good := st.token.good(now) && !st.rejected
 	switch {
@@ -208,12 +201,12 @@ func (s *oauthSource) problem(st *authState, now time.Time) *apiError {
 		return baseRefused(st.token.baseErr)
 	case good:
 		return nil
+	case st.token == nil && s.flow.demo:
+		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in",
+			message: fmt.Sprintf("The demo is not signed in yet. Its sign-in approves itself %v after it began: try again then.", demoApproval)}
 	case st.token == nil:
-		message := "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."
-		if s.demo {
-			message = fmt.Sprintf("The demo is not signed in yet. Its sign-in approves itself %v after it began: try again then.", demoApproval)
-		}
-		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in", message: message, err: st.fileErr}
+		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in",
+			message: "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."}
 	case st.refused != nil:
 		return signInRefused(st.refused)
 	case !st.refreshing && st.retryAt.After(now):
@@ -222,52 +215,54 @@ func (s *oauthSource) problem(st *authState, now time.Time) *apiError {
 	return nil
 }
 
-// signInRefused is the answer where Qwen does not renew the token any more.
+// signInRefused is the answer if Qwen does not renew the token any more.
 func signInRefused(err error) *apiError {
 	return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "sign_in_expired",
 		message: "Qwen no longer accepts the proxy's sign-in. Sign in again: open /auth on the proxy, or follow the link in its log.", err: err}
 }
 
-// baseRefused is the answer where the credentials name an API that is none of Qwen's.
+// baseRefused is the answer if the credentials name an API that is not Qwen's.
 func baseRefused(err error) *apiError {
 	return &apiError{status: http.StatusInternalServerError, typ: typeConfiguration, code: "resource_url_refused",
 		message: "The proxy does not send the token there: " + err.Error() + "."}
 }
 
-// errRenewing says that a refresh is under way.
-var errRenewing = errors.New("a token refresh is under way")
-
-// unavailable is the answer while a token can't be renewed for now. The message says why, and err is for the log.
-func unavailable(retryAfter time.Duration, err error) *apiError {
-	e := &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "token_refresh_failed", retryAfter: retryAfter, err: err}
-	var answer *oauthError
-	switch {
-	case errors.Is(err, errFileUnusable):
-		e.typ = typeConfiguration
-		e.message = "The proxy's access token has expired, and it is not renewed because the new one could not be stored. Repair or delete " + credentialFile + " in QWEN_DIR; the proxy's log says what is wrong with it."
-	case errors.Is(err, errNotStorable):
-		e.typ = typeConfiguration
-		e.message = "The proxy's access token has expired, and it is not renewed because the new one could not be stored. Make QWEN_DIR writable; the proxy's log says what is wrong with it."
-	case errors.Is(err, errLocked):
-		e.typ = typeServer
-		e.message = "The proxy's access token has expired, and another process that shares QWEN_DIR holds " + lockFile + " to renew it. Try again; the proxy keeps trying."
-	case errors.Is(err, errRenewing):
-		e.message = "The proxy's access token has expired and is being renewed. Try again."
-	case errors.As(err, &answer):
-		e.message = "The proxy's access token has expired and Qwen's sign-in server answers, but does not renew it now. Try again; the proxy keeps trying."
-	default:
-		e.message = "The proxy's access token has expired and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying."
-	}
-	return e
-}
-
-// notServed is the answer while the API turns away even fresh tokens.
+// notServed is the answer while the API refuses even fresh tokens.
 func notServed() *apiError {
 	return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "qwen_oauth_unavailable",
 		message: "Qwen's API does not serve this account: its free tier for sign-ins ended on 2026-04-15, and a fresh token was refused too. Set QWEN_API_KEY on the proxy to use an API key."}
 }
 
-// update puts a changed copy of the state in its place and wakes who waits for a change.
+// Reasons why a token is not renewed now.
+var (
+	errRenewing     = errors.New("a token refresh is under way")
+	errNotStorable  = errors.New("the new token could not be stored") // so the refresh token was not spent
+	errFileUnusable = errors.New("the credential file can't be used") // and is left as it is
+)
+
+// unavailable is the answer while a token can't be renewed for now, because of err.
+func unavailable(retryAfter time.Duration, err error) *apiError {
+	typ, why := typeNetwork, "and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying."
+	switch _, answered := errors.AsType[*oauthError](err); {
+	case errors.Is(err, errFileUnusable):
+		typ = typeConfiguration
+		why = "and it is not renewed because the new one could not be stored. Repair or delete " + credentialFile + " in QWEN_DIR; the proxy's log says what is wrong with it."
+	case errors.Is(err, errNotStorable):
+		typ = typeConfiguration
+		why = "and it is not renewed because the new one could not be stored. Make QWEN_DIR writable; the proxy's log says what is wrong with it."
+	case errors.Is(err, errLocked):
+		typ = typeServer
+		why = "and another process that shares QWEN_DIR holds " + lockFile + " to renew it. Try again; the proxy keeps trying."
+	case errors.Is(err, errRenewing):
+		why = "and is being renewed. Try again."
+	case answered:
+		why = "and Qwen's sign-in server answers, but does not renew it now. Try again; the proxy keeps trying."
+	}
+	return &apiError{status: http.StatusServiceUnavailable, typ: typ, code: "token_refresh_failed", retryAfter: retryAfter, err: err,
+		message: "The proxy's access token has expired " + why}
+}
+
+// update replaces the state by a changed copy, and wakes those who wait for a change.
 func (s *oauthSource) update(change func(*authState)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -279,15 +274,22 @@ func (s *oauthSource) update(change func(*authState)) {
 	close(old.changed)
 }
 
-// wakeUp fills c's one slot.
-func wakeUp(c chan struct{}) {
+// setToken puts t into use.
+func (s *oauthSource) setToken(t *token) {
+	s.prepare(t)
+	s.update(func(st *authState) { *st = authState{token: t} })
+	s.wakeRun()
+}
+
+// wakeRun makes run see whether a refresh is due.
+func (s *oauthSource) wakeRun() {
 	select {
-	case c <- struct{}{}:
+	case s.wake <- struct{}{}:
 	default:
 	}
 }
 
-// run renews the token and carries out sign-ins, until ctx ends. A refresh under way then is finished first, since its refresh token is spent; abort ends that too.
+// run also starts the first sign-in, and ends the one under way.
 func (s *oauthSource) run(ctx, abort context.Context) {
 	defer s.flow.close()
 	if s.state.Load().token == nil {
@@ -309,11 +311,11 @@ func (s *oauthSource) run(ctx, abort context.Context) {
 }
 
 func (s *oauthSource) files() []*watchedFile {
-	return []*watchedFile{{name: "the credential file", fallback: "it is left as it is until a sign-in is complete", read: s.readCredentials}}
+	return []*watchedFile{{name: "the credential file", fallback: "it is left as it is until a sign-in is complete", read: s.readFile}}
 }
 
-// readCredentials puts into use what another process has done to the credential file. The error says why the file can't be used.
-func (s *oauthSource) readCredentials() error {
+// readFile puts into use what another process has done to the credential file. The error says why the file can't be used.
+func (s *oauthSource) readFile() error {
 	s.fileMu.Lock()
 	defer s.fileMu.Unlock()
 	if st := s.state.Load(); st.refreshing {
@@ -322,34 +324,31 @@ func (s *oauthSource) readCredentials() error {
 	return s.look()
 }
 
-// look does what readCredentials does. The caller holds fileMu.
+// look does what readFile does. The caller holds fileMu.
 func (s *oauthSource) look() error {
-	st := s.state.Load()
 	info, err := os.Stat(s.store.path())
-	if st.fileErr == nil && !unusable(err) && sameFile(info, s.seen) {
+	if !s.broken && !unusable(err) && sameFile(info, s.seen) {
 		return nil
 	}
-	s.seen = info
 	t, err := s.store.load()
-	if unusable(err) {
-		if st.fileErr == nil || st.fileErr.Error() != err.Error() {
-			s.update(func(st *authState) { st.fileErr = err })
-		}
+	wasBroken := s.broken
+	s.seen, s.broken = info, unusable(err)
+	if s.broken {
 		return err
 	}
-	if st.fileErr != nil {
-		s.update(func(st *authState) { st.fileErr, st.retryAt = nil, time.Time{} }) // a refresh may have waited for it
-		wakeUp(s.wake)
+	if wasBroken {
+		s.update(func(st *authState) { st.retryAt = time.Time{} }) // a refresh may have waited for the file
+		s.wakeRun()
 	}
-	now := time.Now()
+	st, now := s.state.Load(), time.Now()
 	switch {
 	case err == nil && st.token != nil && !s.newer(t, st.token):
 		s.log.Warn("the credential file holds an older token again, as from a backup; it is written anew with the next refresh, which is due now")
 		s.update(func(st *authState) { st.outdated = true })
-		wakeUp(s.wake)
-	case err == nil && st.token == nil,
-		err == nil && t.access != st.token.access && (t.good(now) || !st.token.good(now)),
-		err == nil && t.refresh != st.token.refresh && st.refused != nil:
+		s.wakeRun()
+	case err == nil && (st.token == nil ||
+		t.access != st.token.access && (t.good(now) || !st.token.good(now)) ||
+		t.refresh != st.token.refresh && st.refused != nil):
 		s.setToken(t)
 		s.log.Info("another process has changed the credentials; using them", "token", t)
 		s.verdict.restart()
@@ -362,13 +361,39 @@ func (s *oauthSource) look() error {
 	return nil
 }
 
-// signedOut drops the token, since the credential file says so, and starts a sign-in as at a start without credentials. One
-// that was under way ends: its link is from before the logout.
+// newer reports whether t, from the credential file, is newer than current, the token in use. It is older if this process has
+// renewed it, or could not store a later one.
+func (s *oauthSource) newer(t, current *token) bool {
+	_, spent := s.spent.Load(sha256.Sum256([]byte(t.refresh)))
+	return !spent && !(current.unstored && t.obtained.Before(current.obtained))
+}
+
+// signedOut drops the token, because the credential file says so, and starts a sign-in. It ends the one under way, whose link
+// is from before the logout.
 func (s *oauthSource) signedOut() {
 	s.update(func(st *authState) { *st = authState{} })
 	s.log.Warn("signed out by another process")
 	s.flow.end(signInNone, errSignedOut)
 	s.flow.start()
+}
+
+// signedIn stores the token of a completed sign-in and puts it into use. It returns false if the sign-in was ended before that.
+func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
+	lock, _ := s.store.lock(ctx, func() bool { return false }) // a lock that is held forever must not cost the user a sign-in
+	defer lock.release()
+	s.fileMu.Lock()
+	defer s.fileMu.Unlock()
+	s.look() // a logout by the process that held the lock before ends the sign-in
+	if reason := context.Cause(ctx); reason != nil && reason != errShuttingDown {
+		return false
+	}
+	s.stored(t, s.store.replace(t))
+	s.setToken(t)
+	s.verdict.served() // it may be another account's
+	if t.baseErr != nil {
+		s.log.Error(baseRefused(t.baseErr).message)
+	}
+	return true
 }
 
 // due returns how long it is from now until the token is to be renewed.
@@ -383,22 +408,20 @@ func (s *oauthSource) due(now time.Time) time.Duration {
 	return max(st.token.refreshAt.Sub(now), st.retryAt.Sub(now))
 }
 
-// refresh renews the token once and puts what came of it into the state.
+// refresh renews the token once and puts the result into the state.
 func (s *oauthSource) refresh(ctx, abort context.Context) {
-	old, before := s.state.Load().token, s.state.Load().failed
+	old, lastErr := s.state.Load().token, s.state.Load().failed
 	s.update(func(st *authState) { st.refreshing = true })
 	fresh, err := s.redeem(ctx, abort, old)
-	now := s.state.Load().token
-	if now != old && (now != fresh || fresh == nil) {
-		return // a sign-in has been completed meanwhile, and counts
-	}
+	st := s.state.Load()
 	switch {
-	case err == nil:
-		if now != fresh {
+	case fresh != nil && (st.token == old || st.token == fresh):
+		s.log.Info("token refreshed", "expires", fresh.expiry)
+		if st.token == old {
 			s.refreshes[refreshed].Add(1)
 			s.setToken(fresh)
 		}
-		s.log.Info("token refreshed", "expires", fresh.expiry)
+	case st.token != old: // a sign-in has been completed meanwhile, and counts
 	case errors.Is(err, errSignedOut):
 		s.signedOut()
 	case refused(err):
@@ -408,95 +431,73 @@ func (s *oauthSource) refresh(ctx, abort context.Context) {
 		s.flow.start()
 	default:
 		s.refreshes[refreshFailed].Add(1)
+		pause := backoff(st.attempts, maxRefreshPause)
 		s.update(func(st *authState) {
-			pause := backoff(st.attempts, maxRefreshPause)
 			st.refreshing, st.failed, st.retryAt = false, err, time.Now().Add(pause)
 			st.attempts++
 		})
-		if ctx.Err() != nil {
-			return // the program stops, and nothing is tried again
+		level := slog.LevelWarn
+		if ctx.Err() != nil || lastErr != nil && lastErr.Error() == err.Error() {
+			level = slog.LevelDebug // the program stops, or the log says it already
 		}
-		level, st := slog.LevelWarn, s.state.Load()
-		if before != nil && before.Error() == err.Error() {
-			level = slog.LevelDebug // it has been said
-		}
-		s.log.Log(ctx, level, "token refresh failed; trying again", "error", err, "attempt", st.attempts,
-			"in", time.Until(st.retryAt).Round(time.Millisecond).String(), "token", old)
+		s.log.Log(ctx, level, "token refresh failed; trying again", "error", err, "attempt", st.attempts+1,
+			"in", pause.Round(time.Millisecond).String(), "token", old)
 	}
 }
 
-// errNotStorable says that a refresh token was not spent, because its successor could not have been stored.
-var errNotStorable = errors.New("the new token could not be stored")
-
-// errFileUnusable says that something is in the credential file's place that can't be used, and is left as it is.
-var errFileUnusable = errors.New("the credential file can't be used")
-
-// newer reports whether t, which is in the credential file, is newer than current, which is in use. It is older if this
-// process has renewed it, or could not store what it got later.
-func (s *oauthSource) newer(t, current *token) bool {
-	_, spent := s.spent.Load(sha256.Sum256([]byte(t.refresh)))
-	return !spent && !(current.unstored && t.obtained.Before(current.obtained))
-}
-
-// redeem exchanges old's refresh token for a fresh token and stores that, with other processes locked out. Where one
-// of them was faster, its token is the fresh one.
-func (s *oauthSource) redeem(ctx, abort context.Context, old *token) (*token, error) {
-	current := old
-	var fresh *token // another process's
+// redeem exchanges the refresh token of current, the token in use, for a fresh token and stores that, with other processes
+// locked out. If one of them was faster, it returns that one's token. A token that it stores is in use before it returns.
+func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token, error) {
+	var theirs *token // another process's
 	faster := func() bool {
 		t, err := s.store.load()
-		if err == nil && t.access != old.access && t.good(time.Now()) && s.newer(t, current) {
-			fresh = t
+		if err == nil && t.access != current.access && t.good(time.Now()) && s.newer(t, current) {
+			theirs = t
 		}
-		return fresh != nil
+		return theirs != nil
 	}
-	lock, err := s.store.lock(ctx, faster)
-	switch {
-	case fresh != nil && err == nil && lock == nil:
-		return fresh, nil
-	case errors.Is(err, errLocked), err != nil && ctx.Err() != nil:
-		return nil, err
-	case lock != nil:
-		defer lock.release()
+	lock, noRoom := s.store.lock(ctx, faster)
+	defer lock.release()
+	if errors.Is(noRoom, errLocked) || noRoom != nil && ctx.Err() != nil {
+		return nil, noRoom
 	}
 	if faster() {
-		return fresh, nil
+		return theirs, nil
 	}
-	ctx = abort // from here on a refresh token is at stake
 
-	stored, loadErr := s.store.load()
-	if errors.Is(loadErr, errSignedOut) {
-		return nil, loadErr
-	}
+	// From here on a refresh token is at stake, so that only abort ends this. If the next one can't be stored, it is not
+	// spent: at the next start it would be lost.
 	var file *newFile
-	noRoom := err
 	if noRoom == nil {
 		if file, noRoom = s.store.reserve(); noRoom == nil {
 			defer file.discard()
 		}
 	}
-	if unusable(loadErr) {
-		noRoom = fmt.Errorf("%w: %w", errFileUnusable, loadErr)
-	}
-	if noRoom != nil && !old.unstored {
-		// Spent and not stored, the refresh token would be lost to everybody at the next start.
-		return nil, fmt.Errorf("%w: %w", errNotStorable, noRoom)
-	}
-	if loadErr == nil && stored.refresh != "" && s.newer(stored, current) {
+	old := current
+	stored, err := s.store.load()
+	switch {
+	case errors.Is(err, errSignedOut):
+		return nil, err
+	case unusable(err):
+		noRoom = fmt.Errorf("%w: %w", errFileUnusable, err)
+	case err == nil && stored.refresh != "" && s.newer(stored, current):
 		old = stored
+	}
+	if noRoom != nil && !current.unstored {
+		return nil, fmt.Errorf("%w: %w", errNotStorable, noRoom)
 	}
 	if old.refresh == "" {
 		return nil, &oauthError{final: true, text: "there is no refresh token"}
 	}
-	fresh, err = s.oauth.refresh(ctx, old.refresh)
+	fresh, err := s.oauth.refresh(abort, old.refresh)
 	if refused(err) {
-		// A process that keeps to no lock may have been first, and old be dead for that reason.
+		// A process that ignores the lock may have spent the token and stored the next one.
 		if t, loadErr := s.store.load(); loadErr == nil && t.refresh != old.refresh && s.newer(t, current) {
 			if t.good(time.Now()) {
 				return t, nil
 			}
 			old = t
-			fresh, err = s.oauth.refresh(ctx, old.refresh)
+			fresh, err = s.oauth.refresh(abort, old.refresh)
 		}
 	}
 	if err != nil {
@@ -506,12 +507,12 @@ func (s *oauthSource) redeem(ctx, abort context.Context, old *token) (*token, er
 		s.spent.Store(sha256.Sum256([]byte(old.refresh)), nil)
 	}
 	fresh.members = old.members
-	fresh.refresh = cmp.Or(fresh.refresh, old.refresh)
-	fresh.resourceURL = cmp.Or(fresh.resourceURL, old.resourceURL)
-	fresh.idToken = cmp.Or(fresh.idToken, old.idToken)
-	fresh.scope = cmp.Or(fresh.scope, old.scope)
+	kept := old.fields()
+	for name, field := range fresh.fields() {
+		*field = cmp.Or(*field, *kept[name])
+	}
 	if noRoom != nil {
-		fresh.unstored = true // as old is
+		fresh.unstored = true // as current is
 		if s.store.path() != "" {
 			s.log.Warn("the refreshed token is kept in memory alone", "file", s.store.path(), "error", noRoom)
 		}
@@ -528,11 +529,11 @@ func (s *oauthSource) redeem(ctx, abort context.Context, old *token) (*token, er
 	}
 	s.stored(fresh, err)
 	s.refreshes[refreshed].Add(1)
-	s.setToken(fresh) // before anybody looks at the file, and takes it for another process's
+	s.setToken(fresh) // before anybody looks at the file and takes the token for another process's
 	return fresh, nil
 }
 
-// stored notes and logs how storing t went. The token is good all the same, until the process ends.
+// stored notes and logs whether t was stored, which err says. The token is good all the same, until the process ends.
 func (s *oauthSource) stored(t *token, err error) {
 	t.unstored = err != nil && !errors.Is(err, errInPlace) || s.store.path() == ""
 	switch {
@@ -544,45 +545,6 @@ func (s *oauthSource) stored(t *token, err error) {
 	}
 }
 
-// storeSignIn stores the token of a completed sign-in, which takes the place of anything.
-func storeSignIn(ctx context.Context, store *credentialStore, t *token) error {
-	lock, _ := store.lock(ctx, func() bool { return false }) // a lock that is held forever shall not cost the user a sign-in
-	if lock != nil {
-		defer lock.release()
-	}
-	return store.replace(t)
-}
-
-// setToken puts t into use.
-func (s *oauthSource) setToken(t *token) {
-	s.prepare(t)
-	s.update(func(st *authState) {
-		*st = authState{token: t, fileErr: st.fileErr}
-	})
-	wakeUp(s.wake) // its refresh may be due sooner than run looks again
-}
-
-// signedIn stores the token of a completed sign-in and puts it into use, unless the sign-in has been ended meanwhile.
-func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
-	lock, _ := s.store.lock(ctx, func() bool { return false }) // as in storeSignIn
-	if lock != nil {
-		defer lock.release()
-	}
-	s.fileMu.Lock()
-	defer s.fileMu.Unlock()
-	s.look() // a logout by the process that held the lock before ends the sign-in
-	if reason := context.Cause(ctx); reason != nil && reason != errShuttingDown {
-		return false
-	}
-	s.stored(t, s.store.replace(t))
-	s.setToken(t)
-	s.verdict.served() // it may be another account's
-	if t.baseErr != nil {
-		s.log.Error(baseRefused(t.baseErr).message)
-	}
-	return true
-}
-
 func (s *oauthSource) served() { s.verdict.served() }
 
 func (s *oauthSource) refused() *apiError {
@@ -592,14 +554,13 @@ func (s *oauthSource) refused() *apiError {
 	return notServed()
 }
 
-// ready counts the server as ready again a minute after the last 401: behind a load balancer, only then can a request arrive
-// that finds out whether it is.
+// ready counts the server as ready again a minute after the last 401. Only then does a load balancer send a request, which
+// finds out whether it is.
 func (s *oauthSource) ready() *apiError {
+	st, now := s.state.Load(), time.Now()
 	if _, lately := s.verdict.refusing(); lately {
 		return notServed()
 	}
-	now := time.Now()
-	st := s.state.Load()
 	if err := s.problem(st, now); err != nil {
 		return err
 	}
@@ -611,17 +572,16 @@ func (s *oauthSource) ready() *apiError {
 
 func (s *oauthSource) status() sourceStatus {
 	st := s.state.Load()
-	refusing, _ := s.verdict.refusing()
-	status := sourceStatus{method: "oauth", token: st.token, flow: &s.flow, problem: s.ready()}
+	status := sourceStatus{method: "oauth", token: st.token, problem: s.ready(), flow: &s.flow}
 	for i := range s.refreshes {
 		status.refreshes[i] = s.refreshes[i].Load()
 	}
-	switch {
-	case status.problem != nil:
-	case refusing:
-		status.problem = notServed() // the server counts as ready again, and yet a sign-in is what helps
-	case st.refused != nil:
-		status.problem = signInRefused(st.refused) // the token is still good for a while
+	if status.problem == nil {
+		if long, _ := s.verdict.refusing(); long {
+			status.problem = notServed() // the server counts as ready again, but a sign-in would help
+		} else if st.refused != nil {
+			status.problem = signInRefused(st.refused) // the token is still good for a while
+		}
 	}
 	status.needsSignIn = status.problem != nil && status.problem.status == http.StatusUnauthorized
 	return status
@@ -650,8 +610,8 @@ func (v *verdict) reset() {
 	v.trial, v.since = true, time.Time{}
 }
 
-// restart counts the time of the 401s from now on: another process has put a token of its own into use, maybe another account's.
-// It changes nothing else, so that the next 401 does not lead to a refresh, and that one to a refresh by the other process.
+// restart counts the time of the 401s from now on, because another process has stored a token, maybe another account's. The next
+// 401 still leads to no refresh: that would lead to one by the other process, and so on.
 func (v *verdict) restart() {
 	v.mu.Lock()
 	defer v.mu.Unlock()

@@ -984,7 +984,7 @@ func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 	if err := os.WriteFile(s.store.path(), []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.readCredentials(); err != nil {
+	if err := s.readFile(); err != nil {
 		t.Fatal(err)
 	}
 	if tok, err := s.Token(t.Context()); err != nil || tok == old {
