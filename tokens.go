@@ -84,7 +84,7 @@ type oauthSource struct {
 
 	fileMu     sync.Mutex  // held while a change of the credential file is put into use, or a token is stored
 	seen       fs.FileInfo // the file at the last look, nil if there was none; guarded by fileMu
-	broken     bool        // it could not be used then; guarded by fileMu
+	broken     error       // why it could not be used then, nil if it could; guarded by fileMu
 	spent      sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
 	sayInPlace sync.Once
 
@@ -318,8 +318,8 @@ func (s *oauthSource) files() []*watchedFile {
 func (s *oauthSource) readFile() error {
 	s.fileMu.Lock()
 	defer s.fileMu.Unlock()
-	if st := s.state.Load(); st.refreshing {
-		return st.fileErr // a refresh reads the file itself
+	if s.state.Load().refreshing {
+		return s.broken // a refresh reads the file itself
 	}
 	return s.look()
 }
@@ -327,16 +327,17 @@ func (s *oauthSource) readFile() error {
 // look does what readFile does. The caller holds fileMu.
 func (s *oauthSource) look() error {
 	info, err := os.Stat(s.store.path())
-	if !s.broken && !unusable(err) && sameFile(info, s.seen) {
+	if s.broken == nil && !unusable(err) && sameFile(info, s.seen) {
 		return nil
 	}
+	s.seen = info
 	t, err := s.store.load()
-	wasBroken := s.broken
-	s.seen, s.broken = info, unusable(err)
-	if s.broken {
+	if unusable(err) {
+		s.broken = err
 		return err
 	}
-	if wasBroken {
+	if s.broken != nil {
+		s.broken = nil
 		s.update(func(st *authState) { st.retryAt = time.Time{} }) // a refresh may have waited for the file
 		s.wakeRun()
 	}
