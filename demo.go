@@ -18,7 +18,7 @@ import (
 )
 
 // demoCommand serves with a standIn in Qwen's place, over real sockets and on the same code path.
-func demoCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
+func demoCommand(ctx context.Context, cfg *config, stdout, stderr io.Writer) int {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		fmt.Fprintf(stderr, "qwen-go-proxy demo: %v\n", err)
@@ -30,19 +30,14 @@ func demoCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 	cfg.demo = true
 	cfg.qwenDir = ""
 	cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
-	return serve(ctx, cfg, stderr, func(out io.Writer, base string, _ tokenSource) {
-		fmt.Fprintf(out, "\n%s\n", demoBanner(cfg, base))
-		if cfg.greet {
-			fmt.Fprint(out, "Ctrl-C stops it.\n\n")
-		}
-	})
+	return serve(ctx, cfg, stdout, stderr)
 }
 
-// demoBanner says what to try with a demo that this machine reaches by base.
-func demoBanner(cfg *config, base string) string {
+// greetDemo says what to try with the demo at url.
+func greetDemo(out io.Writer, cfg *config, url string) {
 	curl, key := "curl", "any API key"
-	if path, ok := strings.CutPrefix(base, "unix:"); ok {
-		curl, base = "curl --unix-socket "+path, "http://localhost"
+	if path, ok := strings.CutPrefix(url, "unix:"); ok {
+		curl, url = "curl --unix-socket "+path, "http://localhost"
 	}
 	if cfg.tls {
 		curl += " -k"
@@ -51,7 +46,8 @@ func demoBanner(cfg *config, base string) string {
 		curl += " -H 'Authorization: Bearer KEY'"
 		key = "one of PROXY_API_KEYS in the place of KEY"
 	}
-	return fmt.Sprintf(`This is a demo: a stand-in inside the program answers in Qwen's place.
+	fmt.Fprintf(out, `
+This is a demo: a stand-in inside the program answers in Qwen's place.
 No account, no network, no model.
 
 The sign-in below approves itself after %[4]v. Then try:
@@ -60,7 +56,9 @@ The sign-in below approves itself after %[4]v. Then try:
   %[1]s -N %[2]s/v1/chat/completions -d '{"stream":true,"messages":[{"role":"user","content":"Hello"}]}'
 
 Base URL for OpenAI clients: %[2]s/v1 (%[3]s)
-`, curl, base, key, demoApproval)
+Ctrl-C stops it.
+
+`, curl, url, key, demoApproval)
 }
 
 const (

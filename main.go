@@ -86,7 +86,7 @@ func allBut(names ...string) func(string) bool {
 func commands() []command {
 	noBrowser := false
 	return []command{
-		{name: "serve", summary: "serve the proxy; this is the default", run: serveCommand, serves: true, reads: allBut(), help: `
+		{name: "serve", summary: "serve the proxy; this is the default", run: serve, serves: true, reads: allBut(), help: `
 It needs an API key in QWEN_API_KEY, or a Qwen account: without a key and a sign-in it prints a link to sign in with.
 Environment variables configure it, and a file .env in the working directory; the README lists them all.`},
 		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&noBrowser),
@@ -260,14 +260,4 @@ func versionCommand(_ context.Context, _ *config, stdout, _ io.Writer) int {
 	v := version()
 	fmt.Fprintf(stdout, "qwen-go-proxy %s\ncommit %s\nbuilt %s\n%s %s/%s\n", v.Version, v.Commit, v.Date, v.Go, runtime.GOOS, runtime.GOARCH)
 	return 0
-}
-
-func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
-	return serve(ctx, cfg, stderr, func(out io.Writer, base string, tokens tokenSource) {
-		if cfg.greet {
-			greet(out, cfg, base, tokens)
-		} else if cfg.port == 0 {
-			fmt.Fprintf(out, "Listening on %s\n", base)
-		}
-	})
 }

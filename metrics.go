@@ -13,9 +13,8 @@ import (
 	"time"
 )
 
-// metrics are the server's counts since its start, for /metrics and /health/detailed. The zero value counts from zero. It is
-// safe for concurrent use once every route is registered. Counting a request takes a few atomic additions and one map look-up,
-// no lock and no allocation.
+// metrics are the server's counts since its start, for /metrics and /health/detailed. Make them with newMetrics. They are safe for
+// concurrent use once every route is registered. Counting a request takes no lock and no allocation.
 type metrics struct {
 	started     time.Time
 	requests    atomic.Int64 // started
@@ -66,7 +65,7 @@ func (h *histogram) observe(d time.Duration) {
 	h.sum.Add(int64(d))
 }
 
-// newMetrics returns the counts of a server that has routes.
+// newMetrics returns the counts of a server that starts now.
 func newMetrics() *metrics {
 	m := &metrics{started: time.Now(), patterns: map[string]*routeCounts{}}
 	m.register("other", []string{""})

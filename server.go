@@ -31,9 +31,8 @@ const ballast = 8 << 20
 // withoutBallast returns a figure of the Go runtime, in bytes, less the ballast that it includes. The array takes no memory.
 func withoutBallast(n uint64) uint64 { return max(n, ballast) - ballast }
 
-// serve runs the server until ctx ends and returns the exit status. Once it listens, it calls greet with the URL to reach it by
-// from this machine, and with the writer of its log.
-func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io.Writer, url string, tokens tokenSource)) int {
+// serve runs the server until ctx ends and returns the exit status. It is the command of the same name.
+func serve(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 	heap := make([]byte, ballast)
 	defer runtime.KeepAlive(heap)
 	m := newMetrics()
@@ -87,7 +86,14 @@ func serve(ctx context.Context, cfg *config, stderr io.Writer, greet func(out io
 	}
 
 	url := serverURL(cfg, ln.Addr())
-	greet(out, url, tokens)
+	switch {
+	case cfg.demo:
+		greetDemo(out, cfg, url)
+	case cfg.greet:
+		greet(out, cfg, url, tokens)
+	case cfg.port == 0:
+		fmt.Fprintf(out, "Listening on %s\n", url)
+	}
 	log.Info("listening", "address", ln.Addr().String(), "url", url, "version", version().Version)
 	if cfg.envFile != "" {
 		log.Info("settings were read from a file; the environment wins", "file", cfg.envFile)
