@@ -411,8 +411,10 @@ func (s *oauthSource) due(now time.Time) time.Duration {
 
 // refresh renews the token once and puts the result into the state.
 func (s *oauthSource) refresh(ctx, abort context.Context) {
+	s.fileMu.Lock() // no other process's token comes into use from here on
 	old, lastErr := s.state.Load().token, s.state.Load().failed
 	s.update(func(st *authState) { st.refreshing = true })
+	s.fileMu.Unlock()
 	fresh, err := s.redeem(ctx, abort, old)
 	st := s.state.Load()
 	switch {
