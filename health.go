@@ -107,15 +107,13 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 		Upstream      string     `json:"upstream,omitempty"`
 		SignIn        string     `json:"sign_in,omitempty"`
 	}
-	st := h.tokens.status()
-	a := auth{Method: st.method}
+	st, err := h.tokens.status(), h.tokens.ready()
+	a := auth{Method: st.method, Authenticated: err == nil}
+	if err != nil {
+		a.Reason = err.message
+	}
 	if st.flow != nil {
 		a.SignIn = st.flow.state().status
-	}
-	if err := h.tokens.ready(); err != nil {
-		a.Reason = err.message
-	} else {
-		a.Authenticated = true
 	}
 	if t := st.token; t != nil {
 		if !t.expiry.IsZero() {

@@ -8,7 +8,7 @@
 // At its end metrics.go counts the request, and exchange.go logs it.
 //
 // The way of a token: signin.go (at the terminal) or auth.go (in a browser) start a sign-in with oauth.go's device flow.
-// credentials.go stores its tokens in QWEN_DIR, in the format of Qwen Code. tokens.go reads them at the start and follows the file.
+// credentials.go stores its tokens in QWEN_DIR, in the format of Qwen Code. tokens.go reads and follows that file.
 // Requests take the present token without a lock. Before it expires, tokens.go has oauth.go refresh it, once for all processes:
 // lock.go has the lock file. An API key takes the place of all this, and does not expire.
 //
@@ -23,7 +23,7 @@
 //	exchange.go     one request and its answer: id, headers, errors, deadlines, access line
 //	proxy.go        chat, embeddings, responses and messages: the call to Qwen
 //	body.go         request bodies within a bound on memory; finding and replacing the model
-//	body_unix.go    memory for large bodies that goes back to the system
+//	body_linux.go   gives the memory of large bodies back to the system at once
 //	stream.go       answers from Qwen: silence, keep-alive comments, whether they are whole
 //	completions.go  the text completions endpoint, over chat
 //	models.go       the lists of models
@@ -222,12 +222,8 @@ Environment variables configure everything, and a file .env in the working direc
 `)
 }
 
-// What the linker puts in at a release; a plain go build knows them from its version control.
-var (
-	buildVersion string
-	buildCommit  string
-	buildDate    string
-)
+// The linker sets these at a release. A plain go build takes them from version control.
+var buildVersion, buildCommit, buildDate string
 
 // A versionInfo says what is running.
 type versionInfo struct{ Version, Commit, Date, Go string }
@@ -238,18 +234,16 @@ var version = sync.OnceValue(func() versionInfo {
 		if v.Version == "" && info.Main.Version != "(devel)" {
 			v.Version = info.Main.Version
 		}
-		for _, s := range info.Settings {
-			switch s.Key {
-			case "vcs.revision":
-				v.Commit = cmp.Or(v.Commit, s.Value)
-			case "vcs.time":
-				v.Date = cmp.Or(v.Date, s.Value)
+		setting := func(key string) string {
+			i := slices.IndexFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == key })
+			if i < 0 {
+				return ""
 			}
+			return info.Settings[i].Value
 		}
+		v.Commit, v.Date = cmp.Or(v.Commit, setting("vcs.revision")), cmp.Or(v.Date, setting("vcs.time"))
 	}
-	v.Version = cmp.Or(v.Version, "dev")
-	v.Commit = cmp.Or(v.Commit, "unknown")
-	v.Date = cmp.Or(v.Date, "unknown")
+	v.Version, v.Commit, v.Date = cmp.Or(v.Version, "dev"), cmp.Or(v.Commit, "unknown"), cmp.Or(v.Date, "unknown")
 	return v
 })
 

@@ -768,3 +768,28 @@ func TestDockerContextHasWhatIsEmbedded(t *testing.T) {
 		}
 	}
 }
+
+// TestMapOfTheFiles: the package comment has a line for each file.
+func TestMapOfTheFiles(t *testing.T) {
+	b, err := os.ReadFile("main.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want, got []string
+	for _, m := range regexp.MustCompile(`(?m)^//\t(\w+\.go) `).FindAllStringSubmatch(string(b), -1) {
+		got = append(got, m[1])
+	}
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if !strings.HasSuffix(file, "_test.go") {
+			want = append(want, file)
+		}
+	}
+	slices.Sort(got)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("files (-want +got):\n%s", diff)
+	}
+}
