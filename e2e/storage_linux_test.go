@@ -290,7 +290,7 @@ func TestFileMountedByItself(t *testing.T) {
 // TestFileThatVanishes: the token in memory stays in use, and the next refresh writes the file again.
 func TestFileThatVanishes(t *testing.T) {
 	t.Parallel()
-	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 12*time.Second)
+	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 16*time.Second)
 	p := start(t, w.env())
 	p.becomes(http.StatusOK)
 	if err := os.Remove(w.file()); err != nil {
