@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -20,7 +19,7 @@ const (
 	modelsFresh = 5 * time.Minute
 	// modelsRetry is how long the proxy waits after a failure before it asks the upstream again.
 	modelsRetry = 30 * time.Second
-	// modelsTimeout bounds the wait for the upstream's list. It is short: there is a list to fall back on.
+	// modelsTimeout bounds the wait for the upstream's list. It is short, because there is another list to use.
 	modelsTimeout = 10 * time.Second
 	// maxModels bounds the upstream's list, in bytes.
 	maxModels = 4 << 20
@@ -39,54 +38,37 @@ type models struct {
 	transport http.RoundTripper
 	log       *slog.Logger
 	aliases   []string
+	upstream  bool // the upstream has a list
 
-	fixed   *modelList                // where the upstream has none
-	current atomic.Pointer[modelList] // the upstream's, or fixed; nil before the first request
-	asking  chan struct{}             // 1 slot; held while current is replaced
-	failure string                    // the error logged last; "" after a success; guarded by asking
-}
-
-// A modelList is a list of models as it is answered, with all aliases. It does not change.
-type modelList struct {
-	body  []byte                     // the list object of OpenAI's API
-	byID  map[string]json.RawMessage // the model objects
-	until time.Time                  // when the upstream is to be asked again
+	turn    chan struct{}     // 1 slot: guards what follows, and is held while the upstream is asked
+	list    []json.RawMessage // model objects, each with an id of its own
+	until   time.Time         // when the upstream is to be asked again
+	failure string            // the error logged last; "" after a success
 }
 
 func newModels(cfg *config, tokens tokenSource, transport http.RoundTripper, log *slog.Logger) *models {
+	m := &models{tokens: tokens, transport: transport, log: log, aliases: slices.Sorted(maps.Keys(cfg.aliases)), upstream: cfg.apiKey != "",
+		turn: make(chan struct{}, 1)}
 	ids := cfg.models
-	if len(ids) == 0 {
-		ids = oauthModels
-		if cfg.apiKey != "" {
-			ids = keyModels
-		}
-		ids = append(slices.Clone(ids), cfg.defaultModel)
+	switch {
+	case len(ids) > 0:
+	case m.upstream:
+		ids = append(slices.Clone(keyModels), cfg.defaultModel)
+	default:
+		ids = append(slices.Clone(oauthModels), cfg.defaultModel)
 	}
-	m := &models{tokens: tokens, transport: transport, log: log, aliases: slices.Sorted(maps.Keys(cfg.aliases)), asking: make(chan struct{}, 1)}
 	var own []json.RawMessage
 	for _, id := range ids {
 		own = append(own, ownModel(id))
 	}
-	m.fixed = m.newList(own)
-	if cfg.apiKey == "" {
-		m.fixed.until = time.Now().AddDate(1000, 0, 0)
-		m.current.Store(m.fixed)
-	}
+	m.list = m.withAliases(own)
 	return m
 }
 
 // ownModel returns the model object of a model that the upstream has not listed.
 func ownModel(id string) json.RawMessage {
-	b, err := json.Marshal(struct {
-		ID      string `json:"id"`
-		Object  string `json:"object"`
-		Created int64  `json:"created"` // Unix seconds
-		OwnedBy string `json:"owned_by"`
-	}{id, "model", 1753142400, "qwen"}) // 2025-07-22, the release of qwen3-coder
-	if err != nil {
-		panic(err) // strings and a number always marshal
-	}
-	return b
+	const created = 1753142400 // Unix seconds: 2025-07-22, the release of qwen3-coder
+	return fmt.Appendf(nil, `{"id":%s,"object":"model","created":%d,"owned_by":"qwen"}`, jsonString(id), created)
 }
 
 // modelID returns the id of a model object, "" if it has none.
@@ -96,66 +78,43 @@ func modelID(object json.RawMessage) string {
 	return named.ID
 }
 
-// newList returns the list of the model objects and the aliases. It leaves out objects without an id and repeated ids.
-func (m *models) newList(objects []json.RawMessage) *modelList {
-	l := &modelList{byID: map[string]json.RawMessage{}}
-	list := struct {
-		Object string            `json:"object"`
-		Data   []json.RawMessage `json:"data"`
-	}{"list", []json.RawMessage{}}
-	add := func(id string, object json.RawMessage) {
-		if _, ok := l.byID[id]; !ok && id != "" {
-			l.byID[id] = object
-			list.Data = append(list.Data, object)
-		}
+// withAliases returns objects and the aliases, without objects that have no id and without repeated ids.
+func (m *models) withAliases(objects []json.RawMessage) (list []json.RawMessage) {
+	listed := map[string]bool{"": true}
+	for _, alias := range m.aliases {
+		objects = append(objects, ownModel(alias))
 	}
 	for _, object := range objects {
-		add(modelID(object), object)
+		if id := modelID(object); !listed[id] {
+			listed[id] = true
+			list = append(list, object)
+		}
 	}
-	for _, alias := range m.aliases {
-		add(alias, ownModel(alias))
-	}
-	var err error
-	if l.body, err = json.Marshal(list); err != nil {
-		panic(err) // the parts were valid JSON
-	}
-	return l
+	return list
 }
 
-// list returns the current list. Concurrent requests ask the upstream once.
-func (m *models) list(ctx context.Context) *modelList {
-	if l := m.current.Load(); l != nil && time.Now().Before(l.until) {
-		return l
-	}
+// current returns the list to answer with. Concurrent requests ask the upstream once.
+func (m *models) current(ctx context.Context) []json.RawMessage {
 	select {
-	case m.asking <- struct{}{}:
-		defer func() { <-m.asking }()
+	case m.turn <- struct{}{}:
+		defer func() { <-m.turn }()
 	case <-ctx.Done():
-		return m.fixed // the client has left
+		return nil // the client has left
 	}
-	last := m.current.Load()
-	if last != nil && time.Now().Before(last.until) {
-		return last
+	if !m.upstream || time.Now().Before(m.until) {
+		return m.list
 	}
-	objects, err := m.ask(context.WithoutCancel(ctx)) // others wait for it
-	var next modelList
-	switch {
-	case err == nil:
-		next = *m.newList(objects)
-		next.until = time.Now().Add(modelsFresh)
-		m.failure = ""
-	default:
-		if next = *m.fixed; last != nil {
-			next = *last
-		}
-		next.until = time.Now().Add(modelsRetry)
+	objects, err := m.ask(context.WithoutCancel(ctx)) // others wait for it too
+	if err != nil {
+		m.until = time.Now().Add(modelsRetry)
 		if err.Error() != m.failure {
 			m.failure = err.Error()
 			m.log.Warn("the list of models can't be fetched from Qwen; the previous list, MODELS or the built-in list is used", "error", err)
 		}
+		return m.list
 	}
-	m.current.Store(&next)
-	return &next
+	m.list, m.until, m.failure = m.withAliases(objects), time.Now().Add(modelsFresh), ""
+	return m.list
 }
 
 // ask returns the upstream's model objects, at least one of which has an id.
@@ -180,12 +139,9 @@ func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 	if res.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("%s/models answered with status %d", t.base, res.StatusCode)
 	}
-	b, err := io.ReadAll(io.LimitReader(res.Body, maxModels))
-	if err != nil {
-		return nil, err
-	}
 	var list struct{ Data []json.RawMessage }
-	if err := json.Unmarshal(b, &list); err != nil || !slices.ContainsFunc(list.Data, func(o json.RawMessage) bool { return modelID(o) != "" }) {
+	err = json.NewDecoder(io.LimitReader(res.Body, maxModels)).Decode(&list)
+	if err != nil || !slices.ContainsFunc(list.Data, func(o json.RawMessage) bool { return modelID(o) != "" }) {
 		return nil, errors.Join(fmt.Errorf("%s/models did not answer with a list of models", t.base), err)
 	}
 	return list.Data, nil
@@ -193,18 +149,22 @@ func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 
 // all handles GET /v1/models.
 func (m *models) all(x *exchange, r *http.Request) error {
-	writeBody(x, http.StatusOK, m.list(r.Context()).body)
+	writeJSON(x, http.StatusOK, struct {
+		Object string            `json:"object"`
+		Data   []json.RawMessage `json:"data"`
+	}{"list", m.current(r.Context())})
 	return nil
 }
 
 // one handles GET /v1/models/{id}.
 func (m *models) one(x *exchange, r *http.Request) error {
 	_, id, _ := strings.Cut(r.URL.Path, "/models/")
-	model, ok := m.list(r.Context()).byID[id]
-	if !ok {
-		return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "model_not_found", param: "model",
-			message: fmt.Sprintf("The model %q does not exist. GET /v1/models lists those there are.", clip(id, 100))}
+	for _, object := range m.current(r.Context()) {
+		if modelID(object) == id {
+			writeBody(x, http.StatusOK, object)
+			return nil
+		}
 	}
-	writeBody(x, http.StatusOK, model)
-	return nil
+	return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "model_not_found", param: "model",
+		message: fmt.Sprintf("The model %q does not exist. GET /v1/models lists those there are.", clip(id, 100))}
 }

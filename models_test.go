@@ -84,7 +84,7 @@ func TestTheUpstreamsModelsAreListed(t *testing.T) {
 			}
 			defer res.Body.Close()
 			got, err := io.ReadAll(res.Body)
-			if want = `{"object":"list","data":[` + want + `]}`; string(got) != want || err != nil {
+			if want = `{"object":"list","data":[` + want + "]}\n"; string(got) != want || err != nil {
 				t.Errorf("%s: %s, %v, want %s", when, got, err, want)
 			}
 			if n := asked.Load(); n != times {
