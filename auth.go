@@ -16,13 +16,13 @@ import (
 const (
 	// maxSignInWait bounds how long /auth waits for the link and code of a sign-in that it started.
 	maxSignInWait = 10 * time.Second
-	// maxPageWait is the same for the page, which turns by itself when they come.
+	// maxPageWait is the same for the page, which updates itself when they come.
 	maxPageWait = 2 * time.Second
 )
 
 // An authAnswer is what /auth tells, as JSON and on its page.
 type authAnswer struct {
-	Status                  string    `json:"status"`           // "signed_in", "none", or that of the sign-in
+	Status                  string    `json:"status"`           // "signed_in", "none", or a status of signIn
 	Method                  string    `json:"method,omitempty"` // of the credentials: "oauth" or "api_key"
 	Reason                  string    `json:"reason,omitempty"` // what is wrong, in the words of /health/ready
 	Message                 string    `json:"message"`          // what to do next
@@ -74,7 +74,7 @@ func authHandler(tokens tokenSource) handler {
 func newAuthAnswer(r *http.Request, st sourceStatus) *authAnswer {
 	a := &authAnswer{Host: r.Host}
 	if st.problem != nil {
-		a.Reason, a.NotServed = st.problem.message, st.problem.code == notServed().code
+		a.Reason, a.NotServed = st.problem.message, st.problem == errNotServed
 	}
 	if !st.needsSignIn {
 		a.Status, a.Method, a.BaseURL = "signed_in", st.method, baseURLOf(r)
@@ -118,8 +118,8 @@ func newAuthAnswer(r *http.Request, st sourceStatus) *authAnswer {
 	return a
 }
 
-// baseURLOf returns the base URL that r's client is to use, as far as it can be told. X-Forwarded-Proto is taken at
-// its word: nobody but who sent it reads the answer.
+// baseURLOf returns the base URL for r's client, as far as it is known. X-Forwarded-Proto is believed: only its sender reads
+// the answer.
 func baseURLOf(r *http.Request) string {
 	scheme := "http"
 	if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
@@ -128,7 +128,7 @@ func baseURLOf(r *http.Request) string {
 	return scheme + "://" + r.Host + "/v1"
 }
 
-// Why returns the first sentence of Reason: what follows it is how to get to the page.
+// Why returns the first sentence of Reason. The rest says how to get to the page.
 func (a *authAnswer) Why() string {
 	why, _, more := strings.Cut(a.Reason, ". ")
 	if more {
@@ -137,7 +137,7 @@ func (a *authAnswer) Why() string {
 	return why
 }
 
-// LinkParts returns the link in the pieces between which its line may break.
+// LinkParts returns the link in pieces. Its line may break between them.
 func (a *authAnswer) LinkParts() []string {
 	return strings.Split(strings.NewReplacer("?", " ?", "&", " &").Replace(a.VerificationURIComplete), " ")
 }
@@ -158,12 +158,12 @@ var authHTML string
 
 var authTemplate = template.Must(template.New("auth").Parse(authHTML))
 
-// authPolicy is the page's Content-Security-Policy: it has one style and one script, and talks to the proxy alone.
+// authPolicy is the page's Content-Security-Policy: it has one style and one script, and connects to the proxy only.
 var authPolicy = "default-src 'none'; style-src " + inlineSource("style") + "; script-src " + inlineSource("script") +
 	"; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-// inlineSource returns the hash-source (CSP Level 3 §2.3.1) of authHTML's one element with that name. That must hold
-// no comments, which html/template drops.
+// inlineSource returns the hash-source (CSP Level 3 §2.3.1) of the only element of authHTML with that name. The element must
+// hold no comments: html/template drops them.
 func inlineSource(element string) string {
 	_, text, _ := strings.Cut(authHTML, "<"+element+">")
 	text, _, _ = strings.Cut(text, "</"+element+">")
@@ -176,7 +176,7 @@ func inlineSource(element string) string {
 func (a *authAnswer) writePage(w http.ResponseWriter) {
 	var b bytes.Buffer
 	if err := authTemplate.Execute(&b, a); err != nil {
-		panic(err) // track answers for it
+		panic(err) // the handler of all requests answers it
 	}
 	h := w.Header()
 	h.Set("Content-Type", "text/html; charset=utf-8")

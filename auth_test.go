@@ -116,7 +116,7 @@ func TestAuthStates(t *testing.T) {
 				"message": "The proxy's access token has expired and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying."},
 			page: []string{">Signed in, with a problem</h1>", "has expired and Qwen&#39;s sign-in server can&#39;t be reached", live}},
 		{name: "the account is not served", life: time.Hour, serve: answering(deviceAnswer(nil), pendingAnswer, ""), after: time.Minute, device: 1,
-			before: func(s *sourceTest) { s.refused() }, want: pending(notServed().message, time.Minute),
+			before: func(s *sourceTest) { s.refused() }, want: pending(errNotServed.message, time.Minute),
 			page: []string{`<p class="note">Qwen&#39;s API does not serve this account`, "Set QWEN_API_KEY", "sign in with another Qwen account", link, live}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

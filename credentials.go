@@ -77,7 +77,7 @@ func (t *token) redactError(err error) error {
 	return errors.New(t.redact(err.Error()))
 }
 
-// LogValue shows the expiry alone.
+// LogValue shows only the expiry.
 func (t *token) LogValue() slog.Value {
 	if t == nil {
 		return slog.StringValue("none")
@@ -120,7 +120,7 @@ const credentialFile = "oauth_creds.json"
 // maxCredentialFile bounds what is read of it, in bytes.
 const maxCredentialFile = 1 << 20
 
-// errSignedOut says that the file holds an empty object: whoever was signed in has signed out.
+// errSignedOut says that the file holds an empty object: the user has signed out.
 var errSignedOut = errors.New("signed out")
 
 // A credentialStore reads and writes the credential file in dir. It is safe for concurrent use; lock keeps
@@ -130,7 +130,7 @@ type credentialStore struct {
 	watch lockWatch // over the locks of other processes
 }
 
-// path returns the file's path, "" where nothing is stored.
+// path returns the file's path, "" if nothing is stored.
 func (s *credentialStore) path() string {
 	if s.dir == "" {
 		return ""
@@ -202,7 +202,7 @@ func (s *credentialStore) check() error {
 	if errors.Is(err, fs.ErrPermission) {
 		hint = fmt.Sprintf("run: sudo mkdir -p %[1]q && sudo chown -R %[2]d %[1]q", dir, os.Getuid())
 	}
-	return fmt.Errorf("user id %d can't write the directory %q, so that a sign-in would be lost when the proxy stops; %s: %w", os.Getuid(), dir, hint, err)
+	return fmt.Errorf("user id %d can't write the directory %q: a sign-in would be lost when the proxy stops; %s: %w", os.Getuid(), dir, hint, err)
 }
 
 // parseCredentials reads the content of a credential file that was written at modified.
@@ -239,7 +239,7 @@ func parseCredentials(b []byte, modified time.Time) (*token, error) {
 }
 
 // errInPlace is no failure: the file could not be replaced, and was written in place.
-var errInPlace = errors.New("the file is a mount point by itself, so that a crash while it is written can cut it short; mount its directory instead")
+var errInPlace = errors.New("the file itself is a mount point, and a crash while it is written can cut it short; mount its directory instead")
 
 // A newFile is the room on disk for the next credential file, reserved before there is anything to write.
 type newFile struct {

@@ -16,24 +16,24 @@ import (
 const (
 	lockFile = "oauth_creds.lock"
 
-	// A lock counts as left behind once this process has watched it unchanged for leftLock. Qwen Code holds one for 35 s at
-	// most, and never touches it. Our own are touched every lockBeat, so they count as left behind sooner.
+	// A lock counts as left behind when this process has seen it unchanged for leftLock. Qwen Code holds one for at most 35 s
+	// and never touches it. Our own change every lockBeat, so they count sooner.
 	leftLock    = 40 * time.Second
 	leftOwnLock = 10 * time.Second
-	// ancientLock is the age by the clock at which a lock counts as left behind at once. The clock of the host that wrote the
-	// lock may be wrong, but not by this much.
+	// ancientLock is the age by the clock at which a lock counts as left behind at once. The clock of the host that wrote it
+	// may be wrong, but not by this much.
 	ancientLock = 10 * time.Minute
 	// lockBeat is how often a holder sets its lock's time to now. Older versions of Qwen Code break one of 10 s.
 	lockBeat = 2 * time.Second
 	// lockMark is how the ids of our own locks begin. To Qwen Code an id is any text.
 	lockMark = "qwen-go-proxy-"
 
-	// settleTime is how long a process that took a lock over waits to see whether another one did too. It is
-	// much longer than the few system calls of a takeover.
+	// settleTime is how long a process that took over a lock waits to see whether another one did too. The few system calls
+	// of a takeover take much less.
 	settleTime = 20 * time.Millisecond
 
-	// A process that finds the lock taken tries again after lockPause, then after 1.5 times longer each time up
-	// to maxLockPause: 29 s in all.
+	// A process that finds the lock taken tries again after lockPause, then 1.5 times longer each time up to maxLockPause:
+	// 29 s in all.
 	lockTries    = 20
 	lockPause    = 100 * time.Millisecond
 	maxLockPause = 2 * time.Second
@@ -52,7 +52,7 @@ type fileLock struct {
 
 // A lockSight is what a lock file looks like at one time.
 type lockSight struct {
-	id       string // what it holds; "" where it can't be read
+	id       string // what it holds; "" if it can't be read
 	modified int64  // Unix time in ns, by the clock of the host that wrote it
 }
 
@@ -69,12 +69,12 @@ func seeLock(path string) (lockSight, error) {
 	return lockSight{string(id), info.ModTime().UnixNano()}, nil
 }
 
-// A lockWatch knows since when this process has seen the same lock. It outlives single tries to get the lock, which give
-// up sooner than a lock counts as left behind. The zero value is ready to use. It is safe for concurrent use.
+// A lockWatch knows since when this process has seen the same lock. It is longer in use than one attempt to get the lock, which
+// gives up before a lock counts as left behind. The zero value is ready to use. It is safe for concurrent use.
 type lockWatch struct {
 	mu    sync.Mutex
 	seen  lockSight // at the last look
-	since time.Time // when it was first seen so; zero where there was no lock
+	since time.Time // when it was first seen so; zero if there was no lock
 }
 
 // left looks at the lock at path, and reports whether it was left behind by its holder.
@@ -96,8 +96,8 @@ func (w *lockWatch) left(path string) (lockSight, bool) {
 	return sight, time.Since(w.since) >= life || time.Since(time.Unix(0, sight.modified)) >= ancientLock
 }
 
-// acquireLock creates the lock file at path, taking over one that was left behind, which watch decides. While another
-// process holds it, enough is asked before every try whether there is still a need; where there is none the lock is nil.
+// acquireLock creates the lock file at path. It takes over one that was left behind, as watch says. While another process holds
+// the lock, it calls enough before every try. If that returns true, nobody needs the lock any more, and the result is nil.
 func acquireLock(ctx context.Context, path string, watch *lockWatch, enough func() bool) (*fileLock, error) {
 	l := &fileLock{path: path, id: lockMark + rand.Text(), stop: make(chan struct{})}
 	pause := lockPause
@@ -130,8 +130,8 @@ func (l *fileLock) holds() bool {
 	return err == nil && string(holder) == l.id
 }
 
-// settled reports whether the lock is still ours after a moment. Of several processes that found the same lock left
-// behind, one may have moved the other's new one aside in the belief that it is the old.
+// settled reports whether the lock is still ours after a moment. If two processes found the same lock left behind, one may have
+// moved the other's new lock aside, taking it for the old one.
 func (l *fileLock) settled(ctx context.Context) bool {
 	return sleep(ctx, settleTime) && l.holds()
 }
@@ -161,13 +161,13 @@ func (l *fileLock) takeOver(watch *lockWatch) bool {
 	}
 	defer os.Remove(aside)
 	if moved, err := seeLock(aside); err != nil || moved != sight {
-		os.Link(aside, l.path) // another process was faster, and this is its own lock: back it goes
+		os.Link(aside, l.path) // another process was faster, and this is its lock: put it back
 		return false
 	}
 	return true
 }
 
-// keep keeps the lock from looking stale until it is released.
+// keep touches the lock until it is released, so that it does not count as left behind.
 func (l *fileLock) keep() {
 	tick := time.NewTicker(lockBeat)
 	defer tick.Stop()
@@ -179,12 +179,12 @@ func (l *fileLock) keep() {
 		}
 		switch holder, err := os.ReadFile(l.path); {
 		case errors.Is(err, fs.ErrNotExist):
-			l.create() // Qwen Code deletes the lock at its exit, whoever holds it
+			l.create() // Qwen Code deletes the lock when it exits, even if another process holds it
 		case err == nil && string(holder) == l.id:
 			now := time.Now()
 			os.Chtimes(l.path, now, now)
 		case err == nil:
-			return // somebody else's by now
+			return // another process has taken it over
 		}
 	}
 }
@@ -201,7 +201,7 @@ func (l *fileLock) release() {
 	}
 }
 
-// lock locks the store for a refresh; see acquireLock. The lock is nil where nothing is stored.
+// lock locks the store for a refresh; see acquireLock. The lock is nil if nothing is stored.
 func (s *credentialStore) lock(ctx context.Context, enough func() bool) (*fileLock, error) {
 	if s.dir == "" {
 		return nil, nil

@@ -162,7 +162,7 @@ func (c *oauthClient) showable(link string) bool {
 
 // poll asks for the token until the user has approved or denied the sign-in, or its code has expired (RFC 8628 §3.4 and
 // §3.5). Failures of the network or of the server do not end it. The error is errSignInDenied, errSignInExpired, another
-// *oauthError, or that of ctx.
+// *oauthError, or the cause of ctx.
 func (c *oauthClient) poll(ctx context.Context, d *deviceAuth) (*token, error) {
 	interval := d.interval
 	pause := interval
@@ -423,7 +423,7 @@ func (f *deviceFlow) replace(st *signIn) {
 	close(f.current.Swap(st).changed)
 }
 
-// set makes st the current state and returns true, unless ctx, that of the sign-in, has ended.
+// set makes st the current state and returns true. If ctx, the context of the sign-in, has ended it does nothing.
 func (f *deviceFlow) set(ctx context.Context, st *signIn) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()

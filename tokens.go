@@ -32,7 +32,7 @@ const (
 
 // A tokenSource hands out what requests to Qwen carry. It is a keySource or an oauthSource. It is safe for concurrent use.
 type tokenSource interface {
-	// Token returns a token that is good now. The error is an *apiError, or that of ctx.
+	// Token returns a token that is good now. The error is an *apiError, or the cause of ctx.
 	Token(ctx context.Context) (*token, error)
 	// Replace returns a token to use instead of rejected, to which Qwen has answered 401. Its error is as Token's.
 	Replace(ctx context.Context, rejected *token) (*token, error)
@@ -155,11 +155,11 @@ func (s *oauthSource) Token(ctx context.Context) (*token, error) {
 	return s.wait(ctx, nil)
 }
 
-// Replace returns the token that has replaced rejected already, or that of a refresh. It does not refresh within a minute
+// Replace returns the token that has replaced rejected already, or a refreshed one. It does not refresh within a minute
 // after a fresh token was refused too.
 func (s *oauthSource) Replace(ctx context.Context, rejected *token) (*token, error) {
 	if s.verdict.refusedAgain() {
-		return nil, notServed()
+		return nil, errNotServed
 	}
 	if st := s.state.Load(); st.token == rejected && !st.rejected {
 		s.update(func(st *authState) { st.rejected = st.rejected || st.token == rejected })
@@ -227,11 +227,9 @@ func baseRefused(err error) *apiError {
 		message: "The proxy does not send the token there: " + err.Error() + "."}
 }
 
-// notServed is the answer while the API refuses even fresh tokens.
-func notServed() *apiError {
-	return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "qwen_oauth_unavailable",
-		message: "Qwen's API does not serve this account: its free tier for sign-ins ended on 2026-04-15, and a fresh token was refused too. Set QWEN_API_KEY on the proxy to use an API key."}
-}
+// errNotServed is the answer while the API refuses even fresh tokens.
+var errNotServed = &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "qwen_oauth_unavailable",
+	message: "Qwen's API does not serve this account: its free tier for sign-ins ended on 2026-04-15, and a fresh token was refused too. Set QWEN_API_KEY on the proxy to use an API key."}
 
 // Reasons why a token is not renewed now.
 var (
@@ -517,7 +515,7 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token
 	if noRoom != nil {
 		fresh.unstored = true // as current is
 		if s.store.path() != "" {
-			s.log.Warn("the refreshed token is kept in memory alone", "file", s.store.path(), "error", noRoom)
+			s.log.Warn("the refreshed token is only kept in memory", "file", s.store.path(), "error", noRoom)
 		}
 		return fresh, nil
 	}
@@ -552,9 +550,9 @@ func (s *oauthSource) served() { s.verdict.served() }
 
 func (s *oauthSource) refused() *apiError {
 	if s.verdict.refused() {
-		s.log.Error(notServed().message)
+		s.log.Error(errNotServed.message)
 	}
-	return notServed()
+	return errNotServed
 }
 
 // ready counts the server as ready again a minute after the last 401. Only then does a load balancer send a request, which
@@ -562,7 +560,7 @@ func (s *oauthSource) refused() *apiError {
 func (s *oauthSource) ready() *apiError {
 	st, now := s.state.Load(), time.Now()
 	if _, lately := s.verdict.refusing(); lately {
-		return notServed()
+		return errNotServed
 	}
 	if err := s.problem(st, now); err != nil {
 		return err
@@ -581,7 +579,7 @@ func (s *oauthSource) status() sourceStatus {
 	}
 	if status.problem == nil {
 		if long, _ := s.verdict.refusing(); long {
-			status.problem = notServed() // the server counts as ready again, but a sign-in would help
+			status.problem = errNotServed // the server counts as ready again, but a sign-in would help
 		} else if st.refused != nil {
 			status.problem = signInRefused(st.refused) // the token is still good for a while
 		}
@@ -593,7 +591,7 @@ func (s *oauthSource) status() sourceStatus {
 // A verdict knows whether Qwen accepts the credentials. The zero value says that it does. It is safe for concurrent use.
 type verdict struct {
 	mu    sync.Mutex
-	trial bool      // Qwen has not accepted them before, so that the first 401 counts like those of a minute
+	trial bool      // Qwen has not accepted them before, so the first 401 counts like a minute of them
 	since time.Time // the first 401 to a fresh token or a key since Qwen accepted one; zero for none
 	fresh time.Time // the last such 401
 	last  time.Time // the last 401 to any token
@@ -729,7 +727,7 @@ func (s *keySource) readFile() error {
 	return err
 }
 
-// readKeyFile returns the key that file holds with nothing else but white space.
+// readKeyFile returns the key in file, which may hold nothing else but white space.
 func readKeyFile(file string) (string, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -747,7 +745,7 @@ func readKeyFile(file string) (string, error) {
 	return key, nil
 }
 
-// keyBase returns the base URL that the API key goes to: where none is set, international pay as you go.
+// keyBase returns the base URL that the API key is sent to: API_BASE_URL, or international pay as you go.
 func keyBase(cfg *config) *url.URL {
 	if cfg.apiBase != nil {
 		return cfg.apiBase
@@ -755,8 +753,7 @@ func keyBase(cfg *config) *url.URL {
 	return &url.URL{Scheme: "https", Host: "dashscope-intl.aliyuncs.com", Path: "/compatible-mode/v1"}
 }
 
-// planMismatch returns what is wrong between the kind of key and the host that it goes to, "" for nothing. Only
-// Alibaba's own hosts are judged.
+// planMismatch returns why a key of this kind does not work with the host of base, "" if it may. It judges only Alibaba's hosts.
 func planMismatch(key string, base *url.URL) string {
 	host := base.Hostname()
 	if !strings.HasSuffix(host, ".aliyuncs.com") {
@@ -768,7 +765,7 @@ func planMismatch(key string, base *url.URL) string {
 	case planKey && !planHost:
 		return "the key looks like a Coding Plan or Token Plan key (sk-sp-…), and the base URL is for pay as you go: set API_BASE_URL to the plan's"
 	case !planKey && planHost:
-		return "the key looks like a pay-as-you-go key, and the base URL is that of a Coding Plan or Token Plan: take the plan's key, or another API_BASE_URL"
+		return "the key looks like a pay-as-you-go key, and the base URL is for a Coding Plan or Token Plan: use the plan's key, or another API_BASE_URL"
 	}
 	return ""
 }

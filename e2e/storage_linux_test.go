@@ -199,7 +199,7 @@ func TestReadOnlyDirectoryFromTheStart(t *testing.T) {
 	n := w.counts().refreshes
 	p.serving(w.refreshed(n), http.StatusOK, "")
 	p.serving(after(500*time.Millisecond), http.StatusOK, "")
-	p.warnings("can't write the directory", "waiting for sign-in", "the credentials could not be stored and are lost", "the refreshed token is kept in memory alone")
+	p.warnings("can't write the directory", "waiting for sign-in", "the credentials could not be stored and are lost", "the refreshed token is only kept in memory")
 	if got := p.stderr.String(); strings.Count(got, reason) != 3 || !strings.Contains(got, "QWEN_DIR") && !strings.Contains(got, "chown") {
 		t.Errorf("want %q three times, and what to do", reason)
 	}
