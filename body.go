@@ -67,9 +67,6 @@ func (b *bodyReader) fill(buf *buffer, w http.ResponseWriter, r *http.Request) e
 				message: "The request body is compressed (Content-Encoding). Send it uncompressed."}
 		}
 	}
-	if r.ContentLength > b.max {
-		return b.tooLarge()
-	}
 	length := r.ContentLength
 	if length < 0 {
 		length = b.max
@@ -79,12 +76,15 @@ func (b *bodyReader) fill(buf *buffer, w http.ResponseWriter, r *http.Request) e
 	if r.ProtoMajor == 1 {
 		due = readQuantum // track has set the first deadline
 	}
-	err := buf.fill(r.Body, length, func(n int) {
-		if n >= due {
-			rc.SetReadDeadline(time.Now().Add(b.timeout))
-			due = n + max(readQuantum, n/16)
-		}
-	})
+	err := errTooLong
+	if length <= b.max {
+		err = buf.fill(r.Body, length, func(n int) {
+			if n >= due {
+				rc.SetReadDeadline(time.Now().Add(b.timeout))
+				due = n + max(readQuantum, n/16)
+			}
+		})
+	}
 	// A deadline that is left would end the request while the answer streams. In HTTP/2 its timer also holds a stream that was
 	// reset. In HTTP/1 the rest of a body that failed needs it.
 	if err == nil || r.ProtoMajor == 2 {
@@ -94,18 +94,14 @@ func (b *bodyReader) fill(buf *buffer, w http.ResponseWriter, r *http.Request) e
 	case err == nil || err == errOverloaded:
 		return err
 	case err == errTooLong:
-		return b.tooLarge()
+		return &apiError{status: http.StatusRequestEntityTooLarge, typ: typeInvalidRequest, code: "request_too_large",
+			message: fmt.Sprintf("The request body is larger than %d bytes. Send less, or raise MAX_BODY_BYTES on the proxy.", b.max)}
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return &apiError{status: http.StatusRequestTimeout, typ: typeInvalidRequest, code: "request_timeout",
 			message: fmt.Sprintf("The request body came too slowly. In each %v (READ_TIMEOUT) at least %d bytes have to arrive, and of a large body a sixteenth of what has arrived before.", b.timeout, readQuantum)}
 	}
 	return &apiError{status: http.StatusBadRequest, typ: typeInvalidRequest, code: "broken_body",
 		message: "The request body broke off or is malformed. Send the request again.", err: err}
-}
-
-func (b *bodyReader) tooLarge() *apiError {
-	return &apiError{status: http.StatusRequestEntityTooLarge, typ: typeInvalidRequest, code: "request_too_large",
-		message: fmt.Sprintf("The request body is larger than %d bytes. Send less, or raise MAX_BODY_BYTES on the proxy.", b.max)}
 }
 
 // A requestBody is a request's body in memory, with the changes that the proxy makes to it. Its readers may outlive it.

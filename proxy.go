@@ -212,7 +212,7 @@ type call struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	tried  attempt
-	redial bool // only a new connection will do: one that was kept alive has failed
+	resent bool // the request was sent over a second connection
 
 	silence  *time.Timer // cuts the call off; it runs while the call waits for Qwen
 	answered atomic.Bool // the answer's header has come
@@ -223,7 +223,13 @@ func (c *call) do(r *http.Request) error {
 	c.x.called = true
 	c.ctx, c.cancel = context.WithCancelCause(httptrace.WithClientTrace(r.Context(), c.tried.trace()))
 	defer c.cancel(nil)
-	c.silence = time.AfterFunc(c.cfg.upstreamTimeout, c.silent)
+	c.silence = time.AfterFunc(c.cfg.upstreamTimeout, func() {
+		if c.answered.Load() {
+			c.cancel(errStreamIdle)
+		} else {
+			c.cancel(errUpstreamTimeout)
+		}
+	})
 	defer c.silence.Stop()
 	defer c.out.stop()
 	r = r.WithContext(c.ctx)
@@ -242,15 +248,6 @@ func (c *call) do(r *http.Request) error {
 
 // discardLog drops what ReverseProxy logs: the access log says the same, with the request's id.
 var discardLog = log.New(io.Discard, "", 0)
-
-// silent cuts the call off, because Qwen has been silent for too long.
-func (c *call) silent() {
-	if c.answered.Load() {
-		c.cancel(errStreamIdle)
-	} else {
-		c.cancel(errUpstreamTimeout)
-	}
-}
 
 // forwardedHeaders returns the headers of a client's request that Qwen needs, and Connection: ReverseProxy takes out what that
 // lists. All others stay here.
@@ -356,29 +353,19 @@ func (c *call) renew(req *http.Request, res *http.Response) (*http.Response, err
 // replayWindow is how soon a dead kept-alive connection shows that it is dead. On one that fails later, Qwen may have worked.
 const replayWindow = time.Second
 
-// maxResends bounds how often a request is sent again that Qwen has not processed.
-const maxResends = 3
-
-// send makes one round trip. It sends the request again if that is safe (see mayResend).
+// send makes one round trip. If that is safe (see mayResend), it makes another one over a new connection, once for each call.
 func (c *call) send(req *http.Request) (*http.Response, error) {
-	for n := 0; ; n++ {
-		transport := c.transport
-		if c.redial {
-			transport = c.fresh
-		}
-		c.tried.conn = nil
-		res, err := transport.RoundTrip(req)
-		if err == nil || n == maxResends || c.ctx.Err() != nil || !c.tried.mayResend(err) {
-			return res, err
-		}
-		if c.tried.sent.Load() {
-			c.x.replayed = true
-			c.metrics.replays.Add(1)
-		}
-		c.redial = c.redial || !c.tried.http2()
-		sleep(c.ctx, time.Duration(n*n)*100*time.Millisecond)
-		req = c.again(req)
+	c.tried.conn = nil
+	res, err := c.transport.RoundTrip(req)
+	if err == nil || c.resent || c.ctx.Err() != nil || !c.tried.mayResend(err) {
+		return res, err
 	}
+	c.resent = true
+	if c.tried.sent.Load() {
+		c.x.replayed = true
+		c.metrics.replays.Add(1)
+	}
+	return c.fresh.RoundTrip(c.again(req))
 }
 
 // again returns a copy of req to send: a transport may still read req.
