@@ -125,7 +125,11 @@ func newOAuthSource(oauth *oauthClient, store *credentialStore, cfg *config, log
 	if err := store.check(); err != nil {
 		log.Error("the credentials can't be stored", "error", err)
 	}
-	t, _ := store.load() // the first look tells of an error
+	info, _ := os.Stat(store.path())
+	t, err := store.load()
+	if err == nil {
+		s.seen = info
+	} // else the first look tells of the error
 	s.state.Store(&authState{token: s.prepare(t), changed: make(chan struct{})})
 	return s
 }

@@ -521,6 +521,7 @@ func TestRefusedRefreshLooksIntoTheFile(t *testing.T) {
 				s = newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
 					switch r.PostForm.Get("refresh_token") {
 					case "refresh-0":
+						time.Sleep(time.Second) // the first look at the file is over
 						s.write(tt.file())
 						return 400, grantRefused
 					case "refresh-1":
@@ -529,7 +530,7 @@ func TestRefusedRefreshLooksIntoTheFile(t *testing.T) {
 					return 200, deviceAnswer(nil)
 				})
 				s.start()
-				s.want(tt.got, 0)
+				s.want(tt.got, time.Second)
 				synctest.Wait()
 				s.wantAsked(tt.asked...)
 			})

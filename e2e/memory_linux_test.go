@@ -142,7 +142,6 @@ func TestMemoryStaysWithinItsBound(t *testing.T) {
 	content := func(s string, n int) []byte {
 		return []byte(`{"choices":[{"message":{"content":"` + strings.Repeat(s, n/len(s)) + `"}}]}`)
 	}
-	const maxTranslated = 2 << 20 // bytes of an answer that are translated at most
 	for _, tt := range []struct {
 		name      string
 		n, atOnce int
