@@ -312,7 +312,7 @@ type watchedFile struct {
 // watchFiles reads each of files at once and then every interval, until ctx ends. It logs each cause of failure once, and its end.
 func watchFiles(ctx context.Context, log *slog.Logger, interval time.Duration, files []*watchedFile) {
 	causes := make([]string, len(files)) // as logged; "" while the file can be used
-	for ctx.Err() == nil {
+	for ok := true; ok; ok = sleep(ctx, interval) {
 		for i, f := range files {
 			err := f.read()
 			switch {
@@ -323,10 +323,6 @@ func watchFiles(ctx context.Context, log *slog.Logger, interval time.Duration, f
 				causes[i] = err.Error()
 				log.Error(f.name+" can't be used; "+f.fallback, "error", err)
 			}
-		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(interval):
 		}
 	}
 }
