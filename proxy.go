@@ -212,7 +212,7 @@ type call struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	tried  attempt
-	resent bool // the request was sent over a second connection
+	redial bool // only a new connection will do: one that was kept alive has failed
 
 	silence  *time.Timer // cuts the call off; it runs while the call waits for Qwen
 	answered atomic.Bool // the answer's header has come
@@ -353,19 +353,29 @@ func (c *call) renew(req *http.Request, res *http.Response) (*http.Response, err
 // replayWindow is how soon a dead kept-alive connection shows that it is dead. On one that fails later, Qwen may have worked.
 const replayWindow = time.Second
 
-// send makes one round trip. If that is safe (see mayResend), it makes another one over a new connection, once for each call.
+// maxResends bounds how often a request is sent again that Qwen has not processed.
+const maxResends = 3
+
+// send makes one round trip. It sends the request again if that is safe (see mayResend).
 func (c *call) send(req *http.Request) (*http.Response, error) {
-	c.tried.conn = nil
-	res, err := c.transport.RoundTrip(req)
-	if err == nil || c.resent || c.ctx.Err() != nil || !c.tried.mayResend(err) {
-		return res, err
+	for n := 0; ; n++ {
+		transport := c.transport
+		if c.redial {
+			transport = c.fresh
+		}
+		c.tried.conn = nil
+		res, err := transport.RoundTrip(req)
+		if err == nil || n == maxResends || c.ctx.Err() != nil || !c.tried.mayResend(err) {
+			return res, err
+		}
+		if c.tried.sent.Load() {
+			c.x.replayed = true
+			c.metrics.replays.Add(1)
+		}
+		c.redial = c.redial || !c.tried.http2()
+		sleep(c.ctx, time.Duration(n*n)*100*time.Millisecond)
+		req = c.again(req)
 	}
-	c.resent = true
-	if c.tried.sent.Load() {
-		c.x.replayed = true
-		c.metrics.replays.Add(1)
-	}
-	return c.fresh.RoundTrip(c.again(req))
 }
 
 // again returns a copy of req to send: a transport may still read req.
