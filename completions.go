@@ -211,8 +211,8 @@ func (c *completion) stream(r io.Reader) io.Reader {
 	return &completionStream{completion: c, lines: bufio.NewReader(r)}
 }
 
-// maxEventBytes bounds the memory for one event: 1 MiB, where a chunk takes less than 1 KiB.
-const maxEventBytes = 1 << 20
+// maxEventBytes bounds the memory for one event: 128 KiB. A chunk takes less than 1 KiB.
+const maxEventBytes = 128 << 10
 
 // A completionStream is the reader that completion.stream returns.
 type completionStream struct {
@@ -246,7 +246,7 @@ func (s *completionStream) readLine() error {
 	}
 	switch {
 	case len(s.event) > maxEventBytes:
-		return errors.New("the stream has an event of more than 1 MiB")
+		return errors.New("the stream has an event of more than 128 KiB")
 	case err != nil && err != bufio.ErrBufferFull:
 		return err
 	case !endsEvent(s.event):

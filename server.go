@@ -67,8 +67,8 @@ func serve(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 		// deadlines of bodies and writes move with each piece.
 		IdleTimeout:    2 * time.Minute,
 		MaxHeaderBytes: 64 << 10,
-		// net/http reserves a frame's announced length before any of it comes, by default up to 1 MiB a connection.
-		HTTP2:                        &http.HTTP2Config{MaxReadFrameSize: 16 << 10},
+		// What net/http takes of bodies before anybody reads them is not counted: by default up to 1 MiB a connection.
+		HTTP2:                        &http.HTTP2Config{MaxReadFrameSize: 16 << 10, MaxReceiveBufferPerStream: 64 << 10, MaxReceiveBufferPerConnection: 64 << 10},
 		BaseContext:                  func(net.Listener) context.Context { return requests },
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
