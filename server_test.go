@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -18,11 +19,13 @@ import (
 func TestWatchFilesLogsEachCauseOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log logBuffer
-		var broken error
-		file := &watchedFile{name: "KEYS", fallback: "the last keys stay in use", read: func() error { return broken }}
+		var broken atomic.Pointer[error]
+		file := &watchedFile{name: "KEYS", fallback: "the last keys stay in use", read: func() error { return *broken.Load() }}
+		broken.Store(new(error))
 		go watchFiles(t.Context(), newLogger(&config{logFormat: "text"}, &log), 5*time.Second, []*watchedFile{file})
 		for range 2 {
-			for _, broken = range []error{nil, errors.New("empty"), errors.New("gone"), nil} {
+			for _, err := range []error{nil, errors.New("empty"), errors.New("gone"), nil} {
+				broken.Store(&err)
 				time.Sleep(time.Minute)
 			}
 		}
