@@ -1,11 +1,10 @@
 // Command qwen-go-proxy puts Alibaba's Qwen models behind OpenAI-compatible endpoints. It holds the credentials, keeps them
 // fresh, adds them to every request, and passes answers on as they come.
 //
-// The way of a request: server.go accepts it and exchange.go gives it an id, an access line and the error answers.
-// routes.go finds its route and asks access.go and ratelimit.go whether it may go on. proxy.go calls the route's handler,
-// which reads the body (body.go), takes a token (tokens.go) and sends both to Qwen through a ReverseProxy.
-// stream.go watches the answer, keeps the client's stream alive and sees whether it ends as it should.
-// At its end metrics.go counts the request, and exchange.go logs it.
+// The way of a request: server.go accepts it. routes.go gives it an id, finds its route and asks access.go and ratelimit.go
+// whether it may go on. The route's handler in proxy.go reads the body (body.go), takes a token (tokens.go) and sends both to
+// Qwen through a ReverseProxy. stream.go watches the answer, keeps the client's stream alive and sees whether it ends as it
+// should. At its end routes.go answers an error, and has metrics.go count the request and exchange.go log it.
 //
 // The way of a token: signin.go (at the terminal) or auth.go (in a browser) start a sign-in with oauth.go's device flow.
 // credentials.go stores its tokens in QWEN_DIR, in the format of Qwen Code. tokens.go reads and follows that file.
@@ -17,12 +16,12 @@
 //	main.go         commands, their settings, version
 //	config.go       settings: reading, checking, the .env file
 //	server.go       listening, TLS, following files, the service manager, shutdown
-//	routes.go       the table of routes; checks before a handler
+//	routes.go       the table of routes; what happens before and after a handler
 //	access.go       keys of clients, web origins, Host names, addresses of clients
 //	ratelimit.go    a token bucket for each client
-//	exchange.go     one request and its answer: id, headers, errors, deadlines, access line
+//	exchange.go     one request and its answer: deadlines of writes, errors, access line
 //	proxy.go        chat, embeddings, responses and messages: the call to Qwen
-//	body.go         request bodies within a bound on memory; finding and replacing the model
+//	body.go         request bodies within a bound on memory; finding members of JSON
 //	body_linux.go   gives the memory of large bodies back to the system at once
 //	stream.go       answers from Qwen: silence, keep-alive comments, whether they are whole
 //	completions.go  the text completions endpoint, over chat
