@@ -164,11 +164,14 @@ func healthcheckCommand(ctx context.Context, cfg *config, _, stderr io.Writer) i
 	return 0
 }
 
+// errAnyPort says why a server can't be asked: its configuration does not say where it listens.
+var errAnyPort = errors.New("SERVER_PORT=0 picks any port, so there is none to ask")
+
 // askServer gets path from the server that cfg configures. The caller closes the answer's body.
 func askServer(ctx context.Context, cfg *config, path string) (*http.Response, error) {
 	network, address := cfg.addr() // to dial 0.0.0.0 or :: is to dial this machine
 	if network == "tcp" && cfg.port == 0 {
-		return nil, errors.New("SERVER_PORT=0 picks any port, so there is none to ask")
+		return nil, errAnyPort
 	}
 	scheme := "http"
 	if cfg.tls {

@@ -582,7 +582,7 @@ func (c *call) failure(res *http.Response) error {
 	if compressed {
 		detail, ok = "(compressed)", true
 	}
-	quoted := c.tokenIn(text, res.Header.Get("Content-Encoding"))
+	quoted := c.tokenIn(text)
 	if whole && ok && !quoted {
 		c.x.fail(&apiError{status: status, typ: categoryOf(status), message: "Qwen answered " + clip(c.token.redact(res.Status+" "+detail), 150)})
 		if !compressed {
@@ -612,18 +612,23 @@ func (c *call) failure(res *http.Response) error {
 	return nil
 }
 
-// tokenIn reports whether an answer contains the call's token, be it in gzip or escaped in JSON.
-func (c *call) tokenIn(text []byte, encoding string) bool {
-	if strings.EqualFold(encoding, "gzip") {
-		if r, err := gzip.NewReader(bytes.NewReader(text)); err == nil {
-			text, _ = io.ReadAll(io.LimitReader(r, maxErrorBody)) // what there is of it
-		}
+// tokenIn reports whether an answer contains the call's token, be it in gzip, whatever its header says, or escaped in JSON.
+func (c *call) tokenIn(text []byte) bool {
+	if r, err := gzip.NewReader(bytes.NewReader(text)); err == nil {
+		text, _ = io.ReadAll(io.LimitReader(r, maxErrorBody)) // what there is of it
 	}
 	if c.token.quotedIn(string(text)) {
 		return true
 	}
-	var v any
-	return bytes.IndexByte(text, '\\') >= 0 && json.Unmarshal(text, &v) == nil && c.token.quotedIn(fmt.Sprint(v))
+	for dec := json.NewDecoder(bytes.NewReader(text)); ; {
+		part, err := dec.Token()
+		if err != nil {
+			return false
+		}
+		if s, ok := part.(string); ok && c.token.quotedIn(s) {
+			return true
+		}
+	}
 }
 
 // openAIError reports whether b is an error of OpenAI's shape, and returns its type and code, for the log.

@@ -152,9 +152,10 @@ func statusCommand(ctx context.Context, cfg *config, stdout, _ io.Writer) int {
 	}
 	server, err := askReady(ctx, cfg)
 	running, ready := err == nil, server.Status == "ready"
+	stopped := errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, errAnyPort)
 	_, address := cfg.addr()
 	switch {
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+	case stopped && err != errAnyPort:
 		line("server", "not running at %s", address)
 	case err != nil:
 		line("server", "not known: %v", err)
@@ -195,7 +196,7 @@ func statusCommand(ctx context.Context, cfg *config, stdout, _ io.Writer) int {
 	case problem == errNotSignedIn && !running:
 		line("next", "set QWEN_API_KEY, or sign in with: qwen-go-proxy login")
 	}
-	if ready || !running && problem == nil && !errors.Is(err, errNotOurs) {
+	if ready || stopped && problem == nil {
 		return 0
 	}
 	return 1

@@ -231,6 +231,10 @@ func TestStatusBelievesTheServer(t *testing.T) {
 			[]string{"set API_BASE_URL"}, ""},
 		"no server, a Unix socket": {map[string]string{"SERVER_HOST": "unix:" + filepath.Join(signedOut, "s"), "QWEN_DIR": signedIn}, 0,
 			[]string{"server:      not running at " + filepath.Join(signedOut, "s")}, ""},
+		"a server that can't be understood": {map[string]string{"SERVER_PORT": ready, "QWEN_DIR": signedIn, "ENABLE_TLS": "true"}, 1,
+			[]string{"server:      not known: "}, ""},
+		"any port": {map[string]string{"SERVER_PORT": "0", "QWEN_DIR": signedIn}, 0,
+			[]string{"server:      not known: SERVER_PORT=0", "credentials: signed in to Qwen"}, ""},
 		"another program": {map[string]string{"SERVER_PORT": answering(200, "hello"), "QWEN_DIR": signedIn}, 1,
 			[]string{"server:      not known: another program answers"}, ""},
 	} {

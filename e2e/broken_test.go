@@ -313,6 +313,7 @@ func TestOurCredentialsComeBackToNobody(t *testing.T) {
 		"an error's code":                 {answer("403 Forbidden", "", `{"error":{"message":"m","code":"KEY"}}`), 403},
 		"an error with slashes escaped":   {answer("400 Bad Request", "", strings.ReplaceAll(openAI, "KEY", `sk-of+the\/proxy=`)), 400},
 		"an error that is escaped":        {answer("400 Bad Request", "", strings.ReplaceAll(openAI, "KEY", `sk-of\u002bthe/proxy\u003d`)), 400},
+		"an error that is escaped, twice": {answer("400 Bad Request", "", `{"error":{"message":"sk-of\u002bthe/proxy\u003d","message":"m"}}`), 400},
 		"an error in gzip":                {answer("400 Bad Request", "Content-Encoding: gzip\r\n", gzipped(strings.ReplaceAll(openAI, "KEY", key))), 400},
 		"a page":                          {answer("500 Oops", "", "<html>KEY"), 500},
 		"a 401":                           {answer("401 Unauthorized", "", openAI), 401},
