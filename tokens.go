@@ -88,7 +88,7 @@ type oauthSource struct {
 	spent      sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
 	sayInPlace sync.Once
 
-	verdict   verdict
+	verdict
 	refreshes [len(refreshResults)]atomic.Int64
 }
 
@@ -118,7 +118,8 @@ var refreshResults = [...]string{"success", "refused", "failed"}
 func newOAuthSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *oauthSource {
 	s := &oauthSource{
 		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log, wake: make(chan struct{}, 1),
-		flow: deviceFlow{oauth: oauth, log: log, prompt: prompt, demo: cfg.demo},
+		flow:    deviceFlow{oauth: oauth, log: log, prompt: prompt, demo: cfg.demo},
+		verdict: verdict{answer: errNotServed, log: log},
 	}
 	s.flow.complete = s.signedIn
 	s.flow.current.Store(&signIn{changed: make(chan struct{})})
@@ -162,7 +163,7 @@ func (s *oauthSource) Token(ctx context.Context) (*token, error) {
 // Replace returns the token that has replaced rejected already, or a refreshed one. It does not refresh within a minute
 // after a fresh token was refused too.
 func (s *oauthSource) Replace(ctx context.Context, rejected *token) (*token, error) {
-	if s.verdict.refusedAgain() {
+	if s.refusedAgain() {
 		return nil, errNotServed
 	}
 	if st := s.state.Load(); st.token == rejected && !st.rejected {
@@ -354,7 +355,7 @@ func (s *oauthSource) look() error {
 		t.refresh != st.token.refresh && st.refused != nil):
 		s.setToken(t)
 		s.log.Info("another process has changed the credentials; using them", "token", t)
-		s.verdict.restart()
+		s.restart()
 		s.flow.end(signInComplete, errors.New("another process has signed in"))
 	case errors.Is(err, errSignedOut) && st.token != nil:
 		s.signedOut()
@@ -392,7 +393,7 @@ func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
 	}
 	s.stored(t, s.store.replace(t))
 	s.setToken(t)
-	s.verdict.served() // it may be another account's
+	s.served() // it may be another account's
 	if t.baseErr != nil {
 		s.log.Error(baseRefused(t.baseErr).message)
 	}
@@ -550,20 +551,11 @@ func (s *oauthSource) stored(t *token, err error) {
 	}
 }
 
-func (s *oauthSource) served() { s.verdict.served() }
-
-func (s *oauthSource) refused() *apiError {
-	if s.verdict.refused() {
-		s.log.Error(errNotServed.message)
-	}
-	return errNotServed
-}
-
 // ready counts the server as ready again a minute after the last 401. Only then does a load balancer send a request, which
 // finds out whether it is.
 func (s *oauthSource) ready() *apiError {
 	st, now := s.state.Load(), time.Now()
-	if _, lately := s.verdict.refusing(); lately {
+	if _, lately := s.refusing(); lately {
 		return errNotServed
 	}
 	if err := s.problem(st, now); err != nil {
@@ -582,7 +574,7 @@ func (s *oauthSource) status() sourceStatus {
 		status.refreshes[i] = s.refreshes[i].Load()
 	}
 	if status.problem == nil {
-		if long, _ := s.verdict.refusing(); long {
+		if long, _ := s.refusing(); long {
 			status.problem = errNotServed // the server counts as ready again, but a sign-in would help
 		} else if st.refused != nil {
 			status.problem = signInRefused(st.refused) // the token is still good for a while
@@ -592,13 +584,16 @@ func (s *oauthSource) status() sourceStatus {
 	return status
 }
 
-// A verdict knows whether Qwen accepts the credentials. The zero value says that it does. It is safe for concurrent use.
+// A verdict knows whether Qwen accepts the credentials. It is safe for concurrent use.
 type verdict struct {
-	mu    sync.Mutex
-	trial bool      // Qwen has not accepted them before, so the first 401 counts like a minute of them
-	since time.Time // the first 401 to a fresh token or a key since Qwen accepted one; zero for none
-	fresh time.Time // the last such 401
-	last  time.Time // the last 401 to any token
+	answer *apiError // to clients if it does not
+	log    *slog.Logger
+
+	mu    sync.Mutex // guards what follows
+	trial bool       // Qwen has not accepted them before, so the first 401 counts like a minute of them
+	since time.Time  // the first 401 to a fresh token or a key since Qwen accepted one; zero for none
+	fresh time.Time  // the last such 401
+	last  time.Time  // the last 401 to any token
 }
 
 // served notes that Qwen has accepted the credentials.
@@ -625,19 +620,20 @@ func (v *verdict) restart() {
 	}
 }
 
-// refused notes a 401 to a fresh token or a key. It reports whether it is the first.
-func (v *verdict) refused() (first bool) {
+// refused notes a 401 to a fresh token or a key, and logs the first. It returns the answer to the client.
+func (v *verdict) refused() *apiError {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	now := time.Now()
-	if first = v.since.IsZero(); first {
+	v.fresh, v.last = now, now
+	if v.since.IsZero() {
 		v.since = now
 		if v.trial {
 			v.since = now.Add(-refusalTime)
 		}
+		v.log.Error(v.answer.message)
 	}
-	v.fresh, v.last = now, now
-	return first
+	return v.answer
 }
 
 // refusedAgain reports whether a fresh token got a 401 within the last minute, and notes one more 401 if so.
@@ -661,17 +657,18 @@ func (v *verdict) refusing() (long, lately bool) {
 
 // A keySource hands out an API key.
 type keySource struct {
-	file    string // QWEN_API_KEY_FILE; "" if it is not set
-	base    *url.URL
-	log     *slog.Logger
-	key     atomic.Pointer[token]
-	verdict verdict
+	file string // QWEN_API_KEY_FILE; "" if it is not set
+	base *url.URL
+	log  *slog.Logger
+	key  atomic.Pointer[token]
+	verdict
 }
 
 func newKeySource(cfg *config, log *slog.Logger) *keySource {
 	s := &keySource{file: cfg.apiKeyFile, base: keyBase(cfg), log: log}
+	s.verdict = verdict{trial: true, log: log, answer: &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
+		message: fmt.Sprintf("Qwen refused the proxy's API key. Key, plan and base URL have to belong together: check QWEN_API_KEY and API_BASE_URL; the base URL in use is %s.", s.base)}}
 	s.setKey(cfg.apiKey)
-	s.verdict.reset()
 	return s
 }
 
@@ -684,25 +681,10 @@ func (s *keySource) Token(context.Context) (*token, error) { return s.key.Load()
 // Replace returns no token: the key can't be renewed.
 func (s *keySource) Replace(context.Context, *token) (*token, error) { return nil, s.refused() }
 
-func (s *keySource) served() { s.verdict.served() }
-
-func (s *keySource) refused() *apiError {
-	if s.verdict.refused() {
-		s.log.Error(s.refusal().message)
-	}
-	return s.refusal()
-}
-
-// refusal is the answer if Qwen does not accept the key.
-func (s *keySource) refusal() *apiError {
-	return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
-		message: fmt.Sprintf("Qwen refused the proxy's API key. Key, plan and base URL have to belong together: check QWEN_API_KEY and API_BASE_URL; the base URL in use is %s.", s.base)}
-}
-
 // ready counts a key that was never accepted as refused at its first 401. Otherwise it is as an oauthSource's.
 func (s *keySource) ready() *apiError {
-	if _, lately := s.verdict.refusing(); lately {
-		return s.refusal()
+	if _, lately := s.refusing(); lately {
+		return s.answer
 	}
 	return nil
 }
@@ -725,7 +707,7 @@ func (s *keySource) readFile() error {
 	key, err := readKeyFile(s.file)
 	if err == nil && key != s.key.Load().access {
 		s.setKey(key)
-		s.verdict.reset()
+		s.reset()
 		s.log.Info("the API key has changed")
 	}
 	return err
