@@ -189,6 +189,9 @@ func flood(p *program, d time.Duration, path string, body []byte, flags byte) (n
 // TestRapidResetsHoldNoMemory resets streams that are being read or answered: none of their memory outlives them.
 func TestRapidResetsHoldNoMemory(t *testing.T) {
 	t.Parallel()
+	if raceEnabled() {
+		t.Skip("the race detector takes several times the memory")
+	}
 	const limit = 50 << 20
 	d := time.Second
 	if longTests() {
@@ -499,7 +502,7 @@ func TestWhatHTTP2LeavesUnprocessedIsSentAgain(t *testing.T) {
 	}
 	t.Run("a GOAWAY for every 50 requests", func(t *testing.T) {
 		t.Parallel()
-		requests := 500
+		requests := many(500)
 		if longTests() {
 			requests = 20_000
 		}

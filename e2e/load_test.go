@@ -100,7 +100,7 @@ func (p *program) until(what string, wanted func(footprint) bool) footprint {
 func TestAnnouncementsTakeNoMemory(t *testing.T) {
 	t.Parallel()
 	clients := many(300)
-	limit := clients * 64 << 10
+	const limit = 20 << 20
 	t.Run("bodies", func(t *testing.T) {
 		p := startWith(t, nil, nil)
 		before := p.footprint()

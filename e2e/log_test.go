@@ -35,7 +35,6 @@ func startLogging(t *testing.T, env map[string]string) (p *program, log *os.File
 		seen := cmd.Stderr.(*logBuffer)
 		cmd.Stderr = w
 		go func() {
-			defer w.Close()
 			for !strings.Contains(seen.String(), `"msg":"listening"`) {
 				b := make([]byte, 4096)
 				n, err := r.Read(b)
@@ -46,6 +45,7 @@ func startLogging(t *testing.T, env map[string]string) (p *program, log *os.File
 			}
 		}()
 	})
+	w.Close()
 	p.stderr.await(t, `"msg":"listening"`) // and what follows is left in the pipe
 	return p, r
 }

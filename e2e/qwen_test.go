@@ -23,13 +23,13 @@ const (
 // A witness is a stand-in for Qwen's OAuth server and its chat that takes its time to answer, and notes what became of
 // refreshes. A sign-in is approved at once.
 type witness struct {
-	url, dir string               // dir is QWEN_DIR of the processes under test
-	life     time.Duration        // of an access token
-	delay    func() time.Duration // before, and again after, a token is issued
+	url, dir string        // dir is QWEN_DIR of the processes under test
+	life     time.Duration // of an access token
 
 	issuing chan struct{} // 1 slot: a request that is to issue a token has arrived
 
 	mu       sync.Mutex           // guards all below
+	delay    func() time.Duration // of a pause before, and another after, a token is issued
 	under    int                  // refreshes under way
 	most     int                  // at one time
 	refresh  string               // the refresh token issued last: the only one that is good
@@ -152,13 +152,28 @@ func (w *witness) token(rw http.ResponseWriter, r *http.Request) {
 	if good {
 		wakeUp(w.issuing)
 	}
-	time.Sleep(w.delay())
+	w.pause()
 	status, answer := w.issue(r, refresh)
 	if status == 200 {
 		wakeUp(w.issuing)
 	}
-	time.Sleep(w.delay())
+	w.pause()
 	answerJSON(rw, status, answer)
+}
+
+// pause takes the witness's time.
+func (w *witness) pause() {
+	w.mu.Lock()
+	delay := w.delay
+	w.mu.Unlock()
+	time.Sleep(delay())
+}
+
+// setDelay sets how long pauses are.
+func (w *witness) setDelay(delay func() time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.delay = delay
 }
 
 // issue redeems a refresh token, or a device code where refresh is "".

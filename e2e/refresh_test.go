@@ -113,7 +113,7 @@ func TestKilledWhileRefreshing(t *testing.T) {
 		kills = 200
 	}
 	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), time.Second)
-	w.delay = func() time.Duration { return mathrand.N(4 * time.Millisecond) }
+	w.setDelay(func() time.Duration { return mathrand.N(4 * time.Millisecond) })
 	var idle, inFlight, received, kept int
 	var latest time.Duration // after its token was issued, that a kill made it lost
 	for n := range kills {
@@ -204,7 +204,7 @@ func TestBesideQwenCode(t *testing.T) {
 	}
 	d := duration("QWEN_CODE_DURATION", 2*time.Minute)
 	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), life)
-	w.delay = func() time.Duration { return 50*time.Millisecond + mathrand.N(200*time.Millisecond) }
+	w.setDelay(func() time.Duration { return 50*time.Millisecond + mathrand.N(200*time.Millisecond) })
 	var processes []*program
 	for range 3 {
 		processes = append(processes, start(t, w.env()))

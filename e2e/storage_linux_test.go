@@ -350,7 +350,7 @@ func TestShutdownDuringARefreshThatHangs(t *testing.T) {
 			answer := make(chan struct{})
 			finish := sync.OnceFunc(func() { close(answer) })
 			defer finish()
-			w.delay = func() time.Duration { <-answer; return 0 }
+			w.setDelay(func() time.Duration { <-answer; return 0 })
 			env := w.env()
 			env["LOG_LEVEL"] = "info"
 			p := start(t, env)
