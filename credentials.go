@@ -351,7 +351,7 @@ func (s *credentialStore) save(t *token) error {
 	return s.write(content)
 }
 
-// replace writes t in place of whatever is there. It keeps members that it does not know, of another program that shares the file.
+// replace writes t in place of whatever is there. It keeps the members of another program that shares the file.
 func (s *credentialStore) replace(t *token) error {
 	if stored, err := s.load(); err == nil {
 		t.members = stored.members

@@ -507,7 +507,7 @@ and check that it shows this code:
 // clip returns s cut to at most n bytes.
 func clip(s string, n int) string { return s[:min(len(s), n)] }
 
-// wallClock is the time without its monotonic reading. That stands still while a laptop sleeps, and tokens expire all the same.
+// wallClock is the time without its monotonic reading, which stands still while a laptop sleeps. Tokens expire meanwhile.
 func wallClock() time.Time { return time.Now().Round(0) }
 
 // sleep waits for d, and reports false if ctx ended first.

@@ -381,7 +381,7 @@ func (s *oauthSource) signedOut() {
 	s.flow.start()
 }
 
-// signedIn stores the token of a completed sign-in and puts it into use. It returns false if the sign-in was ended before that.
+// signedIn stores the token of a completed sign-in and puts it into use. It returns false if the sign-in was ended before.
 func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
 	lock, _ := s.store.lock(ctx, func() bool { return false }) // a lock that is held forever must not cost the user a sign-in
 	defer lock.release()
@@ -610,8 +610,8 @@ func (v *verdict) reset() {
 	v.trial, v.since = true, time.Time{}
 }
 
-// restart counts the time of the 401s from now on, because another process has stored a token, maybe another account's. The next
-// 401 still leads to no refresh: that would lead to one by the other process, and so on.
+// restart counts the time of the 401s from now on: another process has stored a token, maybe of another account. The next 401
+// still leads to no refresh, which would lead to one by the other process, and so on.
 func (v *verdict) restart() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -647,7 +647,7 @@ func (v *verdict) refusedAgain() bool {
 	return again
 }
 
-// refusing reports whether Qwen has refused the credentials for a minute or longer, and whether it did so within the last minute.
+// refusing reports whether Qwen has refused the credentials for a minute or longer, and whether also within the last minute.
 func (v *verdict) refusing() (long, lately bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -739,7 +739,7 @@ func keyBase(cfg *config) *url.URL {
 	return &url.URL{Scheme: "https", Host: "dashscope-intl.aliyuncs.com", Path: "/compatible-mode/v1"}
 }
 
-// planMismatch returns why a key of this kind does not work with the host of base, "" if it may. It judges only Alibaba's hosts.
+// planMismatch returns why a key of this kind does not work with base, "" if it may. It judges only Alibaba's hosts.
 func planMismatch(key string, base *url.URL) string {
 	host := base.Hostname()
 	if !strings.HasSuffix(host, ".aliyuncs.com") {
