@@ -144,7 +144,8 @@ func TestAnnouncementsTakeNoMemory(t *testing.T) {
 
 func TestClientsThatDoNotReadHinderNobody(t *testing.T) {
 	t.Parallel()
-	const stuck, events = 50, 200
+	const events = 200
+	stuck := many(50)
 	next := make(chan struct{}, 1)
 	var taken atomic.Int64 // bytes of those that are stuck
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
