@@ -138,7 +138,7 @@ func soakKinds() map[string]*soakKind {
 		"json-dead":          {weight: 10, content: 2000, api: (*soak).apiDead},
 		"stream":             {weight: 10, stream: true, content: 500, api: (*soak).apiStream},
 		"stream-slow":        {weight: 3, stream: true, content: 500, api: (*soak).apiSlow},
-		"stream-large":       {weight: 4, stream: true, content: 1 << 20, api: (*soak).apiStream},
+		"stream-large":       {weight: 4, stream: true, content: 100 << 10, api: (*soak).apiStream},
 		"stream-slowly":      {weight: 4, stream: true, content: 40 << 10, api: (*soak).apiStream, client: (*soak).postSlowly},
 		"close":              {weight: 5, api: (*soak).apiClose, status: 502, typ: "network_error", code: "upstream_unreachable"},
 		"reset":              {weight: 5, api: (*soak).apiReset, status: 502, typ: "network_error", code: "upstream_unreachable"},
@@ -234,9 +234,6 @@ func newSoakAnswer(k *soakKind, seed uint64, text bool) *soakAnswer {
 		chat = "data: " + `{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":null}]}` + "\n\n"
 		translated = "data: " + `{"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":[{"text":"%s","index":0,"logprobs":null,"finish_reason":null}]}` + "\n\n"
 		n := 3 + rng.IntN(12)
-		if k.content >= 1<<20 {
-			n = 2
-		}
 		for range n {
 			a.pieces = append(a.pieces, fmt.Sprintf(pick(text, translated, chat), content()))
 		}
