@@ -878,6 +878,27 @@ func TestKeySource(t *testing.T) {
 	}
 }
 
+// TestANewKeyIsTried: what Qwen said of the old key does not count for the one that replaces it in the file.
+func TestANewKeyIsTried(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "key")
+	s := newKeySource(&config{apiKey: "sk-old", apiKeyFile: file}, slog.New(slog.DiscardHandler))
+	if err := s.refused(); err.code != "invalid_api_key" || s.ready() != err {
+		t.Errorf("refused: %v, ready: %v", err, s.ready())
+	}
+	if err := os.WriteFile(file, []byte("sk-new\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.readFile(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.ready(); err != nil {
+		t.Errorf("not ready with a new key: %v", err)
+	}
+	if s.refused(); s.ready() == nil {
+		t.Error("ready though Qwen refuses the new key too")
+	}
+}
+
 // signedIn returns a source whose token is good for long.
 func signedIn(t testing.TB) *oauthSource {
 	s := &oauthSource{oauth: &oauthClient{}}
