@@ -264,7 +264,8 @@ func clientKey(r *http.Request) string {
 	return password
 }
 
-// readProxyKeys returns the keys in file, one a line; blank lines and lines that start with # do not count.
+// readProxyKeys returns the keys in file: one a line, with an optional name of one word. # begins a comment, at the start of a
+// line or after white space.
 func readProxyKeys(file string) ([]string, error) {
 	b, _, err := readRegular(file, math.MaxInt64)
 	if err != nil {
@@ -272,8 +273,15 @@ func readProxyKeys(file string) ([]string, error) {
 	}
 	var keys []string
 	for line := range strings.Lines(string(b)) {
-		if line = strings.TrimSpace(line); line != "" && line[0] != '#' {
-			keys = append(keys, line)
+		fields := strings.Fields(line) // the key, its name, a comment
+		if i := slices.IndexFunc(fields, func(s string) bool { return s[0] == '#' }); i >= 0 {
+			fields = fields[:i]
+		}
+		switch {
+		case len(fields) > 2:
+			return nil, errors.New("a line has more than a key, its name of one word, and a comment behind #")
+		case len(fields) > 0:
+			keys = append(keys, fields[0])
 		}
 	}
 	switch {

@@ -360,6 +360,9 @@ func parseModel(s string) (string, bool) {
 // parsePrefix returns a range of IP addresses, or that of one address.
 func parsePrefix(s string) (netip.Prefix, bool) {
 	if p, err := netip.ParsePrefix(s); err == nil {
+		if a := p.Addr(); a.Is4In6() && p.Bits() >= 96 {
+			p = netip.PrefixFrom(a.Unmap(), p.Bits()-96) // clients' addresses come unmapped
+		}
 		return p.Masked(), true
 	}
 	a, err := netip.ParseAddr(s)

@@ -354,6 +354,16 @@ func TestConfigHidesSecrets(t *testing.T) {
 	}
 }
 
+func TestParsePrefix(t *testing.T) {
+	for s, want := range map[string]string{
+		"10.1.2.3": "10.1.2.3/32", "10.1.2.3/8": "10.0.0.0/8", "::ffff:10.1.2.3": "10.1.2.3/32", "::ffff:10.1.2.3/104": "10.0.0.0/8", "fd00::1/8": "fd00::/8",
+	} {
+		if got, ok := parsePrefix(s); !ok || got.String() != want {
+			t.Errorf("%s: %v, %v, want %s", s, got, ok, want)
+		}
+	}
+}
+
 func TestConfigKeyFiles(t *testing.T) {
 	dir := t.TempDir()
 	for _, tt := range []struct {
@@ -367,7 +377,8 @@ func TestConfigKeyFiles(t *testing.T) {
 		{"CRLF", "one\r\ntwo\r\n", "", []string{"one", "two"}},
 		{"comments and blank lines", "# for n8n\n\none\n  # for the team\ntwo#2\n", "", []string{"one", "two#2"}},
 		{"quotes", `"sk-1"`, "", []string{`"sk-1"`}},
-		{"a blank within", "sk 1", "", nil},
+		{"names and comments", "sk-1 alice\nsk-2\tn8n # the server\n sk-3 # bob's\n", "", []string{"sk-1", "sk-2", "sk-3"}},
+		{"two blanks within", "sk 1 2", "", nil},
 		{"beyond ASCII", "sk-é", "", nil},
 		{"a NUL", "sk\x00", "", nil},
 		{"empty", "", "", nil},

@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -12,6 +13,12 @@ import (
 func TestFIFOInPlaceOfTheCredentialFile(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
+	if err := syscall.Mkfifo(filepath.Join(dir, "key"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readKeyFile(filepath.Join(dir, "key")); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Errorf("a key file that is a FIFO: %v", err)
+	}
 	if err := syscall.Mkfifo(filepath.Join(dir, credentialFile), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -281,7 +281,9 @@ func (e *apiError) Error() string {
 func (e *apiError) Unwrap() error { return e.err }
 
 // ours reports whether neither Qwen nor the way to it has caused e.
-func (e *apiError) ours() bool { return e == errClientLeft || e == errShuttingDown || e == errDefect }
+func (e *apiError) ours() bool {
+	return e == errClientLeft || e == errShuttingDown || e == errOverloaded || e == errDefect
+}
 
 // because returns e with what happened, for the log.
 func (e *apiError) because(err error) *apiError {
@@ -301,12 +303,8 @@ func toAPIError(err error) *apiError {
 	if e, ok := errors.AsType[*apiError](err); ok {
 		return e
 	}
-	var timeout interface{ Timeout() bool }
-	switch {
-	case errors.Is(err, context.Canceled):
+	if errors.Is(err, context.Canceled) {
 		return errClientLeft
-	case errors.As(err, &timeout) && timeout.Timeout():
-		return errUpstreamTimeout.because(err)
 	}
 	return &apiError{status: http.StatusBadGateway, typ: typeNetwork, code: "upstream_unreachable",
 		message: "Qwen could not be reached. Try again; if it lasts, check the proxy's network and its log.", err: err}

@@ -93,7 +93,7 @@ func (m *models) withAliases(objects []json.RawMessage) (list []json.RawMessage)
 	return list
 }
 
-// current returns the list to answer with. Concurrent requests ask the upstream once.
+// current returns the list to answer with, nil if ctx ends first. Concurrent requests ask the upstream once.
 func (m *models) current(ctx context.Context) []json.RawMessage {
 	select {
 	case m.turn <- struct{}{}:
@@ -149,17 +149,25 @@ func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 
 // all handles GET /v1/models.
 func (m *models) all(x *exchange, r *http.Request) error {
+	list := m.current(r.Context())
+	if list == nil {
+		return context.Cause(r.Context())
+	}
 	writeJSON(x, http.StatusOK, struct {
 		Object string            `json:"object"`
 		Data   []json.RawMessage `json:"data"`
-	}{"list", m.current(r.Context())})
+	}{"list", list})
 	return nil
 }
 
 // one handles GET /v1/models/{id}.
 func (m *models) one(x *exchange, r *http.Request) error {
 	_, id, _ := strings.Cut(r.URL.Path, "/models/")
-	for _, object := range m.current(r.Context()) {
+	list := m.current(r.Context())
+	if list == nil {
+		return context.Cause(r.Context())
+	}
+	for _, object := range list {
 		if modelID(object) == id {
 			writeBody(x, http.StatusOK, object)
 			return nil

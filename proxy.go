@@ -168,6 +168,8 @@ func (p *proxy) prepare(body *requestBody, required string) error {
 			return invalidRequest(required, "missing_required_parameter", "The request has no %q. It is required.", required)
 		case required == "messages" && v[0] != '[':
 			return invalidRequest(required, "invalid_type", "%q has to be an array of messages.", required)
+		case required == "input" && v[0] != '[' && v[0] != '"':
+			return invalidRequest(required, "invalid_type", "%q has to be a string or an array.", required)
 		}
 	}
 	switch string(found[1].of(body.data)) {

@@ -228,6 +228,7 @@ func TestBadRequestsStayHere(t *testing.T) {
 		{"model is a number", "chat/completions", `{"messages":[],"model":5}`, 400, "invalid_type", "model"},
 		{"model twice", "chat/completions", `{"messages":[],"model":"a","model":"b"}`, 400, "duplicate_member", "model"},
 		{"no messages", "chat/completions", `{"model":"m"}`, 400, "missing_required_parameter", "messages"},
+		{"input is a number", "embeddings", `{"input":5}`, 400, "invalid_type", "input"},
 		{"messages is a string", "chat/completions", `{"messages":"hi"}`, 400, "invalid_type", "messages"},
 		{"no input", "embeddings", `{}`, 400, "missing_required_parameter", "input"},
 		{"two prompts", "completions", `{"prompt":["a","b"]}`, 400, "invalid_prompt", "prompt"},

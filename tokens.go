@@ -415,6 +415,10 @@ func (s *oauthSource) due(now time.Time) time.Duration {
 // refresh renews the token once and puts the result into the state.
 func (s *oauthSource) refresh(ctx, abort context.Context) {
 	s.fileMu.Lock() // no other process's token comes into use from here on
+	if s.due(time.Now()) > 0 {
+		s.fileMu.Unlock() // another token, or none, has come into use meanwhile
+		return
+	}
 	old, lastErr := s.state.Load().token, s.state.Load().failed
 	s.update(func(st *authState) { st.refreshing = true })
 	s.fileMu.Unlock()
@@ -715,7 +719,7 @@ func (s *keySource) readFile() error {
 
 // readKeyFile returns the key in file, which may hold nothing else but white space.
 func readKeyFile(file string) (string, error) {
-	b, err := os.ReadFile(file)
+	b, _, err := readRegular(file, maxCredentialFile)
 	if err != nil {
 		return "", err
 	}

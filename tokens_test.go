@@ -1235,3 +1235,12 @@ func TestASpentRefreshTokenComesBack(t *testing.T) {
 		})
 	}
 }
+
+// TestARefreshThatIsNoLongerDueDoesNothing: between the look at the clock and the refresh, another process may have signed out.
+func TestARefreshThatIsNoLongerDueDoesNothing(t *testing.T) {
+	s := newOAuthSource(nil, &credentialStore{dir: t.TempDir()}, emptyConfig(), slog.New(slog.DiscardHandler), io.Discard)
+	s.refresh(t.Context(), t.Context()) // with a token that is nil
+	if st := s.state.Load(); st.refreshing || st.failed != nil {
+		t.Errorf("the state is %+v", st)
+	}
+}
