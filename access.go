@@ -16,7 +16,7 @@ import (
 	"sync/atomic"
 )
 
-// A digest is the SHA-256 of a key. Keys are compared by their digests, whose length says nothing of theirs.
+// A digest is the SHA-256 of a key. Digests all have one length, so comparing them does not reveal a key's.
 type digest [sha256.Size]byte
 
 // An access decides which requests may come in, by three things: the client's key, the web page that a browser sends it for, and
@@ -74,7 +74,7 @@ type client struct {
 	trusted  bool       // the request came from one of TRUSTED_PROXIES, or through a Unix socket
 	told     bool       // addr is from the X-Forwarded-For of such a peer
 	admitted bool       // it has one of the proxy's keys, or needs none
-	rate     rateKey    // its bucket in the rate limiter: that of its key if it is one of the proxy's, else of its address
+	rate     rateKey    // its bucket in the rate limiter: by key if the client has a valid one, otherwise by address
 }
 
 // client returns what is known of the client of r.

@@ -152,7 +152,7 @@ func (x *exchange) errorBody(e *apiError) []byte {
 	return b
 }
 
-// outcome returns the status for the log and the metrics. If no answer was begun it is that of what failed.
+// outcome returns the status for the log and the metrics. Before an answer has begun it is the error's status.
 func (x *exchange) outcome() int {
 	switch {
 	case x.status != 0:

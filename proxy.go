@@ -31,7 +31,7 @@ const anthropicPath = "/apps/anthropic/v1"
 // maxErrorBody bounds how much of an upstream's error answer is read to see what it is, in bytes.
 const maxErrorBody = 64 << 10
 
-// maxWait bounds how long the client waits without a word while an error's body, or the beginning of an answer, comes in pieces.
+// maxWait bounds how long the client waits without any answer while an error's body, or the beginning of an answer, comes in pieces.
 const maxWait = 10 * time.Second
 
 // Why a call to Qwen was cut off, as its context's cause.

@@ -208,7 +208,7 @@ func (s *server) find(r *http.Request) *route {
 	return &s.unmatched
 }
 
-// admit reports why c, the client of r, may not use routes of the class. h, the answer's header, gets how its rate limit stands.
+// admit reports why c, the client of r, may not use routes of the class. It sets the X-RateLimit headers in h.
 func (s *server) admit(h http.Header, r *http.Request, c client, class accessClass) error {
 	if class == public {
 		return nil
@@ -248,7 +248,7 @@ func (s *server) refuse(_ *exchange, r *http.Request) error {
 		header: http.Header{"Allow": {strings.Join(allow, ", ")}}}
 }
 
-// endpoints returns the routes as a sentence lists them.
+// endpoints lists the routes for the 404 message.
 func (s *server) endpoints() string {
 	var list strings.Builder
 	method := ""

@@ -40,7 +40,7 @@ type tokenSource interface {
 	served()
 	// refused notes that Qwen has answered 401 to the token that Replace returned. It returns the answer to the client.
 	refused() *apiError
-	// ready returns nil if a usable token is at hand, else what a request would be answered.
+	// ready returns nil if a usable token is at hand, otherwise the error that a request would get.
 	ready() *apiError
 	// status describes the credentials.
 	status() sourceStatus
