@@ -214,7 +214,7 @@ func compare(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	flags.DurationVar(&c.duration, "duration", 2*time.Second, "length of one slice")
 	flags.IntVar(&c.streams, "streams", 10_000, "streams that are open while memory is measured")
 	flags.StringVar(&c.mode, "upstream", "plain", "what the upstream speaks: plain (HTTP/1.1), tls1 (HTTP/1.1 over TLS) or tls2 (HTTP/2 over TLS)")
-	only := flags.String("only", "", "programs to run: qwen-go-proxy, bare (its copy goes with it), nginx, haproxy, caddy, direct, comma-separated; those of -proxy run always")
+	only := flags.String("only", "", "programs to run beside qwen-go-proxy: bare (its copy goes with it), nginx, haproxy, caddy, direct, comma-separated; those of -proxy run always")
 	svg := flags.String("svg", "", "`file` to write a bar chart to")
 	what := flags.String("what", "", "what to measure: 2k, 100k, sse, burst, stalled, streams, start, comma-separated")
 	source := flags.String("source", "..", "directory of the qwen-go-proxy to build where there is no -proxy")
@@ -339,6 +339,9 @@ func (c *comparison) choosePrograms(only, source string) error {
 	}
 	if slices.Contains(strings.Split(only, ","), "bare") {
 		only += ",bare-2" // the copy goes with it
+	}
+	if !given && only != "" && !slices.Contains(strings.Split(only, ","), "qwen-go-proxy") {
+		only += ",qwen-go-proxy"
 	}
 	chosen, err := choose(all, only, func(p *program) string { return p.name })
 	if err != nil {
