@@ -162,7 +162,7 @@ func (s *streamWriter) stop() {
 func (s *streamWriter) keepAlive() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.active {
+	if !s.active || s.complete {
 		return
 	}
 	if s.status != 0 && s.blank && len(s.line) == 0 {
