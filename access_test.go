@@ -13,8 +13,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // send makes a request with the headers that set puts in and a body that the path takes, and returns the answer, read
@@ -32,21 +30,15 @@ func (p *program) send(method, path string, set func(*http.Request)) (*http.Resp
 		}}, "http://localhost"
 	}
 	req, err := http.NewRequest(method, base+path, strings.NewReader(body))
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	if set != nil {
 		set(req)
 	}
 	res, err := transport.RoundTrip(req) // follows no redirects
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	defer res.Body.Close()
 	answer, err := io.ReadAll(res.Body)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	return res, string(answer)
 }
 
@@ -199,9 +191,7 @@ func TestAccessIsOpenWithoutKeys(t *testing.T) {
 
 func TestAccessKeysOfAFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "keys")
-	if err := os.WriteFile(file, []byte("# n8n\r\nkey-1\r\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, file, "# n8n\r\nkey-1\r\n")
 	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "PROXY_API_KEYS_FILE": file})
 	for key, want := range map[string]int{"key-1": http.StatusOK, "# n8n": http.StatusUnauthorized, "n8n": http.StatusUnauthorized, "sk-test": http.StatusUnauthorized} {
 		if res, body := p.send("GET", "/v1/models", header("X-Api-Key", key)); res.StatusCode != want {
@@ -212,9 +202,7 @@ func TestAccessKeysOfAFile(t *testing.T) {
 
 func TestOnlyNamesThatNoForeignPageCanHavePointedHere(t *testing.T) {
 	own, err := os.Hostname()
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	api := func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") }
 	open := startWith(t, api, nil)
 	keyed := startWith(t, api, map[string]string{"PROXY_API_KEYS": "key-1"})
@@ -246,9 +234,7 @@ func TestOnlyNamesThatNoForeignPageCanHavePointedHere(t *testing.T) {
 		})
 	}
 	c, err := net.Dial("tcp", strings.TrimPrefix(open.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer c.Close()
 	io.WriteString(c, "GET /health HTTP/1.0\r\n\r\n")
 	if b, _ := io.ReadAll(c); !strings.Contains(string(b), " 403 ") {
@@ -442,9 +428,7 @@ func TestAPeerOnAUnixSocketIsTrusted(t *testing.T) {
 		})
 		got = append(got, res.StatusCode)
 	}
-	if diff := cmp.Diff([]int{200, 200, 429, 200}, got); diff != "" {
-		t.Errorf("statuses (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "statuses", []int{200, 200, 429, 200}, got)
 	p.stderr.await(t, `"client":"198.51.100.2"`)
 	p.send("GET", "/health/detailed", nil)
 	p.stderr.await(t, `"client":"unix"`)
@@ -453,9 +437,7 @@ func TestAPeerOnAUnixSocketIsTrusted(t *testing.T) {
 func TestATrustedProxyMayHaveAZone(t *testing.T) {
 	for _, trusted := range []string{"fe80::1", "fe80::/10", "fe80::1%eth0"} {
 		cfg, err := loadConfig(lookup(map[string]string{"TRUSTED_PROXIES": trusted}))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		a := newAccess(cfg, slog.New(slog.DiscardHandler))
 		c := a.client(&http.Request{RemoteAddr: "[fe80::1%eth0]:4711", Header: http.Header{"X-Forwarded-For": {"198.51.100.1"}}})
 		if got := c.addr.String(); got != "198.51.100.1" {
@@ -501,9 +483,7 @@ func TestTheLimiterCountsByKeyOrAddress(t *testing.T) {
 		for _, key := range []string{"key-1", "key-1", "key-1", "key-2", "wrong-1", "wrong-2", "wrong-3", "key-2"} {
 			got = append(got, take(p, header("Authorization", "Bearer "+key)))
 		}
-		if diff := cmp.Diff([]int{200, 200, 429, 200, 401, 401, 429, 200}, got); diff != "" {
-			t.Errorf("statuses (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "statuses", []int{200, 200, 429, 200, 401, 401, 429, 200}, got)
 	})
 	t.Run("guesses count on every route that needs a key", func(t *testing.T) {
 		env := maps.Clone(limits)
@@ -516,9 +496,7 @@ func TestTheLimiterCountsByKeyOrAddress(t *testing.T) {
 				res, _ := p.send(method, path, header("X-Api-Key", key))
 				got = append(got, res.StatusCode)
 			}
-			if diff := cmp.Diff([]int{401, 401, 429, 429}, got); diff != "" {
-				t.Errorf("%s (-want +got):\n%s", route, diff)
-			}
+			wantEqual(t, route, []int{401, 401, 429, 429}, got)
 			for range 3 { // more than the limit: it is not for these two routes
 				for _, path := range []string{"/metrics", "/health/detailed"} {
 					if res, body := p.send("GET", path, header("X-Api-Key", "key-1")); res.StatusCode != 200 {
@@ -536,9 +514,7 @@ func TestTheLimiterCountsByKeyOrAddress(t *testing.T) {
 		for _, from := range []string{"198.51.100.1", "6.6.6.6, 198.51.100.1", "7.7.7.7, 198.51.100.1", "198.51.100.2"} {
 			got = append(got, take(p, header("X-Forwarded-For", from)))
 		}
-		if diff := cmp.Diff([]int{200, 200, 429, 200}, got); diff != "" {
-			t.Errorf("statuses (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "statuses", []int{200, 200, 429, 200}, got)
 		p.stderr.await(t, `"client":"198.51.100.2"`)
 	})
 	t.Run("X-Forwarded-For of anybody counts for nothing", func(t *testing.T) {
@@ -547,9 +523,7 @@ func TestTheLimiterCountsByKeyOrAddress(t *testing.T) {
 		for _, from := range []string{"198.51.100.1", "198.51.100.2", "198.51.100.3"} {
 			got = append(got, take(p, header("X-Forwarded-For", from)))
 		}
-		if diff := cmp.Diff([]int{200, 200, 429}, got); diff != "" {
-			t.Errorf("statuses (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "statuses", []int{200, 200, 429}, got)
 	})
 }
 
@@ -557,9 +531,7 @@ func TestTheFileOfTheProxysKeysIsFollowed(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "keys")
 	write := func(s string) {
-		if err := os.WriteFile(file, []byte(s), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		writeFile(t, file, s)
 	}
 	write("# ours\nold\n")
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {}, map[string]string{"PROXY_API_KEYS_FILE": file})

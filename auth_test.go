@@ -144,9 +144,7 @@ func TestAuthStates(t *testing.T) {
 				synctest.Wait()
 				watched := s.askAuth(http.MethodGet, "/auth?watch", "*/*")
 				var got map[string]any
-				if err := json.Unmarshal(watched.Body.Bytes(), &got); err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, json.Unmarshal(watched.Body.Bytes(), &got))
 				if diff := cmp.Diff(tt.want, got); diff != "" || watched.Code != http.StatusOK {
 					t.Errorf("/auth?watch: status %d (-want +got):\n%s", watched.Code, diff)
 				}
@@ -219,9 +217,7 @@ func TestAuthWithAnAPIKey(t *testing.T) {
 	}
 	_, body = p.get("/auth")
 	want := `{"status":"signed_in","method":"api_key","message":"The proxy uses an API key. No sign-in is needed.","base_url":"` + p.url + `/v1"}` + "\n"
-	if diff := cmp.Diff(want, body); diff != "" {
-		t.Errorf("as JSON (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "as JSON", want, body)
 }
 
 func TestAuthPageIsQuickWhereQwenHangs(t *testing.T) {
@@ -311,9 +307,7 @@ func TestAuthOfTheProgram(t *testing.T) {
 	want(1, ask("GET", "/auth"), ">Sign in to Qwen</h1>", ">"+code+"</strong>", server.URL+"/authorize?")
 
 	res, err := http.PostForm(server.URL+"/authorize", url.Values{"user_code": {code}, "decision": {"deny"}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	res.Body.Close()
 	p.stderr.await(t, "sign-in ended without success")
 	want(1, ask("GET", "/auth?watch"), ">Sign-in denied</h1>", ">Start again</a>")

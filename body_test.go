@@ -113,9 +113,7 @@ func TestEditsOfABody(t *testing.T) {
 		b := testBodies(1<<20, 1<<20)
 		text := "0123456789" + strings.Repeat("x", size-10)
 		body, err := readBody(b, strings.NewReader(text))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		body.replace(4, 6, []byte("FOUR"))
 		body.replace(size, size, []byte("the "))
 		body.replace(size, size, []byte("end"))
@@ -145,9 +143,7 @@ func TestABodyOutlivesItsHandler(t *testing.T) {
 	for i := range 200 {
 		letter := byte('a' + i%26)
 		body, err := readBody(b, bytes.NewReader(bytes.Repeat([]byte{letter}, smallBody+1+i%100*5000)))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		body.seal()
 		whole, closed := body.open(), body.open()
 		wg.Go(func() {
@@ -183,9 +179,7 @@ func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
 		text := strings.Repeat("x", size)
 		open := func() (*requestBody, io.ReadCloser) {
 			body, err := readBody(b, strings.NewReader(text))
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			body.seal()
 			return body, body.open()
 		}
@@ -323,9 +317,7 @@ func TestEveryWayOutGivesTheMemoryBack(t *testing.T) {
 		api.StartTLS()
 		defer api.Close()
 		cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": api.URL + "/v1", "RATE_LIMIT_RPS": "0"}))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		transport := newTransport()
 		transport.TLSClientConfig = api.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
 		defer transport.CloseIdleConnections()
@@ -418,13 +410,9 @@ func TestASlowBodyPassesWhileItComes(t *testing.T) {
 				defer stop()
 				tt.body.ctx = ctx
 				req, err := http.NewRequestWithContext(ctx, "POST", "http://proxy/v1/chat/completions", &tt.body)
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				res, err := b.client.Do(req)
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				defer res.Body.Close()
 				if body, _ := io.ReadAll(res.Body); res.StatusCode != tt.want {
 					t.Errorf("%s %s, want %d", res.Status, body, tt.want)
@@ -493,12 +481,8 @@ func TestFindMembers(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := findValues([]byte(tt.in))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(tt.want, got); diff != "" {
-				t.Errorf("members (-want +got):\n%s", diff)
-			}
+			fatalIf(t, err)
+			wantEqual(t, "members", tt.want, got)
 		})
 	}
 }
@@ -538,9 +522,7 @@ func TestFindMembersErrors(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := findMembers([]byte(tt.in), wanted...)
 			want := badJSON("%s", tt.want)
-			if diff := cmp.Diff(want, err, cmp.AllowUnexported(apiError{})); diff != "" {
-				t.Errorf("error (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "error", want, err, cmp.AllowUnexported(apiError{}))
 		})
 	}
 	for _, in := range []string{`{"a":1,"b":2,"a":3}`, `{"a":1,"\u0061":2}`} {
@@ -626,9 +608,7 @@ func FuzzFindMembers(f *testing.F) {
 			return
 		}
 		got, _ := findValues(data)
-		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("members of %q (-want +got):\n%s", data, diff)
-		}
+		wantEqual(t, fmt.Sprintf("members of %q", data), want, got)
 	})
 }
 
@@ -643,13 +623,9 @@ func decodeMembers(t *testing.T, data []byte) (members map[string]string, twice 
 	}
 	for dec.More() {
 		tok, err := dec.Token()
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		var value json.RawMessage
-		if err := dec.Decode(&value); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, dec.Decode(&value))
 		name := tok.(string)
 		if !slices.Contains(wanted, name) {
 			continue

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"strings"
 	"testing"
@@ -94,15 +95,9 @@ func TestNewCompletion(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			chat, c, err := translateRequest([]byte(tt.body))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(tt.want, string(chat)); diff != "" {
-				t.Errorf("chat request (-want +got):\n%s", diff)
-			}
-			if diff := cmp.Diff(&tt.c, c, cmp.AllowUnexported(completion{})); diff != "" {
-				t.Errorf("completion (-want +got):\n%s", diff)
-			}
+			fatalIf(t, err)
+			wantEqual(t, "chat request", tt.want, string(chat))
+			wantEqual(t, "completion", &tt.c, c, cmp.AllowUnexported(completion{}))
 		})
 	}
 }
@@ -200,12 +195,8 @@ func TestCompletionResponse(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := translateAnswer(tt.c, tt.chat)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(tt.want, string(got)); diff != "" {
-				t.Errorf("text completion (-want +got):\n%s", diff)
-			}
+			fatalIf(t, err)
+			wantEqual(t, "text completion", tt.want, string(got))
 		})
 	}
 }
@@ -416,9 +407,7 @@ func TestCompletionStreamWaitsForOneEventAlone(t *testing.T) {
 					t.Error(err)
 				}
 				synctest.Wait() // the reader waits for more
-				if diff := cmp.Diff(want, got.String()); diff != "" {
-					t.Errorf("after an event that ends in %q (-want +got):\n%s", end, diff)
-				}
+				wantEqual(t, fmt.Sprintf("after an event that ends in %q", end), want, got.String())
 				got.Reset()
 			}
 			event := `data: {"id":"chatcmpl-1","created":1,"choices":[{"delta":{"content":"a"}}]}`
@@ -493,16 +482,12 @@ func FuzzNewCompletion(f *testing.F) {
 		if err := json.Unmarshal(got["messages"], &messages); err != nil {
 			t.Fatalf("%q: %v", chat, err)
 		}
-		if diff := cmp.Diff([]map[string]string{{"role": "user", "content": prompt}}, messages); diff != "" {
-			t.Errorf("messages (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "messages", []map[string]string{{"role": "user", "content": prompt}}, messages)
 		for _, name := range []string{"prompt", "best_of", "echo", "logprobs", "suffix"} {
 			delete(request, name)
 		}
 		delete(got, "messages")
-		if diff := cmp.Diff(request, got); diff != "" {
-			t.Errorf("other members (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "other members", request, got)
 	})
 }
 
@@ -525,20 +510,14 @@ func FuzzCompletionResponse(f *testing.F) {
 			Object  string
 			Choices []struct{ Text string }
 		}
-		if err := errors.Join(json.Unmarshal(chat, &in), json.Unmarshal(in["choices"], &choices), json.Unmarshal(text, &out)); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, errors.Join(json.Unmarshal(chat, &in), json.Unmarshal(in["choices"], &choices), json.Unmarshal(text, &out)))
 		var want, got []string
 		for _, c := range choices {
 			var message map[string]json.RawMessage
 			var content string
-			if err := json.Unmarshal(c["message"], &message); err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, json.Unmarshal(c["message"], &message))
 			if raw := message["content"]; raw != nil {
-				if err := json.Unmarshal(raw, &content); err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, json.Unmarshal(raw, &content))
 			}
 			want = append(want, content)
 		}

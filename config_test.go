@@ -54,9 +54,7 @@ func defaultConfig() *config {
 }
 
 func TestConfigDefaults(t *testing.T) {
-	if diff := cmp.Diff(defaultConfig(), emptyConfig(), compareConfigs); diff != "" {
-		t.Errorf("config (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "config", defaultConfig(), emptyConfig(), compareConfigs)
 }
 
 func TestConfigTakesBlankAsUnset(t *testing.T) {
@@ -67,12 +65,8 @@ func TestConfigTakesBlankAsUnset(t *testing.T) {
 		}
 	}
 	c, err := loadConfig(lookup(blank))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(emptyConfig(), c, compareConfigs); diff != "" {
-		t.Errorf("config (-want +got):\n%s", diff)
-	}
+	fatalIf(t, err)
+	wantEqual(t, "config", emptyConfig(), c, compareConfigs)
 }
 
 func TestConfigGoodValues(t *testing.T) {
@@ -163,14 +157,10 @@ func TestConfigGoodValues(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := loadConfig(lookup(tt.env))
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			want := emptyConfig()
 			tt.change(want)
-			if diff := cmp.Diff(want, got, compareConfigs); diff != "" {
-				t.Errorf("config (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "config", want, got, compareConfigs)
 		})
 	}
 }
@@ -313,9 +303,7 @@ func TestConfigNeedsAHomeDirectoryForATilde(t *testing.T) {
 func TestConfigHidesSecrets(t *testing.T) {
 	const keys, plainURL = "keys of printable characters", "a URL such as https://host/v1, without user, password, ? and #"
 	file := filepath.Join(t.TempDir(), "key")
-	if err := os.WriteFile(file, []byte("s3cret and more"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, file, "s3cret and more")
 	for _, tt := range []struct {
 		env  map[string]string
 		want string
@@ -388,27 +376,21 @@ func TestConfigKeyFiles(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			file := filepath.Join(dir, strings.ReplaceAll(tt.name, " ", "-"))
-			if err := os.WriteFile(file, []byte(tt.content), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			writeFile(t, file, tt.content)
 			for name, good := range map[string]bool{"QWEN_API_KEY_FILE": tt.apiKey != "", "PROXY_API_KEYS_FILE": tt.proxyKeys != nil} {
 				if !good {
 					wantProblems(t, map[string]string{name: file}, fmt.Sprintf("%s=%q: want a readable file", name, file))
 					continue
 				}
 				got, err := loadConfig(lookup(map[string]string{name: " " + file + " "}))
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				want := emptyConfig()
 				if name == "QWEN_API_KEY_FILE" {
 					want.apiKey, want.apiKeyFile = tt.apiKey, file
 				} else {
 					want.proxyKeys, want.proxyKeysFile = tt.proxyKeys, file
 				}
-				if diff := cmp.Diff(want, got, compareConfigs); diff != "" {
-					t.Errorf("%s (-want +got):\n%s", name, diff)
-				}
+				wantEqual(t, name, want, got, compareConfigs)
 			}
 		})
 	}
@@ -423,14 +405,10 @@ func TestConfigTLSFiles(t *testing.T) {
 	cert, key := certificate(t)
 	_, otherKey := certificate(t)
 	c, err := loadConfig(lookup(map[string]string{"ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	want := emptyConfig()
 	want.tls, want.certFile, want.keyFile = true, cert, key
-	if diff := cmp.Diff(want, c, compareConfigs); diff != "" {
-		t.Errorf("config (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "config", want, c, compareConfigs)
 	for _, tt := range []struct{ name, cert, key string }{
 		{"no certificate", "", key},
 		{"no key", cert, ""},
@@ -462,9 +440,7 @@ func settingNames() []string {
 
 func TestREADMEListsEverySetting(t *testing.T) {
 	b, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	readme := string(b)
 	if problems := readmeProblems(readme); len(problems) > 0 {
 		t.Fatalf("the README's table of settings is wrong:\n%s", strings.Join(problems, "\n"))
@@ -575,13 +551,9 @@ func readmeSettings(readme string) (settings map[string]string, order, problems 
 
 func TestEnvExampleIsTheREADMEsTable(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	example, err := os.ReadFile(".env.example")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	settings, order, _ := readmeSettings(string(readme))
 	var want, got []string
 	for _, name := range order {
@@ -605,16 +577,10 @@ func TestEnvExampleIsTheREADMEsTable(t *testing.T) {
 		}
 		before = line
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf(".env.example against the README's table (-want +got):\n%s", diff)
-	}
+	wantEqual(t, ".env.example against the README's table", want, got)
 	c, err := loadConfig(lookup(env))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(emptyConfig(), c, compareConfigs); diff != "" {
-		t.Errorf("config with all of .env.example (-want +got):\n%s", diff)
-	}
+	fatalIf(t, err)
+	wantEqual(t, "config with all of .env.example", emptyConfig(), c, compareConfigs)
 }
 
 // envAssignment is a variable in .env.example, commented out.

@@ -13,15 +13,11 @@ import (
 func TestFIFOInPlaceOfTheCredentialFile(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := syscall.Mkfifo(filepath.Join(dir, "key"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, syscall.Mkfifo(filepath.Join(dir, "key"), 0o600))
 	if _, err := readKeyFile(filepath.Join(dir, "key")); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("a key file that is a FIFO: %v", err)
 	}
-	if err := syscall.Mkfifo(filepath.Join(dir, credentialFile), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, syscall.Mkfifo(filepath.Join(dir, credentialFile), 0o600))
 	p := start(t, map[string]string{"QWEN_DIR": dir, "QWEN_OAUTH_BASE_URL": "http://127.0.0.1:1"})
 	if res, body := p.get("/health"); res.StatusCode != http.StatusOK {
 		t.Errorf("/health: %s %s", res.Status, body)
@@ -42,18 +38,14 @@ func TestRootLeavesTheCredentialsToTheServicesUser(t *testing.T) {
 	const user = 12345
 	_, env := qwenEnv(t)
 	dir := env["QWEN_DIR"]
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.Mkdir(dir, 0o700))
 	if err := os.Chown(dir, user, user+1); err != nil {
 		t.Skip(err)
 	}
 	wantOwner := func() {
 		t.Helper()
 		info, err := os.Stat(filepath.Join(dir, credentialFile))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		if stat := info.Sys().(*syscall.Stat_t); stat.Uid != user || stat.Gid != user+1 || info.Mode() != 0o600 {
 			t.Errorf("the file belongs to %d:%d, with mode %v", stat.Uid, stat.Gid, info.Mode())
 		}

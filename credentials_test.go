@@ -13,8 +13,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // fileContent is a credential file as Qwen Code writes it, with a member that the proxy does not know.
@@ -41,16 +39,12 @@ func tokenFields(t *token) map[string]any {
 func TestParseCredentials(t *testing.T) {
 	modified := time.Now()
 	got, err := parseCredentials([]byte(fileContent), modified)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	want := map[string]any{
 		"access": "access-s3cret", "refresh": "refresh-s3cret", "typ": "Bearer", "resourceURL": "portal.qwen.ai",
 		"idToken": "id-s3cret", "scope": "openid profile", "expiry": int64(1753142400123),
 	}
-	if diff := cmp.Diff(want, tokenFields(got)); diff != "" {
-		t.Errorf("token (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "token", want, tokenFields(got))
 	if !got.obtained.Equal(modified) || got.obtained != got.obtained.Round(0) {
 		t.Errorf("obtained %v, want %v without a monotonic reading", got.obtained, modified)
 	}
@@ -187,9 +181,7 @@ func TestLoadCredentials(t *testing.T) {
 	}
 	modified := time.Date(2025, 7, 22, 0, 0, 0, 0, time.UTC)
 	writeCredentials(t, store, fileContent)
-	if err := os.Chtimes(store.path(), modified, modified); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.Chtimes(store.path(), modified, modified))
 	if got, err := store.load(); err != nil || !got.obtained.Equal(modified) {
 		t.Errorf("got %v, %v; want it obtained at %v", got, err, modified)
 	}
@@ -197,9 +189,7 @@ func TestLoadCredentials(t *testing.T) {
 
 func writeCredentials(t *testing.T, store *credentialStore, content string) {
 	t.Helper()
-	if err := os.WriteFile(store.path(), []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, store.path(), content)
 }
 
 func TestSaveCredentials(t *testing.T) {
@@ -247,26 +237,16 @@ func TestSaveCredentials(t *testing.T) {
 			if tt.before != "" {
 				writeCredentials(t, store, tt.before)
 				old, err := store.load()
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				tt.token.members = old.members
 				defer func() {
-					if diff := cmp.Diff(tokenMembers(t, []byte(tt.before)), anyMembers(t, old.members)); diff != "" {
-						t.Errorf("save changed the members of another token (-want +got):\n%s", diff)
-					}
+					wantEqual(t, "save changed the members of another token", tokenMembers(t, []byte(tt.before)), anyMembers(t, old.members))
 				}()
 			}
-			if err := store.save(&tt.token); err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, store.save(&tt.token))
 			b, err := os.ReadFile(store.path())
-			if err != nil {
-				t.Fatal(err)
-			}
-			if diff := cmp.Diff(tt.want, string(b)); diff != "" {
-				t.Errorf("file (-want +got):\n%s", diff)
-			}
+			fatalIf(t, err)
+			wantEqual(t, "file", tt.want, string(b))
 			wantCredentialFileAlone(t, store)
 		})
 	}
@@ -276,17 +256,13 @@ func TestSaveCredentials(t *testing.T) {
 func wantCredentialFileAlone(t *testing.T, store *credentialStore) {
 	t.Helper()
 	entries, err := os.ReadDir(store.dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	if len(entries) != 1 || entries[0].Name() != credentialFile {
 		t.Errorf("the directory holds %v, want %s alone", entries, credentialFile)
 	}
 	for path, want := range map[string]fs.FileMode{store.path(): 0o600, store.dir: 0o700, filepath.Dir(store.dir): 0o700} {
 		info, err := os.Stat(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		if got := info.Mode().Perm(); got != want {
 			t.Errorf("%s has mode %o, want %o", path, got, want)
 		}
@@ -296,16 +272,10 @@ func wantCredentialFileAlone(t *testing.T, store *credentialStore) {
 func TestSaveNarrowsTheFilesMode(t *testing.T) {
 	store := &credentialStore{dir: t.TempDir()}
 	writeCredentials(t, store, fileContent)
-	if err := os.Chmod(store.path(), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := store.save(&token{access: "a", refresh: "r"}); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.Chmod(store.path(), 0o644))
+	fatalIf(t, store.save(&token{access: "a", refresh: "r"}))
 	info, err := os.Stat(store.path())
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	if got := info.Mode().Perm(); got != 0o600 {
 		t.Errorf("mode %o, want 600", got)
 	}
@@ -328,9 +298,7 @@ func TestSaveLeavesNothingBehindWhereItFails(t *testing.T) {
 	good := &token{access: "s3cret", refresh: "s3cret", expiry: time.Now()}
 	t.Run("a directory in the file's place", func(t *testing.T) {
 		store := &credentialStore{dir: t.TempDir()}
-		if err := os.Mkdir(store.path(), 0o700); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, os.Mkdir(store.path(), 0o700))
 		if err := store.save(good); err == nil || strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("error %v, want one without a token", err)
 		}
@@ -341,9 +309,7 @@ func TestSaveLeavesNothingBehindWhereItFails(t *testing.T) {
 	})
 	t.Run("a file in the directory's place", func(t *testing.T) {
 		store := &credentialStore{dir: filepath.Join(t.TempDir(), "file")}
-		if err := os.WriteFile(store.dir, []byte("mine"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		writeFile(t, store.dir, "mine")
 		if err := store.save(good); err == nil || strings.Contains(err.Error(), "s3cret") {
 			t.Errorf("error %v, want one without a token", err)
 		}
@@ -372,9 +338,7 @@ func TestCredentialsAreWholeAtAnyTime(t *testing.T) {
 		text := strings.Repeat(string(rune('a'+i%26)), 1+i*997%5000)
 		return store.save(&token{access: text, refresh: text, idToken: text, expiry: time.UnixMilli(1753142400000)})
 	}
-	if err := save(0); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, save(0))
 	var wg sync.WaitGroup
 	for g := range 8 {
 		wg.Go(func() {
@@ -402,9 +366,7 @@ func TestCredentialsAreWholeAtAnyTime(t *testing.T) {
 
 func TestTokenInALogShowsItsExpiryAlone(t *testing.T) {
 	tok, err := parseCredentials([]byte(fileContent), time.Now())
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	tok.authorization = "Bearer " + tok.access
 	none := (*token)(nil)
 	for name, newHandler := range map[string]func(b *bytes.Buffer) slog.Handler{
@@ -498,9 +460,7 @@ func TestAPIBase(t *testing.T) {
 func tokenMembers(t *testing.T, content []byte) map[string]any {
 	t.Helper()
 	var members map[string]json.RawMessage
-	if err := json.Unmarshal(content, &members); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, json.Unmarshal(content, &members))
 	return anyMembers(t, members)
 }
 
@@ -516,9 +476,7 @@ func anyMembers(t *testing.T, members map[string]json.RawMessage) map[string]any
 		var v any
 		d := json.NewDecoder(bytes.NewReader(raw))
 		d.UseNumber()
-		if err := d.Decode(&v); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, d.Decode(&v))
 		decoded[name] = v
 	}
 	return decoded
@@ -576,12 +534,8 @@ func FuzzParseCredentials(f *testing.F) {
 			delete(want, "expiry")
 			delete(fields, "expiry")
 		}
-		if diff := cmp.Diff(want, fields); diff != "" {
-			t.Errorf("token (-want +got):\n%s", diff)
-		}
-		if diff := cmp.Diff(anyMembers(t, got.members), anyMembers(t, again.members)); diff != "" {
-			t.Errorf("members (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "token", want, fields)
+		wantEqual(t, "members", anyMembers(t, got.members), anyMembers(t, again.members))
 		for _, name := range []string{"access_token", "refresh_token", "token_type", "expiry_date"} {
 			if raw := again.members[name]; len(raw) == 0 || string(raw) == `""` || string(raw) == "0" || string(raw) == "null" {
 				t.Errorf("the file has %s %s", name, raw)

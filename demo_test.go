@@ -229,9 +229,7 @@ func TestStandInChat(t *testing.T) {
 					}
 				}
 			}
-			if diff := cmp.Diff(want, []any{text, call, finish}); diff != "" {
-				t.Errorf("stream (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "stream", want, []any{text, call, finish})
 
 			choice := whole.Choices[0]
 			text, call = "", ""
@@ -244,9 +242,7 @@ func TestStandInChat(t *testing.T) {
 					t.Errorf("call %+v", tool)
 				}
 			}
-			if diff := cmp.Diff(want, []any{text, call, *choice.FinishReason}); diff != "" {
-				t.Errorf("completion (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "completion", want, []any{text, call, *choice.FinishReason})
 			if u := whole.Usage; u["total_tokens"] == 0 || u["total_tokens"] != u["prompt_tokens"]+u["completion_tokens"] {
 				t.Errorf("usage %v", u)
 			}
@@ -318,9 +314,7 @@ func TestStandInBreaksOff(t *testing.T) {
 		`{"model":"error-midstream","stream":true,"messages":[{"role":"user"}],"tools":[{}]}`: `"tool_calls":[{`,
 	} {
 		r, err := http.NewRequestWithContext(t.Context(), "POST", server.URL+"/v1/chat/completions", strings.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		r.Header.Set("Authorization", "Bearer "+c.token)
 		var got []byte
 		res, err := server.Client().Do(r)

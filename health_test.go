@@ -58,9 +58,7 @@ func (p *program) detailed(header func(*http.Request)) map[string]any {
 func TestHealthDetailed(t *testing.T) {
 	dir := credentials(t)
 	stored, err := (&credentialStore{dir: dir}).load()
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	nobody := httptest.NewServer(http.NotFoundHandler())
 	nobody.Close()
 	counts := map[string]any{"total": 1.0, "in_flight": 1.0, "open_streams": 0.0, "rate_limited": 0.0, "upstream_errors": 0.0}
@@ -100,9 +98,7 @@ func TestHealthDetailed(t *testing.T) {
 				auth["expires_at"] = true
 			}
 			want := map[string]any{"status": tt.status, "version": version().Version, "requests": counts, "auth": tt.auth}
-			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("/health/detailed (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "/health/detailed", want, got)
 		})
 	}
 }
@@ -116,25 +112,19 @@ func TestHealthDetailedCounts(t *testing.T) {
 		<-release
 	}, map[string]string{"RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "1"})
 	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	limited, body := p.get("/v1/models")
 	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, "rate_limit_exceeded")
 	want := map[string]any{"total": 3.0, "in_flight": 2.0, "open_streams": 1.0, "rate_limited": 1.0, "upstream_errors": 0.0}
-	if diff := cmp.Diff(want, p.detailed(nil)["requests"]); diff != "" {
-		t.Errorf("while a stream is open (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "while a stream is open", want, p.detailed(nil)["requests"])
 	close(release)
 	if _, err := io.ReadAll(res.Body); err != nil {
 		t.Fatal(err)
 	}
 	p.stderr.await(t, `("path":"/v1/chat/completions")`) // logged once it is over
 	want = map[string]any{"total": 4.0, "in_flight": 1.0, "open_streams": 0.0, "rate_limited": 1.0, "upstream_errors": 0.0}
-	if diff := cmp.Diff(want, p.detailed(nil)["requests"]); diff != "" {
-		t.Errorf("after it (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "after it", want, p.detailed(nil)["requests"])
 }
 
 // TestHealthAndModelsStartNothing: monitors ask often, and every sign-in that nobody completes is one too many.
@@ -157,9 +147,7 @@ func TestHealthAndModelsStartNothing(t *testing.T) {
 	}
 	want := map[string]any{"method": "oauth", "authenticated": false, "sign_in": signInPending,
 		"reason": "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."}
-	if diff := cmp.Diff(want, p.detailed(nil)["auth"]); diff != "" {
-		t.Errorf("auth (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "auth", want, p.detailed(nil)["auth"])
 	if n := qwen.authorizations(); n != 1 {
 		t.Errorf("%d sign-ins were started, want 1", n)
 	}
@@ -233,9 +221,7 @@ func TestReadiness(t *testing.T) {
 				env[k] = v
 			}
 			if tt.file != "" {
-				if err := os.WriteFile(filepath.Join(env["QWEN_DIR"], credentialFile), []byte(tt.file), 0o600); err != nil {
-					t.Fatal(err)
-				}
+				writeFile(t, filepath.Join(env["QWEN_DIR"], credentialFile), tt.file)
 			}
 			p := start(t, env)
 			if tt.await != "" {
@@ -272,9 +258,7 @@ func readiness(t *testing.T, h *health) string {
 	w := httptest.NewRecorder()
 	h.ready(&exchange{answerWriter: answerWriter{w: w, rc: http.NewResponseController(w)}}, nil)
 	var got struct{ Status, Code string }
-	if err := json.Unmarshal(w.Body.Bytes(), &got); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, json.Unmarshal(w.Body.Bytes(), &got))
 	return fmt.Sprintf("%d %s %s", w.Code, got.Status, got.Code)
 }
 
@@ -282,22 +266,16 @@ func TestNotReadyWhileShuttingDown(t *testing.T) {
 	h := &health{tokens: newKeySource(&config{apiKey: "sk-test"}, slog.New(slog.DiscardHandler)), metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
 	before := readiness(t, h)
 	h.stopping.Store(true)
-	if diff := cmp.Diff([]string{"200 ready ", "503 not_ready shutting_down"}, []string{before, readiness(t, h)}); diff != "" {
-		t.Errorf("before and after (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "before and after", []string{"200 ready ", "503 not_ready shutting_down"}, []string{before, readiness(t, h)})
 }
 
 // TestNotReadyOnceTheAccountIsNotServed: one 401 to a fresh token may pass, a minute of nothing else does not.
 func TestNotReadyOnceTheAccountIsNotServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg, err := loadConfig(lookup(nil))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		store := &credentialStore{dir: t.TempDir()}
-		if err := store.save(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(time.Hour)}); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, store.save(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(time.Hour)}))
 		h := &health{tokens: newOAuthSource(newOAuthClient(cfg), store, cfg, slog.New(slog.DiscardHandler), io.Discard), metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
 		got := []string{readiness(t, h)}
 		h.tokens.refused()
@@ -309,9 +287,7 @@ func TestNotReadyOnceTheAccountIsNotServed(t *testing.T) {
 		h.tokens.served()
 		got = append(got, readiness(t, h))
 		want := []string{"200 ready ", "200 ready ", "503 not_ready qwen_oauth_unavailable", "200 ready "}
-		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("readiness (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "readiness", want, got)
 	})
 }
 
@@ -352,9 +328,7 @@ func TestProbesDoNotFillTheLog(t *testing.T) {
 func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg, err := loadConfig(lookup(nil))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		var b logBuffer
 		log := newLogger(cfg, &b)
 		tokens := newOAuthSource(nil, &credentialStore{dir: t.TempDir()}, cfg, log, io.Discard)
@@ -369,14 +343,10 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 			}
 			for line := range strings.Lines(b.String()) {
 				var entry struct{ Level, Msg, Reason string }
-				if err := json.Unmarshal([]byte(line), &entry); err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, json.Unmarshal([]byte(line), &entry))
 				got = append(got, when+": "+entry.Level+" "+entry.Msg+" "+entry.Reason)
 			}
-			b.mu.Lock()
-			b.buf.Reset()
-			b.mu.Unlock()
+			b.Reset()
 		}
 		check("at the start")
 		tokens.setToken(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(30 * time.Minute)})
@@ -390,9 +360,7 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 			"signed in: INFO the server is ready ",
 			"expired: WARN the server is not ready " + h.tokens.ready().message,
 		}
-		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("the log (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "the log", want, got)
 	})
 }
 
@@ -431,9 +399,7 @@ func TestReadinessHeals(t *testing.T) {
 		step(time.Minute)
 		step(0, true, false)
 		const no, yes = "503 not_ready qwen_oauth_unavailable", "200 ready "
-		if diff := cmp.Diff([]string{yes, no, no, no, yes, yes, no, yes, yes}, got); diff != "" {
-			t.Errorf("readiness (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "readiness", []string{yes, no, no, no, yes, yes, no, yes, yes}, got)
 	})
 }
 
@@ -458,9 +424,7 @@ func TestNotReadyWhileTheKeyIsRefused(t *testing.T) {
 		step(time.Minute, false)
 		step(time.Minute)
 		const no, yes = "503 not_ready invalid_api_key", "200 ready "
-		if diff := cmp.Diff([]string{yes, no, yes, no, yes, yes, no, yes}, got); diff != "" {
-			t.Errorf("readiness (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "readiness", []string{yes, no, yes, no, yes, yes, no, yes}, got)
 	})
 }
 
@@ -487,7 +451,5 @@ func TestNotReadyAfterAChatWithARefusedKey(t *testing.T) {
 		}
 		got = append(got, fmt.Sprint(res.StatusCode, " ", code))
 	}
-	if diff := cmp.Diff([]string{"503 invalid_api_key", "200 ready"}, got); diff != "" {
-		t.Errorf("readiness after a refused chat and after an answered one (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "readiness after a refused chat and after an answered one", []string{"503 invalid_api_key", "200 ready"}, got)
 }

@@ -11,8 +11,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // never is an acquireLock caller's need that nothing else satisfies.
@@ -22,9 +20,7 @@ func never() bool { return false }
 func acquire(t *testing.T, path string) *fileLock {
 	t.Helper()
 	l, err := acquireLock(t.Context(), path, &lockWatch{}, never)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	return l
 }
 
@@ -42,27 +38,21 @@ func readLock(t *testing.T, path string) string {
 // which files know nothing of.
 func leaveLock(t *testing.T, path string, age time.Duration) {
 	t.Helper()
-	if err := os.WriteFile(path, []byte("another's"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, path, "another's")
 	setAge(t, path, age)
 }
 
 func setAge(t *testing.T, path string, age time.Duration) {
 	t.Helper()
 	at := time.Now().Add(-age)
-	if err := os.Chtimes(path, at, at); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.Chtimes(path, at, at))
 }
 
 // wantLockAlone checks that nothing but the lock file is left in its directory, and not even that where id is "".
 func wantLockAlone(t *testing.T, path, id string) {
 	t.Helper()
 	entries, err := os.ReadDir(filepath.Dir(path))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	got, want := map[string]string{}, map[string]string{}
 	for _, e := range entries {
 		got[e.Name()] = readLock(t, filepath.Join(filepath.Dir(path), e.Name()))
@@ -70,9 +60,7 @@ func wantLockAlone(t *testing.T, path, id string) {
 	if id != "" {
 		want[filepath.Base(path)] = id
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("files (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "files", want, got)
 }
 
 func TestLockHoldsAnIDUntilReleased(t *testing.T) {
@@ -130,9 +118,7 @@ func TestLockErrorsOfTheFileSystemAreNotWaitedFor(t *testing.T) {
 func TestStoreLockMakesTheDirectory(t *testing.T) {
 	store := &credentialStore{dir: filepath.Join(t.TempDir(), "a", "b")}
 	l, err := store.lock(t.Context(), never)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	wantLockAlone(t, filepath.Join(store.dir, lockFile), l.id)
 	l.release()
 }
@@ -145,9 +131,7 @@ func TestLockIsKeptAndReleasedOnlyWhileOurs(t *testing.T) {
 	}{
 		{"left alone", func(*testing.T, string) {}, true, false},
 		{"deleted by somebody", func(t *testing.T, path string) {
-			if err := os.Remove(path); err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, os.Remove(path))
 		}, true, false},
 		{"replaced by another's", func(t *testing.T, path string) { leaveLock(t, path, 0) }, false, true},
 	} {
@@ -182,9 +166,7 @@ func TestLostLockIsNotKeptFresh(t *testing.T) {
 		left := time.Now()
 		time.Sleep(time.Minute)
 		info, err := os.Stat(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		if !info.ModTime().Equal(left) {
 			t.Errorf("another's lock was touched %v later", info.ModTime().Sub(left))
 		}
@@ -200,9 +182,7 @@ func TestHeldLockNeverLooksStale(t *testing.T) {
 		for range 350 {
 			time.Sleep(100 * time.Millisecond)
 			info, err := os.Stat(path)
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			if age := time.Since(info.ModTime()); age >= 10*time.Second { // where older versions of Qwen Code break it
 				t.Fatalf("the lock looks %v old", age)
 			}
@@ -250,9 +230,7 @@ func TestLeftLock(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				store := &credentialStore{dir: t.TempDir()}
 				path := filepath.Join(store.dir, lockFile)
-				if err := os.WriteFile(path, []byte(tt.id), 0o600); err != nil {
-					t.Fatal(err)
-				}
+				writeFile(t, path, tt.id)
 				setAge(t, path, tt.age)
 				started := time.Now()
 				l, err := store.lock(t.Context(), never)
@@ -260,9 +238,7 @@ func TestLeftLock(t *testing.T) {
 					time.Sleep(time.Second) // as the token source does
 					l, err = store.lock(t.Context(), never)
 				}
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				if took := time.Since(started); took < tt.min || took > tt.max {
 					t.Errorf("taken over after %v, want %v to %v", took, tt.min, tt.max)
 				}
@@ -343,9 +319,7 @@ func TestLockThatIsHeldForever(t *testing.T) {
 		for i := range want {
 			want[i] *= time.Millisecond
 		}
-		if diff := cmp.Diff(want, asked); diff != "" {
-			t.Errorf("times of the tries (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "times of the tries", want, asked)
 		wantLockAlone(t, path, held.id)
 		held.release()
 	})

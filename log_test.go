@@ -68,19 +68,13 @@ func TestLogWriterWithAStalledReader(t *testing.T) {
 
 func TestIsTerminal(t *testing.T) {
 	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer null.Close()
 	file, err := os.Create(filepath.Join(t.TempDir(), "log"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer file.Close()
 	r, pipe, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer r.Close()
 	defer pipe.Close()
 	for _, tt := range []struct {

@@ -4,18 +4,12 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"flag"
 	"fmt"
 	"go/build"
 	"io"
 	"log/slog"
-	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -25,11 +19,10 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
+	"qwen-go-proxy/e2e/testkit"
 )
 
 func TestMain(m *testing.M) {
@@ -47,50 +40,27 @@ type program struct {
 	exit   chan int
 }
 
-// A logBuffer is what a program has written so far; it can be waited on.
-type logBuffer struct {
-	mu      sync.Mutex
-	buf     bytes.Buffer
-	changed chan struct{}
-}
+// What the packages of tests share.
+var (
+	fatalIf     = testkit.FatalIf
+	wantEqual   = testkit.WantEqual
+	wantError   = testkit.WantError
+	until       = testkit.Until
+	writeFile   = testkit.WriteFile
+	readFile    = testkit.ReadFile
+	certificate = testkit.Certificate
+	sse         = testkit.SSE
+	answerJSON  = testkit.AnswerJSON
+	gzipped     = testkit.Gzipped
+)
 
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.changed != nil {
-		close(l.changed)
-		l.changed = nil
-	}
-	return l.buf.Write(p)
-}
+// A logBuffer is what a program has written so far. It can be waited on.
+type logBuffer struct{ testkit.Log }
 
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-// await returns the first match of re's first group, or fails the test.
-func (l *logBuffer) await(t *testing.T, re string) string {
+// await returns the last group of re's first match, or fails the test.
+func (l *logBuffer) await(t testing.TB, re string) string {
 	t.Helper()
-	pattern := regexp.MustCompile(re)
-	deadline := time.After(20 * time.Second)
-	for {
-		l.mu.Lock()
-		if l.changed == nil {
-			l.changed = make(chan struct{})
-		}
-		m, changed := pattern.FindStringSubmatch(l.buf.String()), l.changed
-		l.mu.Unlock()
-		if m != nil {
-			return m[len(m)-1]
-		}
-		select {
-		case <-changed:
-		case <-deadline:
-			t.Fatalf("nothing matched %q in:\n%s", re, l)
-		}
-	}
+	return l.Await(t, re)
 }
 
 // lookup makes an environment of m.
@@ -145,9 +115,7 @@ func credentials(t *testing.T) string {
 	dir := t.TempDir()
 	content := fmt.Sprintf(`{"access_token":"good-token","refresh_token":"refresh-1","token_type":"Bearer","expiry_date":%d}`,
 		time.Now().Add(time.Hour).UnixMilli())
-	if err := os.WriteFile(filepath.Join(dir, credentialFile), []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, filepath.Join(dir, credentialFile), content)
 	return dir
 }
 
@@ -180,48 +148,13 @@ func (p *program) get(path string) (*http.Response, string) {
 func (p *program) do(method, path string, body io.Reader) (*http.Response, string) {
 	p.t.Helper()
 	req, err := http.NewRequest(method, p.url+path, body)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	res, err := http.DefaultClient.Do(req)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	return res, string(b)
-}
-
-// wireError is an error body as a client decodes it.
-type wireError struct {
-	Error struct {
-		Message, Type string
-		Param, Code   *string
-	}
-	RequestID string `json:"request_id"`
-}
-
-// wantError checks that an answer is an error of OpenAI's shape.
-func wantError(t *testing.T, res *http.Response, body string, status int, typ, code string) wireError {
-	t.Helper()
-	var e wireError
-	if err := json.Unmarshal([]byte(body), &e); err != nil {
-		t.Fatalf("status %d, body is not JSON: %v\n%.300s", res.StatusCode, err, body)
-	}
-	got := ""
-	if e.Error.Code != nil {
-		got = *e.Error.Code
-	}
-	if res.StatusCode != status || e.Error.Type != typ || got != code || e.Error.Message == "" {
-		t.Errorf("got %d %s %s %q, want %d %s %s", res.StatusCode, e.Error.Type, got, e.Error.Message, status, typ, code)
-	}
-	if id := res.Header.Get("X-Request-ID"); id == "" || e.RequestID != id {
-		t.Errorf("request_id %q, X-Request-ID %q: want the same", e.RequestID, id)
-	}
-	return e
 }
 
 func TestUsageAndExitStatus(t *testing.T) {
@@ -307,9 +240,7 @@ func TestEnvFile(t *testing.T) {
 	file := filepath.Join(t.TempDir(), ".env")
 	write := func(content string) {
 		t.Helper()
-		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		writeFile(t, file, content)
 	}
 	const secret = "s3cret"
 	for name, tt := range map[string]struct {
@@ -328,9 +259,7 @@ func TestEnvFile(t *testing.T) {
 	} {
 		write(tt.content)
 		got, err := readEnvFile(file)
-		if diff := cmp.Diff(tt.want, got); diff != "" {
-			t.Errorf("%s (-want +got):\n%s", name, diff)
-		}
+		wantEqual(t, name, tt.want, got)
 		var lines []string
 		if err != nil {
 			for _, m := range regexp.MustCompile(`(?m)^`+regexp.QuoteMeta(file)+`, line (\d+): want `).FindAllStringSubmatch(err.Error(), -1) {
@@ -437,9 +366,7 @@ func TestDemoFromSignInToAnswer(t *testing.T) {
 		t.Errorf("/auth says %v, the log says %s and %s", auth, link, code)
 	}
 	res, err := http.PostForm(strings.SplitN(link, "?", 2)[0], map[string][]string{"user_code": {code}, "decision": {"approve"}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	res.Body.Close()
 	p.stderr.await(t, `"msg":"signed in"`)
 
@@ -481,9 +408,7 @@ func TestDemoFromSignInToAnswer(t *testing.T) {
 
 func TestServeStartsWithoutNetwork(t *testing.T) {
 	unused, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	unused.Close()
 	p := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": "http://" + unused.Addr().String()})
 	p.stderr.await(t, `a sign-in is needed and can't be started yet.*can't be reached`)
@@ -498,9 +423,7 @@ func TestServeStartsWithoutNetwork(t *testing.T) {
 
 func TestServeSaysThatThePortIsTaken(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer ln.Close()
 	_, port, _ := net.SplitHostPort(ln.Addr().String())
 	var stderr bytes.Buffer
@@ -520,9 +443,7 @@ func TestShutdownLetsAStreamFinish(t *testing.T) {
 		io.WriteString(w, "data: [DONE]\n\n")
 	}, nil)
 	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	body := bufio.NewReader(res.Body)
 	if line, _ := body.ReadString('\n'); line != "data: 1\n" {
@@ -559,15 +480,11 @@ func TestShutdownDelay(t *testing.T) {
 			}
 		}
 		res, err := send(p.url + path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		res.Body.Close()
 		got = append(got, res.StatusCode)
 	}
-	if diff := cmp.Diff([]int{503, 200, 200}, got); diff != "" {
-		t.Errorf("readiness, health and a request during the delay (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "readiness, health and a request during the delay", []int{503, 200, 200}, got)
 	if status := p.wait(); status != 0 {
 		t.Errorf("exit status %d, want 0", status)
 	}
@@ -585,9 +502,7 @@ func TestShutdownCutsAStreamAtItsTimeout(t *testing.T) {
 		<-r.Context().Done()
 	}, map[string]string{"SHUTDOWN_TIMEOUT": "100ms"})
 	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	body := bufio.NewReader(res.Body)
 	body.ReadString('\n')
@@ -679,9 +594,7 @@ func TestRoutes(t *testing.T) {
 				got[name] = res.Header.Get(name)
 			}
 			want := map[string]string{"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
-			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("security headers (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "security headers", want, got)
 		})
 	}
 }
@@ -690,9 +603,7 @@ func TestRoutes(t *testing.T) {
 func TestPanicsStayInside(t *testing.T) {
 	var log logBuffer
 	cfg, err := loadConfig(lookup(nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	srv := httptest.NewServer(track(cfg, slog.New(slog.NewJSONHandler(&log, nil)), newMetrics(), func(x *exchange, r *http.Request) error {
 		if r.URL.Path == "/before" {
 			panic("at once")
@@ -703,17 +614,13 @@ func TestPanicsStayInside(t *testing.T) {
 	}))
 	defer srv.Close()
 	res, err := http.Get(srv.URL + "/before")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	body, _ := io.ReadAll(res.Body)
 	res.Body.Close()
 	wantError(t, res, string(body), http.StatusInternalServerError, typeServer, "internal_error")
 
 	res, err = http.Get(srv.URL + "/after")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	if body, err := io.ReadAll(res.Body); err == nil {
 		t.Errorf("an answer broken by a panic looks whole: %q", body)
 	}
@@ -721,44 +628,13 @@ func TestPanicsStayInside(t *testing.T) {
 	log.await(t, `"panic":"in the middle"`)
 }
 
-// certificate writes a certificate for localhost and its key, and returns their files.
-func certificate(t *testing.T) (certFile, keyFile string) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
-		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	for file, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
-		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return certFile, keyFile
-}
-
 // A file that is embedded but kept out of the build context would break the image alone.
 func TestDockerContextHasWhatIsEmbedded(t *testing.T) {
 	b, err := os.ReadFile(".dockerignore")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	lines := strings.Split(string(b), "\n")
 	pkg, err := build.ImportDir(".", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	if len(pkg.EmbedPatterns) == 0 {
 		t.Fatal("nothing is embedded")
 	}
@@ -772,24 +648,18 @@ func TestDockerContextHasWhatIsEmbedded(t *testing.T) {
 // TestMapOfTheFiles: the package comment has a line for each file.
 func TestMapOfTheFiles(t *testing.T) {
 	b, err := os.ReadFile("main.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	var want, got []string
 	for _, m := range regexp.MustCompile(`(?m)^//\t(\w+\.go) `).FindAllStringSubmatch(string(b), -1) {
 		got = append(got, m[1])
 	}
 	files, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	for _, file := range files {
 		if !strings.HasSuffix(file, "_test.go") {
 			want = append(want, file)
 		}
 	}
 	slices.Sort(got)
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("files (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "files", want, got)
 }

@@ -19,8 +19,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // A scrape is a page of /metrics: the value of each sample, by its name and labels as they stand there.
@@ -220,16 +218,12 @@ func TestMetricsCountByRouteAndStatus(t *testing.T) {
 		t.Errorf("no series of the failures to come: %v", counts)
 	}
 	maps.DeleteFunc(counts, func(_ string, n float64) bool { return n == 0 })
-	if diff := cmp.Diff(want, counts); diff != "" {
-		t.Errorf("requests by route and status (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "requests by route and status", want, counts)
 	byRoute := map[string]float64{}
 	for series, n := range want {
 		byRoute[series[:strings.IndexByte(series, ',')]+"}"] += n
 	}
-	if diff := cmp.Diff(byRoute, got.of("qwen_proxy_request_duration_seconds_count")); diff != "" {
-		t.Errorf("counts of the durations (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "counts of the durations", byRoute, got.of("qwen_proxy_request_duration_seconds_count"))
 }
 
 // TestMetricsOfTime sees each histogram count at its bucket, by a clock that is exact.
@@ -250,15 +244,11 @@ func TestMetricsOfTime(t *testing.T) {
 		}
 		synctest.Wait()
 		res, err := b.client.Get("http://proxy/metrics")
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		defer res.Body.Close()
 		text, _ := io.ReadAll(res.Body)
 		got, err := parsePage(string(text))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		for family, h := range map[string]struct {
 			took     float64
 			smallest string // of the bounds that hold took
@@ -274,9 +264,7 @@ func TestMetricsOfTime(t *testing.T) {
 				}
 				want[`{route="/v1/chat/completions",le="`+bound+`"}`] = count
 			}
-			if diff := cmp.Diff(want, got.of(family+"_bucket")); diff != "" {
-				t.Errorf("%s (-want +got):\n%s", family, diff)
-			}
+			wantEqual(t, family, want, got.of(family+"_bucket"))
 			if sum := got[family+`_sum{route="/v1/chat/completions"}`]; math.Abs(sum-requests*h.took) > 1e-6 {
 				t.Errorf("%s: sum %v, want %v", family, sum, requests*h.took)
 			}
@@ -306,9 +294,7 @@ func TestHistogramBounds(t *testing.T) {
 	for i, bound := range bounds {
 		want[fmt.Sprintf(`%s,le="%v"}`, label, bound)] = float64(2*i + 1)
 	}
-	if diff := cmp.Diff(want, got.of("h_bucket")); diff != "" {
-		t.Errorf("buckets (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "buckets", want, got.of("h_bucket"))
 	if n := got["h_count"+label+"}"]; n != all {
 		t.Errorf("count %v, want %v", n, all)
 	}
@@ -328,25 +314,19 @@ func TestMetricsOfWhatIsOpen(t *testing.T) {
 		return some
 	}
 	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(ordinaryChat))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	limited, body := p.get("/v1/models")
 	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, "rate_limit_exceeded")
 	want := map[string]float64{"requests_in_flight": 2, "open_streams": 1, "rate_limited_total": 1, "upstream_requests_total": 0, "ready": 1}
-	if diff := cmp.Diff(want, gauges()); diff != "" {
-		t.Errorf("while a stream is open (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "while a stream is open", want, gauges())
 	close(release)
 	if _, err := io.ReadAll(res.Body); err != nil {
 		t.Fatal(err)
 	}
 	p.ended("/v1/chat/completions", 1)
 	want = map[string]float64{"requests_in_flight": 1, "open_streams": 0, "rate_limited_total": 1, "upstream_requests_total": 1, "ready": 1}
-	if diff := cmp.Diff(want, gauges()); diff != "" {
-		t.Errorf("after it (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "after it", want, gauges())
 }
 
 func TestMetricsOfUpstreamErrors(t *testing.T) {
@@ -374,9 +354,7 @@ func TestMetricsOfUpstreamErrors(t *testing.T) {
 	}, map[string]string{"QWEN_API_KEY": "sk-test"})
 	for _, what := range []string{"fine", "400", "401", "403", "404", "429", "499", "500", "503", "page", "unreachable", "broken"} {
 		res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":["`+what+`"]}`))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		io.Copy(io.Discard, res.Body) // a broken one ends in an error
 		res.Body.Close()
 	}
@@ -399,9 +377,7 @@ func TestMetricsOfUpstreamErrors(t *testing.T) {
 		`{category="server_error"}`:          2,
 		`{category="streaming_error"}`:       1,
 	}
-	if diff := cmp.Diff(want, got.of("qwen_proxy_upstream_errors_total")); diff != "" {
-		t.Errorf("upstream errors (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "upstream errors", want, got.of("qwen_proxy_upstream_errors_total"))
 	if n := got["qwen_proxy_upstream_requests_total"]; n != 13 {
 		t.Errorf("%v requests went to Qwen, want 13", n)
 	}
@@ -447,9 +423,7 @@ func TestMetricsOfTheToken(t *testing.T) {
 				t.Errorf("at first the token expires in %v s, want an hour", got)
 			}
 			want := map[string]float64{`{result="success"}`: 0, `{result="refused"}`: 0, `{result="failed"}`: 0}
-			if diff := cmp.Diff(want, before.of("qwen_proxy_token_refreshes_total")); diff != "" {
-				t.Errorf("refreshes at first (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "refreshes at first", want, before.of("qwen_proxy_token_refreshes_total"))
 			if res, body := p.post("/v1/chat/completions", ordinaryChat); res.StatusCode != tt.chat {
 				t.Fatalf("%s %s", res.Status, body)
 			}
@@ -459,9 +433,7 @@ func TestMetricsOfTheToken(t *testing.T) {
 				t.Errorf("refreshes are %v, want a %s", got, tt.result)
 			}
 			got[`{result="`+tt.result+`"}`] = 0
-			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("other refreshes (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "other refreshes", want, got)
 			switch remaining := after[expiry] - float64(time.Now().Unix()); {
 			case tt.expires == 0 && after[expiry] != before[expiry]:
 				t.Errorf("the expiry moved by %v s", after[expiry]-before[expiry])
@@ -506,9 +478,7 @@ func TestMetricsOfTheProcess(t *testing.T) {
 		return
 	}
 	descriptors, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	if n := float64(len(descriptors)); math.Abs(got["process_open_fds"]-n) > 20 || got["process_max_fds"] < n {
 		t.Errorf("%v of %v descriptors are open, want about %v", got["process_open_fds"], got["process_max_fds"], n)
 	}
@@ -522,9 +492,7 @@ func TestMetricsNeedAKeyAndHaveNoLimit(t *testing.T) {
 		req, _ := http.NewRequest(method, p.url+"/metrics", nil)
 		req.Header.Set("Authorization", "Bearer s3cret") // as Prometheus' authorization setting has it
 		res, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		b, err := io.ReadAll(res.Body)
 		res.Body.Close()
 		if err != nil || res.StatusCode != http.StatusOK || res.Header.Get("X-RateLimit-Limit") != "" {
@@ -553,9 +521,7 @@ func TestDeployedFilesNameMetricsThatExist(t *testing.T) {
 	}
 	for _, file := range []string{"deploy/grafana-dashboard.json", "deploy/alerts.yaml"} {
 		b, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		found := regexp.MustCompile(`\b(qwen_proxy|process|go)_[a-z_]+`).FindAllString(string(b), -1)
 		if len(found) < 5 {
 			t.Errorf("%s names %d metrics", file, len(found))
@@ -571,9 +537,7 @@ func TestDeployedFilesNameMetricsThatExist(t *testing.T) {
 // metricsHandler is the whole handler over an API that answers at once, for requests that don't come over a network.
 func metricsHandler(t testing.TB, m *metrics) http.Handler {
 	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "RATE_LIMIT_RPS": "0"}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	log := slog.New(slog.DiscardHandler)
 	tokens := newSource(cfg, log, io.Discard)
 	return newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, benchTransport{http.Header{"Content-Type": {"application/json"}}})
@@ -634,18 +598,12 @@ func TestTheFirstByteIsQwens(t *testing.T) {
 			t.Errorf("want 7000 ms twice:\n%s", b.log)
 		}
 		res, err := b.client.Get("http://proxy/metrics")
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		defer res.Body.Close()
 		text, _ := io.ReadAll(res.Body)
 		got, err := parsePage(string(text))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		want := map[string]float64{`{route="/v1/chat/completions"}`: 7, `{route="/v1/completions"}`: 7}
-		if diff := cmp.Diff(want, got.of("qwen_proxy_time_to_first_byte_seconds_sum")); diff != "" {
-			t.Errorf("sums (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "sums", want, got.of("qwen_proxy_time_to_first_byte_seconds_sum"))
 	})
 }

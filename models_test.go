@@ -44,9 +44,7 @@ func TestModelList(t *testing.T) {
 				Object string
 				Data   []map[string]any
 			}
-			if err := json.Unmarshal([]byte(body), &got); err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, json.Unmarshal([]byte(body), &got))
 			want := []map[string]any{}
 			for _, id := range tt.want {
 				want = append(want, map[string]any{"id": id, "object": "model", "created": 1753142400.0, "owned_by": "qwen"})
@@ -79,9 +77,7 @@ func TestTheUpstreamsModelsAreListed(t *testing.T) {
 		check := func(when, want string, times int64) {
 			t.Helper()
 			res, err := b.client.Get("http://proxy/v1/models")
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			defer res.Body.Close()
 			got, err := io.ReadAll(res.Body)
 			if want = `{"object":"list","data":[` + want + "]}\n"; string(got) != want || err != nil {
@@ -136,9 +132,7 @@ func TestTheUpstreamsModelsAreListed(t *testing.T) {
 		ctx, leave := context.WithTimeout(t.Context(), time.Second)
 		defer leave()
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://proxy/v1/models", nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		if _, err := b.client.Do(req); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("who leaves got %v", err)
 		}

@@ -17,8 +17,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // An oauthFunc answers a form, r.PostForm, in the OAuth server's place. Status 0 is a connection that breaks.
@@ -46,9 +44,7 @@ func (f oauthFunc) RoundTrip(r *http.Request) (*http.Response, error) {
 func newTestOAuth(t testing.TB, f oauthFunc) *oauthClient {
 	t.Helper()
 	cfg, err := loadConfig(lookup(map[string]string{"QWEN_DIR": t.TempDir()}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	c := newOAuthClient(cfg)
 	c.http.Transport = f
 	return c
@@ -96,15 +92,11 @@ func TestSignInSendsPKCE(t *testing.T) {
 			forms = append(forms, r.PostForm)
 			got := []string{r.Method, r.URL.String(), r.Header.Get("Content-Type"), r.Header.Get("Accept"), r.Header.Get("User-Agent")}
 			want := []string{"POST", "https://chat.qwen.ai/api/v1/oauth2/" + path, "application/x-www-form-urlencoded", "application/json", userAgent}
-			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("request (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "request", want, got)
 			return 200, body
 		})
 		d, err := c.authorize(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		if _, err := c.poll(t.Context(), d); err != nil {
 			t.Fatal(err)
 		}
@@ -120,9 +112,7 @@ func TestSignInSendsPKCE(t *testing.T) {
 			"grant_type": {"urn:ietf:params:oauth:grant-type:device_code"}, "client_id": {"f0304373b74a44d2b584a3fb70ca9e56"},
 			"device_code": {"device-secret"}, "code_verifier": {verifier},
 		}}
-		if diff := cmp.Diff(want, forms); diff != "" {
-			t.Errorf("forms (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "forms", want, forms)
 		if again, err := c.authorize(t.Context()); err != nil || again.verifier == verifier {
 			t.Errorf("a second sign-in: %v; want one with another verifier", err)
 		}
@@ -213,9 +203,7 @@ func TestAuthorize(t *testing.T) {
 					return
 				}
 				got := device{d.verificationURI, d.verificationURIComplete, time.Until(d.expires), d.interval}
-				if diff := cmp.Diff(tt.want, got); diff != "" {
-					t.Errorf("device (-want +got):\n%s", diff)
-				}
+				wantEqual(t, "device", tt.want, got)
 			})
 		})
 	}
@@ -270,9 +258,7 @@ func TestPoll(t *testing.T) {
 				})
 				d := &deviceAuth{deviceCode: "device-secret", verifier: "verifier-secret", interval: 5 * time.Second, expires: wallClock().Add(90 * time.Second)}
 				tok, err := c.poll(t.Context(), d)
-				if diff := cmp.Diff(tt.want, asked); diff != "" {
-					t.Errorf("poll times (-want +got):\n%s", diff)
-				}
+				wantEqual(t, "poll times", tt.want, asked)
 				if tt.err == "" {
 					if err != nil || tok.access != "access-1" || tok.refresh != "refresh-1" {
 						t.Errorf("got %v, %v; want a token", tok, err)
@@ -393,9 +379,7 @@ func TestTokenLife(t *testing.T) {
 					return 200, `{"access_token":"access-1","expires_in":` + expiresIn + `}`
 				})
 				tok, err := c.refresh(t.Context(), "refresh-secret")
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				if got := time.Until(tok.expiry); got != want {
 					t.Errorf("life %v, want %v", got, want)
 				}
@@ -613,14 +597,10 @@ func TestALogoutWinsOverASignInThatIsBeingStored(t *testing.T) {
 		s.wantAuth(signInPending)
 		time.Sleep(5500 * time.Millisecond) // the sign-in waits for the lock
 		s.write("{}")
-		if err := os.Remove(lock); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, os.Remove(lock))
 		time.Sleep(time.Minute)
 		s.want("401 not_signed_in", 0)
-		if diff := cmp.Diff(map[string]any{}, s.read()); diff != "" {
-			t.Errorf("the file after a logout (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "the file after a logout", map[string]any{}, s.read())
 	})
 }
 

@@ -15,7 +15,6 @@ import (
 	"net/http/httputil"
 	"net/textproto"
 	"net/url"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -76,9 +75,7 @@ func inBubble(t *testing.T, env map[string]string, api http.HandlerFunc) *bubble
 	full := map[string]string{"RATE_LIMIT_RPS": "0", "QWEN_API_KEY": "sk-test", "API_BASE_URL": "http://127.0.0.1/v1"}
 	maps.Copy(full, env)
 	cfg, err := loadConfig(lookup(full))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	upstream := newPipeNet()
 	apiServer := &http.Server{Handler: api}
 	go apiServer.Serve(upstream)
@@ -99,9 +96,7 @@ func inBubble(t *testing.T, env map[string]string, api http.HandlerFunc) *bubble
 	b.client = &http.Client{Transport: clientTransport}
 	b.dial = func() net.Conn {
 		c, err := front.dial(t.Context(), "", "")
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		return c
 	}
 	t.Cleanup(func() {
@@ -119,27 +114,9 @@ func inBubble(t *testing.T, env map[string]string, api http.HandlerFunc) *bubble
 func (b *bubble) post(t *testing.T, path, body string) *http.Response {
 	t.Helper()
 	res, err := b.client.Post("http://proxy"+path, "application/json", strings.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	t.Cleanup(func() { res.Body.Close() })
 	return res
-}
-
-// sse answers as an event stream of events, the header and each of them flushed.
-func sse(w http.ResponseWriter, events ...string) {
-	w.Header().Set("Content-Type", "text/event-stream;charset=UTF-8")
-	http.NewResponseController(w).Flush()
-	for _, e := range events {
-		io.WriteString(w, e)
-		http.NewResponseController(w).Flush()
-	}
-}
-
-func answerJSON(w http.ResponseWriter, status int, body string) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	io.WriteString(w, body)
 }
 
 func TestBodiesPassByteForByte(t *testing.T) {
@@ -181,9 +158,7 @@ func TestTheModelIsSplicedIn(t *testing.T) {
 		{`{"Model":"","messages":[]}`, `{"model":"qwen-x","Model":"","messages":[]}`},
 	} {
 		p.post("/v1/chat/completions", tt.in)
-		if diff := cmp.Diff(tt.want, got); diff != "" {
-			t.Errorf("%s (-want +got):\n%s", tt.in, diff)
-		}
+		wantEqual(t, tt.in, tt.want, got)
 	}
 	if p.post("/v1/responses", `{}`); got != `{"model":"qwen-x"}` {
 		t.Errorf("an empty object became %s", got)
@@ -269,9 +244,7 @@ func TestACompressedRequestIsRefused(t *testing.T) {
 		req, _ := http.NewRequest("POST", p.url+"/v1/chat/completions", body)
 		req.Header["Content-Encoding"] = codings
 		res, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		defer res.Body.Close()
 		text, _ := io.ReadAll(res.Body)
 		return res, string(text)
@@ -308,9 +281,7 @@ func TestHeadersPassByAllowList(t *testing.T) {
 		io.WriteString(w, `{}`)
 	}, nil)
 	req, err := http.NewRequest("POST", p.url+"/v1/chat/completions?key=secret", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	for _, name := range []string{"Cookie", "X-Api-Key", "Forwarded", "X-Forwarded-For", "X_Forwarded_For", "X-Real-Ip", "Via", "Referer", "Te", "Upgrade", "X-Custom", "Openai-Organization"} {
 		req.Header.Set(name, "secret")
 	}
@@ -323,26 +294,18 @@ func TestHeadersPassByAllowList(t *testing.T) {
 	early := 0
 	req = req.WithContext(withInformational(t.Context(), &early))
 	res, err := http.DefaultTransport.RoundTrip(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	body, err := io.ReadAll(res.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	res.Body.Close()
 	want := http.Header{
 		"Accept": {"application/json"}, "Authorization": {"Bearer good-token"}, "Content-Type": {"application/json"}, "Content-Length": {"42"},
 		"User-Agent": {userAgent}, "X-Request-Id": {"client-1"}, "X-Dashscope-Authtype": {"qwen-oauth"}, "X-Dashscope-Cachecontrol": {"enable"},
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("headers to the API (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "headers to the API", want, got)
 	names := slices.Sorted(maps.Keys(res.Header))
 	wantNames := []string{"Access-Control-Allow-Origin", "Access-Control-Expose-Headers", "Content-Type", "Date", "Referrer-Policy", "Vary", "X-Content-Type-Options", "X-Frame-Options", "X-Ratelimit-Remaining-Tokens", "X-Request-Id", "X-Upstream-Request-Id"}
-	if diff := cmp.Diff(wantNames, slices.DeleteFunc(names, func(s string) bool { return s == "Content-Length" })); diff != "" {
-		t.Errorf("headers to the client (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "headers to the client", wantNames, slices.DeleteFunc(names, func(s string) bool { return s == "Content-Length" }))
 	if res.Header.Get("X-Request-ID") != "client-1" || res.Header.Get("X-Upstream-Request-ID") != "qwen-1" || early != 0 || len(res.Trailer) != 0 || string(body) != "{}" {
 		t.Errorf("answer %v, %d informational answers, trailer %v, body %s", res.Header, early, res.Trailer, body)
 	}
@@ -405,9 +368,7 @@ func TestRequestIDs(t *testing.T) {
 		req, _ := http.NewRequest("GET", p.url+"/health", nil)
 		req.Header.Set("X-Request-ID", id)
 		res, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		res.Body.Close()
 		got := res.Header.Get("X-Request-ID")
 		if keep != (got == id) || got != requestID(&http.Request{Header: http.Header{"X-Request-Id": {got}}}) {
@@ -455,15 +416,11 @@ func TestAPackedStreamPassesAsItComes(t *testing.T) {
 	}, nil)
 	defer close(release)
 	req, err := http.NewRequest(http.MethodPost, p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	req.Header.Set("Accept-Encoding", "gzip") // else the client unpacks
 	client := &http.Client{Timeout: 5 * time.Second}
 	res, err := client.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	first := make([]byte, 4)
 	if _, err := io.ReadFull(res.Body, first); err != nil || string(first) != "1234" {
@@ -596,9 +553,7 @@ func TestA401IsAnsweredByARefreshAndAReplay(t *testing.T) {
 	if res.StatusCode != 200 || body != `{"ok":true}` || refreshes.Load() != 1 {
 		t.Errorf("got %s %s after %d refreshes", res.Status, body, refreshes.Load())
 	}
-	if diff := cmp.Diff([]string{request, request}, bodies); diff != "" {
-		t.Errorf("bodies (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "bodies", []string{request, request}, bodies)
 
 	// From now on no token will do: the account is not served.
 	takes = "none"
@@ -639,9 +594,7 @@ func TestA401OfAnAPIKeySaysWhatBelongsTogether(t *testing.T) {
 func TestAResourceURLOfAnotherHostIsRefused(t *testing.T) {
 	dir := t.TempDir()
 	content := fmt.Sprintf(`{"access_token":"t","refresh_token":"r","token_type":"Bearer","resource_url":"evil.example","expiry_date":%d}`, time.Now().Add(time.Hour).UnixMilli())
-	if err := os.WriteFile(filepath.Join(dir, credentialFile), []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, filepath.Join(dir, credentialFile), content)
 	p := start(t, map[string]string{"QWEN_DIR": dir})
 	res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
 	e := wantError(t, res, body, 500, typeConfiguration, "resource_url_refused")
@@ -783,9 +736,7 @@ func TestTimeouts(t *testing.T) {
 				}
 			})
 			res, err := http.ReadResponse(bufio.NewReader(c), nil)
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			body, _ := io.ReadAll(res.Body)
 			wantError(t, res, string(body), 408, typeInvalidRequest, "request_timeout")
 			if d := time.Since(begin); d != 10*time.Second || !res.Close {
@@ -811,9 +762,7 @@ func TestTimeouts(t *testing.T) {
 				w.Close()
 			}()
 			res, err := b.client.Post("http://proxy/v1/chat/completions", "application/json", r)
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			defer res.Body.Close()
 			if body, _ := io.ReadAll(res.Body); string(body) != `{"got":100034}` {
 				t.Errorf("got %s %s", res.Status, body)
@@ -829,9 +778,7 @@ func TestTimeouts(t *testing.T) {
 			for range 3 {
 				io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 15\r\n\r\n{\"messages\":[]}")
 				res, err := http.ReadResponse(br, nil)
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				io.Copy(io.Discard, res.Body)
 				time.Sleep(time.Minute)
 			}
@@ -842,9 +789,7 @@ func TestTimeouts(t *testing.T) {
 func TestTheConnectionClosesAfterAChunkedRequest(t *testing.T) {
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") }, nil)
 	c, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer c.Close()
 	io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n"+
 		"f\r\n{\"messages\":[]}\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -863,9 +808,7 @@ func TestSecretsAndTextStayOutOfTheLog(t *testing.T) {
 	req.Header.Set("Cookie", "a=secret-cookie")
 	req.Header.Set("X-Request-ID", "forged\",\"status\":200")
 	res, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	res.Body.Close()
 	line := p.stderr.await(t, `(?m)^(.*"msg":"request".*)$`)
 	for _, want := range []string{`"method":"POST"`, `"path":"/v1/chat/completions"`, `"status":400`, `"duration_ms":`, `"first_byte_ms":`, `"bytes":`, `"client":"127.0.0.1"`,
@@ -907,9 +850,7 @@ func (d *discard) SetWriteDeadline(time.Time) error { return nil }
 // benchHandlers runs bench with the whole handler, as it ships, and with a bare ReverseProxy; serve has it serve a request.
 func benchHandlers(b *testing.B, upstream http.RoundTripper, body []byte, bench func(b *testing.B, serve func())) {
 	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-test", "RATE_LIMIT_RPS": "1000000", "RATE_LIMIT_BURST": "1000000"}))
-	if err != nil {
-		b.Fatal(err)
-	}
+	fatalIf(b, err)
 	log := slog.New(slog.NewJSONHandler(io.Discard, nil))
 	tokens := newSource(cfg, log, io.Discard)
 	m := newMetrics()

@@ -115,9 +115,7 @@ func TestAllowAt(t *testing.T) {
 				d := l.allowAt(1, first.Add(c.at))
 				got = append(got, call{c.at, d.ok, d.remaining, d.reset.Sub(first), d.retryAfter})
 			}
-			if diff := cmp.Diff(tt.want, got, cmp.AllowUnexported(call{})); diff != "" {
-				t.Errorf("decisions (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "decisions", tt.want, got, cmp.AllowUnexported(call{}))
 		})
 	}
 }
@@ -310,9 +308,7 @@ func TestBucketSetReplacesTheFullestByAFullOne(t *testing.T) {
 	for i := range s.buckets {
 		got = append(got, s.buckets[i].key)
 	}
-	if diff := cmp.Diff([]rateKey{1, 2, 3, 100, 5, 6, 7, 8}, got); diff != "" {
-		t.Errorf("clients with a bucket (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "clients with a bucket", []rateKey{1, 2, 3, 100, 5, 6, 7, 8}, got)
 }
 
 func TestAddressKey(t *testing.T) {
@@ -398,9 +394,7 @@ func TestLimit(t *testing.T) {
 				{200, "0.4", "1", at(3), "", "passed"},
 				{200, "0.4", "0", at(8), "", "passed"}, // 7.5 s
 			}
-			if diff := cmp.Diff(want, got); diff != "" {
-				t.Errorf("responses (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "responses", want, got)
 		})
 	})
 

@@ -17,9 +17,7 @@ import (
 func endpoints(t *testing.T) (list []string) {
 	t.Helper()
 	cfg, err := loadConfig(lookup(nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	log := slog.New(slog.DiscardHandler)
 	tokens := newSource(cfg, log, io.Discard)
 	for _, rt := range newRoutes(newProxy(cfg, tokens, newMetrics(), nil), newModels(cfg, tokens, nil, log), tokens, &health{}) {
@@ -30,9 +28,7 @@ func endpoints(t *testing.T) (list []string) {
 
 func TestREADMEListsEveryRoute(t *testing.T) {
 	b, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	_, section, _ := strings.Cut(string(b), "\n## Endpoints\n")
 	section, _, _ = strings.Cut(section, "\n## ")
 	var listed []string
@@ -78,9 +74,7 @@ func TestEveryRouteIsCounted(t *testing.T) {
 			got[r.path] += r.statuses[i].Load()
 		}
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("requests by route (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "requests by route", want, got)
 }
 
 func TestA404IsAShortLineInTheLog(t *testing.T) {

@@ -15,17 +15,11 @@ import (
 func TestALiveUnixSocketIsNeverTakenOver(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	die := sync.OnceFunc(func() { syscall.Close(fd) })
 	defer die()
-	if err := syscall.Bind(fd, &syscall.SockaddrUnix{Name: path}); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Listen(fd, 0); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, syscall.Bind(fd, &syscall.SockaddrUnix{Name: path}))
+	fatalIf(t, syscall.Listen(fd, 0))
 	full := false
 	for range 10 {
 		c, err := net.Dial("unix", path)
@@ -38,9 +32,7 @@ func TestALiveUnixSocketIsNeverTakenOver(t *testing.T) {
 		t.Fatal("the backlog does not fill up")
 	}
 	before, err := os.Stat(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 
 	cfg := &config{host: "unix:" + path}
 	if ln, err := listen(cfg); err == nil {
@@ -60,9 +52,7 @@ func TestALiveUnixSocketIsNeverTakenOver(t *testing.T) {
 	}
 	ln.Close()
 
-	if err := os.WriteFile(path, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.WriteFile(path, nil, 0o600))
 	if ln, err := listen(cfg); err == nil {
 		ln.Close()
 		t.Error("a file that is no socket was taken over")

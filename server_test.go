@@ -11,8 +11,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // TestWatchFilesLogsEachCauseOnce has a file break, break in another way, and be repaired, twice.
@@ -40,9 +38,7 @@ func TestWatchFilesLogsEachCauseOnce(t *testing.T) {
 			`ERROR msg="KEYS can't be used; the last keys stay in use" error=gone`,
 			`INFO msg="KEYS can be used again"`,
 		}
-		if diff := cmp.Diff(append(once, once...), got); diff != "" {
-			t.Errorf("log (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "log", append(once, once...), got)
 	})
 }
 
@@ -51,9 +47,7 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 	secondCert, secondKey := certificate(t)
 	dir := t.TempDir()
 	broken := filepath.Join(dir, "broken")
-	if err := os.WriteFile(broken, []byte("-----BEGIN CERT"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, broken, "-----BEGIN CERT")
 	synctest.Test(t, func(t *testing.T) {
 		var log logBuffer
 		cert := &servedCertificate{certFile: filepath.Join(dir, "cert.pem"), keyFile: filepath.Join(dir, "key.pem")}
@@ -123,13 +117,7 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 func copyFile(t *testing.T, to, from string, at time.Time) {
 	t.Helper()
 	b, err := os.ReadFile(from)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(to, b, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chtimes(to, at, at); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
+	fatalIf(t, os.WriteFile(to, b, 0o600))
+	fatalIf(t, os.Chtimes(to, at, at))
 }

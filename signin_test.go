@@ -55,13 +55,9 @@ func qwenEnv(t *testing.T) (*standIn, map[string]string) {
 func decideAt(t *testing.T, link, decision string) {
 	t.Helper()
 	u, err := url.Parse(link)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	res, err := http.PostForm("http://"+u.Host+"/authorize", url.Values{"user_code": {u.Query().Get("user_code")}, "decision": {decision}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	res.Body.Close()
 }
 
@@ -138,13 +134,9 @@ func TestLoginThatFailsChangesNothing(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, env := qwenEnv(t)
-			if err := os.MkdirAll(env["QWEN_DIR"], 0o700); err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, os.MkdirAll(env["QWEN_DIR"], 0o700))
 			file := filepath.Join(env["QWEN_DIR"], credentialFile)
-			if err := os.WriteFile(file, []byte(fileContent), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			writeFile(t, file, fileContent)
 			c := runCommand(t, env, "login")
 			tt.end(t, c, c.stdout.await(t, linkLine))
 			if status, out := c.wait(t); status != 1 || !strings.Contains(out, tt.want) {
@@ -264,9 +256,7 @@ func TestStatusBelievesTheServer(t *testing.T) {
 func foreignBase(t *testing.T) string {
 	dir := t.TempDir()
 	content := strings.Replace(fileContent, "portal.qwen.ai", "evil.example", 1)
-	if err := os.WriteFile(filepath.Join(dir, credentialFile), []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, filepath.Join(dir, credentialFile), content)
 	return dir
 }
 
@@ -275,9 +265,7 @@ func TestLogoutBesideALock(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := credentials(t)
 		lock := filepath.Join(dir, lockFile)
-		if err := os.WriteFile(lock, []byte("dead"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		writeFile(t, lock, "dead")
 		begin := time.Now()
 		os.Chtimes(lock, begin, begin)
 		c := runCommand(t, map[string]string{"QWEN_DIR": dir}, "logout")
@@ -362,9 +350,7 @@ func TestPlanMismatch(t *testing.T) {
 		{"sk-1", "https://token-plan.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1", true},
 	} {
 		base, err := url.Parse(tt.base)
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		if got := planMismatch(tt.key, base); (got != "") != tt.warns {
 			t.Errorf("%s with %s: %q, want a warning: %v", tt.key, tt.base, got, tt.warns)
 		}
@@ -375,9 +361,7 @@ func TestTheAPIKeysFileIsFollowed(t *testing.T) {
 	t.Parallel()
 	var got = make(chan string, 1)
 	file := filepath.Join(t.TempDir(), "key")
-	if err := os.WriteFile(file, []byte("sk-old\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, file, "sk-old\n")
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		got <- r.Header.Get("Authorization")
 		answerJSON(w, 200, "{}")
@@ -386,17 +370,13 @@ func TestTheAPIKeysFileIsFollowed(t *testing.T) {
 	if key := <-got; key != "Bearer sk-old" {
 		t.Errorf("sent %q", key)
 	}
-	if err := os.WriteFile(file, []byte("sk-new\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, file, "sk-new\n")
 	p.stderr.await(t, `"msg":"the API key has changed"`)
 	p.post("/v1/chat/completions", `{"messages":[]}`)
 	if key := <-got; key != "Bearer sk-new" {
 		t.Errorf("sent %q", key)
 	}
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.WriteFile(file, nil, 0o600))
 	p.stderr.await(t, `"msg":"QWEN_API_KEY_FILE can't be used`)
 	p.post("/v1/chat/completions", `{"messages":[]}`)
 	if key := <-got; key != "Bearer sk-new" {

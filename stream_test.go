@@ -1,7 +1,6 @@
 package main
 
 import (
-	"compress/gzip"
 	"io"
 	"net/http"
 	"strings"
@@ -124,13 +123,9 @@ func TestACompressedErrorPassesAsItCame(t *testing.T) {
 		io.WriteString(w, packed)
 	}, nil)
 	req, err := http.NewRequest("POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	res, err := (&http.Transport{DisableCompression: true}).RoundTrip(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
 	h := res.Header
@@ -138,15 +133,6 @@ func TestACompressedErrorPassesAsItCame(t *testing.T) {
 		t.Errorf("%s %v %q, %v", res.Status, h, body, err)
 	}
 	p.stderr.await(t, `"status":429.*"error_type":"rate_limit_error"`)
-}
-
-// gzipped returns s compressed.
-func gzipped(s string) string {
-	var b strings.Builder
-	w := gzip.NewWriter(&b)
-	io.WriteString(w, s)
-	w.Close()
-	return b.String()
 }
 
 func TestAnAnswerThatEndsLateIsWhole(t *testing.T) {

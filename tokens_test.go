@@ -20,8 +20,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // A sourceTest is a tokenSource over an OAuth server that a function stands for. When the test ends it
@@ -52,9 +50,7 @@ func newSourceTest(t *testing.T, file string, env map[string]string, serve oauth
 		full[k] = v
 	}
 	cfg, err := loadConfig(lookup(full))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	s := &sourceTest{t: t, cfg: cfg, begin: time.Now(), secrets: map[string]bool{}}
 	if file != "" {
 		s.write(file)
@@ -149,9 +145,7 @@ func (s *sourceTest) wantAsked(want ...string) {
 			got = append(got, r.What)
 		}
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		s.t.Errorf("requests to the OAuth server (-want +got):\n%s", diff)
-	}
+	wantEqual(s.t, "requests to the OAuth server", want, got)
 }
 
 // start runs the source until the test ends or the function that it returns is called, which waits for run's end.
@@ -194,9 +188,7 @@ func outcomeOf(call func() (*token, error)) outcome {
 // want checks what Token comes to.
 func (s *sourceTest) want(got string, took time.Duration) {
 	s.t.Helper()
-	if diff := cmp.Diff(outcome{got, took}, outcomeOf(func() (*token, error) { return s.Token(s.t.Context()) })); diff != "" {
-		s.t.Errorf("Token at %v (-want +got):\n%s", time.Since(s.begin), diff)
-	}
+	wantEqual(s.t, fmt.Sprintf("Token at %v", time.Since(s.begin)), outcome{got, took}, outcomeOf(func() (*token, error) { return s.Token(s.t.Context()) }))
 }
 
 // wantLogged checks how many lines of the log have part in them.
@@ -257,9 +249,7 @@ func TestTokenIsRenewedBeforeItExpires(t *testing.T) {
 				time.Sleep(tt.want)
 				synctest.Wait()
 				want := []oauthRequest{{"refresh-0", tt.want}, {"refresh-1", 2*tt.want + call}}
-				if diff := cmp.Diff(want, s.asked()); diff != "" {
-					t.Errorf("requests (-want +got):\n%s", diff)
-				}
+				wantEqual(t, "requests", want, s.asked())
 			})
 		})
 	}
@@ -287,9 +277,7 @@ func TestThousandRequestsAtExpiryWaitForOneRefresh(t *testing.T) {
 		s.start() // the refresh is from 1.5 s to 3.5 s
 		time.Sleep(3 * time.Second)
 		got := storm(func() (*token, error) { return s.Token(t.Context()) })
-		if diff := cmp.Diff(map[outcome]int{{"access-1", 500 * time.Millisecond}: 1000}, got); diff != "" {
-			t.Errorf("outcomes (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "outcomes", map[outcome]int{{"access-1", 500 * time.Millisecond}: 1000}, got)
 		s.wantAsked("refresh-0")
 	})
 }
@@ -304,12 +292,8 @@ func TestThousandRejectionsLeadToOneRefresh(t *testing.T) {
 		rejected, _ := s.Token(t.Context())
 		replace := func() (*token, error) { return s.Replace(t.Context(), rejected) }
 		got := storm(replace)
-		if diff := cmp.Diff(map[outcome]int{{"access-1", 2 * time.Second}: 1000}, got); diff != "" {
-			t.Errorf("outcomes (-want +got):\n%s", diff)
-		}
-		if diff := cmp.Diff(outcome{"access-1", 0}, outcomeOf(replace)); diff != "" {
-			t.Errorf("a late rejection (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "outcomes", map[outcome]int{{"access-1", 2 * time.Second}: 1000}, got)
+		wantEqual(t, "a late rejection", outcome{"access-1", 0}, outcomeOf(replace))
 		time.Sleep(time.Minute)
 		s.wantAsked("refresh-0")
 	})
@@ -333,9 +317,7 @@ func TestWaitersLeaveWithTheirContexts(t *testing.T) {
 			got = append(got, <-outcomes)
 		}
 		want := []outcome{{"client 0 left", time.Second}, {"client 1 left", 5 * time.Second}, {"client 2 left", 9 * time.Second}, {"access-1", 10 * time.Second}}
-		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("outcomes (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "outcomes", want, got)
 		s.wantAsked("refresh-0")
 	})
 }
@@ -453,9 +435,7 @@ func TestRejectedTokenAndNoServer(t *testing.T) {
 		rejected, _ := s.Token(t.Context())
 		for range 2 {
 			got := outcomeOf(func() (*token, error) { return s.Replace(t.Context(), rejected) })
-			if diff := cmp.Diff(outcome{"503 token_refresh_failed", 0}, got); diff != "" {
-				t.Errorf("Replace (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "Replace", outcome{"503 token_refresh_failed", 0}, got)
 		}
 		s.want("access-0", 0)
 		s.wantAsked("refresh-0")
@@ -545,17 +525,13 @@ func TestRefreshKeepsWhatTheAnswerLacks(t *testing.T) {
 		s := newSourceTest(t, file, nil, func(*http.Request) (int, string) { return 200, `{"access_token":"access-1","expires_in":3600}` })
 		s.start()
 		tok, err := s.Token(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		if got := tok.base.String(); got != "https://dashscope.aliyuncs.com/compatible-mode/v1" {
 			t.Errorf("base %q, want the old one", got)
 		}
 		want := map[string]any{"access_token": "access-1", "refresh_token": "refresh-0", "token_type": "Bearer", "id_token": "id-0", "scope": "openid",
 			"resource_url": "dashscope.aliyuncs.com/compatible-mode", "expiry_date": float64(time.Now().Add(time.Hour).UnixMilli()), "endpoint": map[string]any{"of": "Qwen Code"}}
-		if diff := cmp.Diff(want, s.read()); diff != "" {
-			t.Errorf("credential file (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "credential file", want, s.read())
 		time.Sleep(55 * time.Minute)
 		synctest.Wait()
 		s.wantAsked("refresh-0", "refresh-0")
@@ -587,9 +563,7 @@ func TestSignIn(t *testing.T) {
 					"verification_uri_complete": "https://chat.qwen.ai/authorize?user_code=WDJB-MJHT",
 					"expires_at":                time.Now().Add(15 * time.Minute).UTC().Format(time.RFC3339),
 					"message":                   "Open verification_uri_complete in a browser and check that it shows user_code."}
-				if diff := cmp.Diff(want, got); diff != "" {
-					t.Errorf("/auth (-want +got):\n%s", diff)
-				}
+				wantEqual(t, "/auth", want, got)
 			})
 		}
 		s.want("401 not_signed_in", 0)
@@ -616,9 +590,7 @@ func TestSignIn(t *testing.T) {
 		}
 		want := map[string]any{"access_token": "access-1", "refresh_token": "refresh-1", "token_type": "Bearer", "resource_url": "portal.qwen.ai",
 			"expiry_date": float64(time.Now().Add(time.Hour).UnixMilli())}
-		if diff := cmp.Diff(want, s.read()); diff != "" {
-			t.Errorf("credential file (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "credential file", want, s.read())
 		if info, err := os.Stat(s.store.path()); err != nil || info.Mode() != 0o600 {
 			t.Errorf("credential file: %v, %v; want mode 0600", info.Mode(), err)
 		}
@@ -762,9 +734,7 @@ func TestUnusableFileIsLeftUntilASignInIsComplete(t *testing.T) {
 func TestTokenIsUsedWhereItCannotBeStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "file")
-		if err := os.WriteFile(file, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, os.WriteFile(file, nil, 0o600))
 		s := newSourceTest(t, "", map[string]string{"QWEN_DIR": file}, func(r *http.Request) (int, string) {
 			if r.PostForm.Has("grant_type") {
 				return 200, tokenAnswer(1, 3600)
@@ -867,9 +837,7 @@ func TestAccountThatIsNotServed(t *testing.T) {
 
 func TestKeySource(t *testing.T) {
 	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-secret"}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	s := newSource(cfg, slog.New(slog.DiscardHandler), nil)
 	s.run(t.Context(), t.Context()) // there is nothing to do
 	tok, err := s.Token(t.Context())
@@ -885,12 +853,8 @@ func TestANewKeyIsTried(t *testing.T) {
 	if err := s.refused(); err.code != "invalid_api_key" || s.ready() != err {
 		t.Errorf("refused: %v, ready: %v", err, s.ready())
 	}
-	if err := os.WriteFile(file, []byte("sk-new\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.readFile(); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, file, "sk-new\n")
+	fatalIf(t, s.readFile())
 	if err := s.ready(); err != nil {
 		t.Errorf("not ready with a new key: %v", err)
 	}
@@ -992,9 +956,7 @@ func TestAuthShowsTheLinkAsSoonAsARefreshIsRefused(t *testing.T) {
 // one another for ever.
 func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 	cfg, err := loadConfig(lookup(map[string]string{"QWEN_DIR": credentials(t)}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	s := newSource(cfg, slog.New(slog.DiscardHandler), io.Discard).(*oauthSource)
 	last := time.Now().Add(-10 * time.Second)
 	s.verdict.since, s.verdict.fresh, s.verdict.last = time.Now().Add(-2*refusalTime), last, last
@@ -1003,12 +965,8 @@ func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 	}
 	old := s.state.Load().token
 	content := strings.Replace(fileContent, "1753142400123", strconv.FormatInt(time.Now().Add(time.Hour).UnixMilli(), 10), 1)
-	if err := os.WriteFile(s.store.path(), []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.readFile(); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, s.store.path(), content)
+	fatalIf(t, s.readFile())
 	if tok, err := s.Token(t.Context()); err != nil || tok == old {
 		t.Fatalf("the new token was not taken: %v", err)
 	}
@@ -1026,9 +984,7 @@ func TestAClockThatJumps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newTestOAuth(t, func(*http.Request) (int, string) { return 200, tokenAnswer(1, 3600) })
 		fresh, err := c.refresh(t.Context(), "refresh-0")
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		if fresh.expiry != fresh.expiry.Round(0) || fresh.obtained != fresh.obtained.Round(0) {
 			t.Error("the token's times have a monotonic reading: a jump of the wall clock would go unnoticed")
 		}
@@ -1078,18 +1034,14 @@ func TestAnUnusableFileIsLoggedOnce(t *testing.T) {
 			t.Run(tt.name+" "+from, func(t *testing.T) {
 				t.Parallel()
 				dir, err := os.MkdirTemp("", "q") // the path of a socket must be short
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				t.Cleanup(func() { os.RemoveAll(dir) })
 				synctest.Test(t, func(t *testing.T) {
 					path := filepath.Join(dir, credentialFile)
 					good := fileOf(0, 48*time.Hour)
 					first := good
 					breakFile := func() {
-						if err := errors.Join(os.RemoveAll(path), tt.put(path)); err != nil {
-							t.Fatal(err)
-						}
+						fatalIf(t, errors.Join(os.RemoveAll(path), tt.put(path)))
 					}
 					if from == "from the start" {
 						breakFile()
@@ -1108,9 +1060,7 @@ func TestAnUnusableFileIsLoggedOnce(t *testing.T) {
 					}
 					time.Sleep(time.Hour + time.Second) // not at the moment of a look
 					s.wantLogged("the credential file can't be used", 1)
-					if err := os.RemoveAll(path); err != nil {
-						t.Fatal(err)
-					}
+					fatalIf(t, os.RemoveAll(path))
 					s.write(good)
 					time.Sleep(2 * maxNap)
 					s.want("access-0", 0)
@@ -1175,9 +1125,7 @@ func TestNoRefreshBesideAnUnusableFile(t *testing.T) {
 				})
 				s.start()
 				time.Sleep(time.Minute + time.Second) // no change comes while the file is read
-				if err := errors.Join(os.Remove(s.store.path()), put(s.store.path())); err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, errors.Join(os.Remove(s.store.path()), put(s.store.path())))
 				time.Sleep(8 * time.Minute)
 				s.want("access-0", 0)
 				time.Sleep(20 * time.Minute)
@@ -1186,9 +1134,7 @@ func TestNoRefreshBesideAnUnusableFile(t *testing.T) {
 					t.Errorf("got %v, want a 503 that says what to do", err)
 				}
 				s.wantAsked()
-				if err := os.RemoveAll(s.store.path()); err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, os.RemoveAll(s.store.path()))
 				s.write(old)
 				time.Sleep(maxNap)
 				synctest.Wait()

@@ -3,7 +3,6 @@ package e2e
 import (
 	"bufio"
 	"bytes"
-	"compress/gzip"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -117,9 +116,7 @@ func TestAStreamCutByHTTP2NeverLooksWhole(t *testing.T) {
 	for n := range len(events) + 1 {
 		cut.Store(int64(n))
 		res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[],"stream":true}`))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		body, err := io.ReadAll(res.Body)
 		res.Body.Close()
 		done, failed := strings.Contains(events[:n], "data: [DONE]"), bytes.Contains(body, []byte(`data: {"error":`))
@@ -132,9 +129,7 @@ func TestAStreamCutByHTTP2NeverLooksWhole(t *testing.T) {
 func TestUpstreamsThatCannotBeReached(t *testing.T) {
 	t.Parallel()
 	refused, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	refused.Close()
 	selfSigned := httptest.NewUnstartedServer(http.NotFoundHandler())
 	selfSigned.Config.ErrorLog = log.New(io.Discard, "", 0) // of the handshake that fails
@@ -200,9 +195,7 @@ func TestStrangeButWholeAnswersPass(t *testing.T) {
 			p := startWith(t, tt.handler, nil)
 			req, _ := http.NewRequest("POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":["`+strings.Repeat("x", 1<<20)+`"]}`))
 			res, err := (&http.Transport{DisableCompression: true}).RoundTrip(req)
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			defer res.Body.Close()
 			body, err := io.ReadAll(res.Body)
 			if err != nil || res.StatusCode != 200 || string(body) != tt.want {
@@ -241,9 +234,7 @@ func TestABrokenStreamOfMessages(t *testing.T) {
 	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": rawAPI(t,
 		"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n16\r\nevent: ping\ndata: {}\n\n\r\n")})
 	res, err := http.Post(p.url+"/v1/messages", "application/json", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	got, err := io.ReadAll(res.Body)
 	event, ok := strings.CutPrefix(string(got), "event: ping\ndata: {}\n\n\n\nevent: error\ndata: ")
@@ -275,9 +266,7 @@ func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := start(t, map[string]string{"API_BASE_URL": rawAPI(t, tt.answer), "QWEN_API_KEY": "sk-test", "LOG_LEVEL": "info"})
 			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			defer res.Body.Close()
 			body, err := io.ReadAll(res.Body)
 			if tt.code == "" {
@@ -388,9 +377,7 @@ func TestAnswersThatEndWithTheConnection(t *testing.T) {
 					request = `{"messages":[]}`
 				}
 				res, err := http.Post(p.url+"/v1/"+tt.path, "application/json", strings.NewReader(request))
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				body, err := io.ReadAll(res.Body)
 				res.Body.Close()
 				switch failed := strings.Contains(string(body), `"error":{`); tt.code {
@@ -421,22 +408,11 @@ func TestDataAfterDone(t *testing.T) {
 	}, nil)
 	for path, request := range map[string]string{"chat/completions": `{"messages":[]}`, "completions": `{"prompt":"x"}`} {
 		res, err := http.Post(p.url+"/v1/"+path, "application/json", strings.NewReader(request))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		body, err := io.ReadAll(res.Body)
 		res.Body.Close()
 		if err != nil || strings.Contains(string(body), "error") || !strings.HasSuffix(string(body), done+"data: took 1 s\n\n") {
 			t.Errorf("%s: %q, %v", path, body, err)
 		}
 	}
-}
-
-// gzipped returns s compressed.
-func gzipped(s string) string {
-	var b strings.Builder
-	w := gzip.NewWriter(&b)
-	io.WriteString(w, s)
-	w.Close()
-	return b.String()
 }

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"net/http"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -13,18 +12,14 @@ import (
 func TestEnvFileOfTheWorkingDirectory(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, ".env"), []byte("QWEN_API_KEY='sk-1'\nMODELS=from-file\nLOG_LEVEL=error\nSERVER_HOST=127.0.0.9\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, filepath.Join(dir, ".env"), "QWEN_API_KEY='sk-1'\nMODELS=from-file\nLOG_LEVEL=error\nSERVER_HOST=127.0.0.9\n")
 	p := start(t, map[string]string{"LOG_LEVEL": "info"}, func(cmd *exec.Cmd) { cmd.Dir = dir })
 	p.stderr.await(t, `"msg":"settings were read from a file; the environment wins","file":".*/\.env"`)
 	if !strings.HasPrefix(p.url, "http://127.0.0.1:") {
 		t.Errorf("it listens on %s: the file has won over the environment", p.url)
 	}
 	res, err := http.Get(p.url + "/health/ready")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	res.Body.Close()
 	if res.StatusCode != http.StatusOK {
 		t.Errorf("/health/ready: %s: the file's key is not in use", res.Status)

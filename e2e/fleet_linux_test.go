@@ -43,9 +43,7 @@ func startFleet(t *testing.T, env map[string]string) *fleet {
 	var held []net.Listener
 	free := func(host string) string {
 		ln, err := net.Listen("tcp", host+":0")
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		held = append(held, ln)
 		return ln.Addr().String()
 	}
@@ -59,9 +57,7 @@ func startFleet(t *testing.T, env map[string]string) *fleet {
 		replace[fmt.Sprintf("10.0.0.1%d:8080", i+1)] = f.addrs[i]
 	}
 	b, err := os.ReadFile("../deploy/haproxy.cfg")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	config := string(b)
 	for from, to := range replace {
 		if !strings.Contains(config, from) {
@@ -70,9 +66,7 @@ func startFleet(t *testing.T, env map[string]string) *fleet {
 		config = strings.ReplaceAll(config, from, to)
 	}
 	file := filepath.Join(t.TempDir(), "haproxy.cfg")
-	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, file, config)
 	for _, ln := range held {
 		ln.Close()
 	}
@@ -86,9 +80,7 @@ func startFleet(t *testing.T, env map[string]string) *fleet {
 	var out logBuffer
 	cmd := exec.Command(haproxy, "-db", "-f", file)
 	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, cmd.Start())
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -144,9 +136,7 @@ func (f *fleet) server(i int) (map[string]string, error) {
 func (f *fleet) number(i int, name string) int {
 	f.t.Helper()
 	stats, err := f.server(i)
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	fatalIf(f.t, err)
 	n, err := strconv.Atoi(stats[name])
 	if err != nil {
 		f.t.Fatalf("%s of replica %d: %v", name, i, err)

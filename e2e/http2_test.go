@@ -16,8 +16,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // The frames of HTTP/2 that an attack takes, RFC 9113 §6.
@@ -265,9 +263,7 @@ func TestSilenceOverHTTP2IsNoWriteTimeout(t *testing.T) {
 		sse(w, "data: [DONE]\n\n")
 	}, withTLS(t, map[string]string{"WRITE_TIMEOUT": "200ms", "SSE_KEEPALIVE": "0"}))
 	res, err := p.client().Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	if body, err := io.ReadAll(res.Body); err != nil || res.ProtoMajor != 2 || string(body) != "data: 1\n\ndata: [DONE]\n\n" {
 		t.Errorf("%s: %q, %v", res.Proto, body, err)
@@ -285,9 +281,7 @@ func TestAnHTTP2ClientThatTakesNothingIsCutOff(t *testing.T) {
 		close(ended)
 	}, withTLS(t, map[string]string{"WRITE_TIMEOUT": "200ms", "LOG_LEVEL": "info"}))
 	res, err := p.client().Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close() // of which nothing is read
 	<-ended
 	p.stderr.await(t, `"error_type":"network_error","error":"The client`)
@@ -456,9 +450,7 @@ func TestNoReplayOverHTTP2(t *testing.T) {
 			})
 			warmHTTP2(t, p)
 			statuses, replays := askAtOnce(t, p, requests)
-			if diff := cmp.Diff([]int{502}, statuses); diff != "" {
-				t.Errorf("statuses (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "statuses", []int{502}, statuses)
 			if n, most := executed.most(); n != requests || most != 1 || replays != 0 {
 				t.Errorf("%d requests, one of them executed %d times, %v replays; want %d, 1 and 0", n, most, replays, requests)
 			}
@@ -492,9 +484,7 @@ func TestWhatHTTP2LeavesUnprocessedIsSentAgain(t *testing.T) {
 			})
 			warmHTTP2(t, p)
 			statuses, replays := askAtOnce(t, p, requests)
-			if diff := cmp.Diff([]int{200}, statuses); diff != "" {
-				t.Errorf("statuses (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "statuses", []int{200}, statuses)
 			if n, most := executed.most(); n != requests || most != 1 || replays < 1 {
 				t.Errorf("%d requests, one of them executed %d times, %v replays; want %d, 1 and some", n, most, replays, requests)
 			}
@@ -524,9 +514,7 @@ func TestWhatHTTP2LeavesUnprocessedIsSentAgain(t *testing.T) {
 			s.ok()
 		})
 		statuses, _ := askAtOnce(t, p, requests)
-		if diff := cmp.Diff([]int{200}, statuses); diff != "" {
-			t.Errorf("statuses (-want +got):\n%s", diff)
-		}
+		wantEqual(t, "statuses", []int{200}, statuses)
 		if n, most := executed.most(); n != requests || most != 1 {
 			t.Errorf("%d requests, one of them executed %d times, want %d and 1", n, most, requests)
 		}

@@ -45,9 +45,7 @@ func (p *program) footprint() (u footprint) {
 	}
 	tr := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}
 	res, err := (&http.Client{Transport: tr, Timeout: 20 * time.Second}).Get(p.url + "/health/detailed")
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	defer res.Body.Close()
 	var detailed struct {
 		Goroutines int
@@ -58,18 +56,12 @@ func (p *program) footprint() (u footprint) {
 			Heap int `json:"heap_bytes"`
 		}
 	}
-	if err := json.NewDecoder(res.Body).Decode(&detailed); err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, json.NewDecoder(res.Body).Decode(&detailed))
 	proc := fmt.Sprintf("/proc/%d/", p.cmd.Process.Pid)
 	descriptors, err := os.ReadDir(proc + "fd")
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	status, err := os.ReadFile(proc + "status")
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	if _, after, ok := strings.Cut(string(status), "\nVmRSS:"); !ok {
 		p.t.Fatalf("no VmRSS in %s", status)
 	} else if _, err := fmt.Sscanf(after, "%d kB", &u.resident); err != nil {
@@ -173,9 +165,7 @@ func TestClientsThatDoNotReadHinderNobody(t *testing.T) {
 	atOnce(stuck, func() { io.WriteString(p.dial(), rawChat) })
 
 	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":["steady"]}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	lines := bufio.NewReader(res.Body)
 	var slowest time.Duration

@@ -11,8 +11,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // startLogging starts the program with its log at level info on a pipe. The log is read until the program listens, and
@@ -23,9 +21,7 @@ func startLogging(t *testing.T, env map[string]string) (p *program, log *os.File
 		t.Skip("there is no SIGTERM")
 	}
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	t.Cleanup(func() { r.Close() })
 	full := map[string]string{"QWEN_DIR": credentials(t), "LOG_LEVEL": "info"}
 	for k, v := range env {
@@ -57,9 +53,7 @@ func (p *program) requests(n int, adapt func(i int, r *http.Request)) {
 	defer client.CloseIdleConnections()
 	for i := range n {
 		req, err := http.NewRequest("GET", p.url+"/v1/models", nil)
-		if err != nil {
-			p.t.Fatal(err)
-		}
+		fatalIf(p.t, err)
 		req.Header.Set("X-Request-ID", fmt.Sprintf("request.%d", i))
 		if adapt != nil {
 			adapt(i, req)
@@ -109,9 +103,7 @@ func TestLogPipeNeverRead(t *testing.T) {
 	}
 	p.stopsWithin(5 * time.Second)
 	rest, err := io.ReadAll(log) // what the pipe has taken
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	if len(rest) == 0 || rest[len(rest)-1] != '\n' {
 		t.Errorf("the log ends with %q, want a whole line", rest[max(0, len(rest)-200):])
 	}
@@ -142,9 +134,7 @@ func TestNoLogLineIsLost(t *testing.T) {
 			got = append(got, id)
 		}
 	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("requests in the log (-want +got):\n%s", diff)
-	}
+	wantEqual(t, "requests in the log", want, got)
 	if !strings.HasSuffix(all, `"msg":"stopped"}`+"\n") {
 		t.Errorf("the log ends in %q, want the line that says stopped", all[max(0, len(all)-200):])
 	}
@@ -179,9 +169,7 @@ func TestASecondSignalWritesTheLog(t *testing.T) {
 				return
 			}
 			all, err := io.ReadAll(log)
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			if got := strings.Count(string(all), `"msg":"request"`); got < n {
 				t.Errorf("%d requests are in the log, want all %d", got, n)
 			}

@@ -3,26 +3,18 @@
 package e2e
 
 import (
-	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"flag"
 	"fmt"
 	"io"
 	"maps"
-	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -31,7 +23,32 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"qwen-go-proxy/e2e/testkit"
 )
+
+// What the packages of tests share.
+var (
+	fatalIf     = testkit.FatalIf
+	wantEqual   = testkit.WantEqual
+	wantError   = testkit.WantError
+	until       = testkit.Until
+	writeFile   = testkit.WriteFile
+	readFile    = testkit.ReadFile
+	certificate = testkit.Certificate
+	sse         = testkit.SSE
+	answerJSON  = testkit.AnswerJSON
+	gzipped     = testkit.Gzipped
+)
+
+// A logBuffer is what a program has written so far. It can be waited on.
+type logBuffer struct{ testkit.Log }
+
+// await returns the last group of re's first match, or fails the test.
+func (l *logBuffer) await(t testing.TB, re string) string {
+	t.Helper()
+	return l.Await(t, re)
+}
 
 var binaryDir string // a temporary directory, for the binary
 
@@ -100,9 +117,7 @@ type program struct {
 func start(t *testing.T, env map[string]string, adapt ...func(*exec.Cmd)) *program {
 	t.Helper()
 	exe, err := build()
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	p := &program{t: t, cmd: exec.Command(exe), stderr: &logBuffer{}, ended: make(chan struct{})}
 	p.cmd.Dir = binaryDir // where no .env is
 	full := map[string]string{
@@ -118,9 +133,7 @@ func start(t *testing.T, env map[string]string, adapt ...func(*exec.Cmd)) *progr
 	for _, f := range adapt {
 		f(p.cmd)
 	}
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, p.cmd.Start())
 	go func() {
 		p.status = p.cmd.Wait()
 		close(p.ended)
@@ -155,9 +168,7 @@ func startOverTLS(t *testing.T, api *httptest.Server, env map[string]string) *pr
 	api.StartTLS()
 	t.Cleanup(api.Close)
 	file := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: api.Certificate().Raw}), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: api.Certificate().Raw}), 0o600))
 	full := map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": api.URL + "/v1", "SSL_CERT_FILE": file}
 	maps.Copy(full, env)
 	return start(t, full)
@@ -198,18 +209,12 @@ func (p *program) terminate() {
 func (p *program) do(method, path, body string) (*http.Response, string) {
 	p.t.Helper()
 	req, err := http.NewRequest(method, p.url+path, strings.NewReader(body))
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	res, err := http.DefaultClient.Do(req)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	return res, string(b)
 }
 
@@ -250,9 +255,7 @@ func (p *program) dial() net.Conn {
 	p.t.Helper()
 	scheme, address, _ := strings.Cut(p.url, "://")
 	c, err := net.Dial("tcp", address)
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	p.t.Cleanup(func() { c.Close() })
 	if scheme == "https" {
 		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
@@ -275,94 +278,12 @@ func (p *program) memory(name string) (bytes int) {
 		p.t.Skip("needs /proc")
 	}
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	if err != nil {
-		p.t.Fatal(err)
-	}
+	fatalIf(p.t, err)
 	_, after, _ := strings.Cut(string(status), "\n"+name+":")
 	if _, err := fmt.Sscanf(after, "%d kB", &bytes); err != nil {
 		p.t.Fatalf("%s: %v in %s", name, err, status)
 	}
 	return bytes << 10
-}
-
-// A logBuffer is what a program has written so far; it can be waited on.
-type logBuffer struct {
-	mu      sync.Mutex
-	buf     bytes.Buffer
-	changed chan struct{}
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.changed != nil {
-		close(l.changed)
-		l.changed = nil
-	}
-	return l.buf.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-// await returns the first match of re's first group, or fails the test.
-func (l *logBuffer) await(t *testing.T, re string) string {
-	t.Helper()
-	pattern := regexp.MustCompile(re)
-	deadline := time.After(20 * time.Second)
-	for {
-		l.mu.Lock()
-		if l.changed == nil {
-			l.changed = make(chan struct{})
-		}
-		m, changed := pattern.FindStringSubmatch(l.buf.String()), l.changed
-		l.mu.Unlock()
-		if m != nil {
-			return m[len(m)-1]
-		}
-		select {
-		case <-changed:
-		case <-deadline:
-			t.Fatalf("nothing matched %q in:\n%s", re, l)
-		}
-	}
-}
-
-// wantError checks that an answer is an error of OpenAI's shape.
-func wantError(t *testing.T, res *http.Response, body string, status int, typ, code string) {
-	t.Helper()
-	var e struct {
-		Error     struct{ Message, Type, Code string }
-		RequestID string `json:"request_id"`
-	}
-	if err := json.Unmarshal([]byte(body), &e); err != nil {
-		t.Fatalf("status %d, body is not JSON: %v\n%.300s", res.StatusCode, err, body)
-	}
-	if res.StatusCode != status || e.Error.Type != typ || e.Error.Code != code || e.Error.Message == "" {
-		t.Errorf("got %d %s %s %q, want %d %s %s", res.StatusCode, e.Error.Type, e.Error.Code, e.Error.Message, status, typ, code)
-	}
-	if id := res.Header.Get("X-Request-ID"); id == "" || e.RequestID != id {
-		t.Errorf("request_id %q, X-Request-ID %q: want the same", e.RequestID, id)
-	}
-}
-
-// sse writes the header of a stream, and its events one by one.
-func sse(w http.ResponseWriter, events ...string) {
-	w.Header().Set("Content-Type", "text/event-stream;charset=UTF-8")
-	http.NewResponseController(w).Flush()
-	for _, e := range events {
-		io.WriteString(w, e)
-		http.NewResponseController(w).Flush()
-	}
-}
-
-func answerJSON(w http.ResponseWriter, status int, body string) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	io.WriteString(w, body)
 }
 
 // withTLS adds a certificate to env.
@@ -371,31 +292,4 @@ func withTLS(t *testing.T, env map[string]string) map[string]string {
 	maps.Copy(full, env)
 	full["TLS_CERT_FILE"], full["TLS_KEY_FILE"] = certificate(t)
 	return full
-}
-
-// certificate writes a certificate for localhost and its key, and returns their files.
-func certificate(t *testing.T) (certFile, keyFile string) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour),
-		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	for file, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: cert}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
-		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return certFile, keyFile
 }

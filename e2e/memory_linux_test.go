@@ -251,9 +251,7 @@ func TestSlowBodiesLockNobodyOut(t *testing.T) {
 		body := `{"messages":[]` + strings.Repeat(" ", size-15) + `}`
 		for i := range 30 {
 			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(body))
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			res.Body.Close()
 			if res.StatusCode != 200 {
 				t.Errorf("small request %d of %d bytes: %s", i, size, res.Status)

@@ -29,9 +29,7 @@ type manager struct {
 func newManager(t *testing.T, socket string) *manager {
 	t.Helper()
 	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	t.Cleanup(func() { conn.Close() })
 	return &manager{t, conn}
 }
@@ -40,9 +38,7 @@ func newManager(t *testing.T, socket string) *manager {
 func shortDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "qgp")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return dir
 }

@@ -68,9 +68,7 @@ func newWitness(t *testing.T, dir string, life time.Duration) *witness {
 	srv := httptest.NewServer(mux)
 	t.Cleanup(srv.Close)
 	w.url = srv.URL
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.MkdirAll(dir, 0o700))
 	writeCredentials(t, dir, "expired", w.refresh, w.url, time.Now().Add(-time.Minute))
 	return w
 }
@@ -80,9 +78,7 @@ func writeCredentials(t *testing.T, dir, access, refresh, resource string, expir
 	t.Helper()
 	content := fmt.Sprintf(`{"access_token":%q,"refresh_token":%q,"token_type":"Bearer","resource_url":%q,"expiry_date":%d}`,
 		access, refresh, resource, expiry.UnixMilli())
-	if err := os.WriteFile(filepath.Join(dir, credentialFile), []byte(content), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, filepath.Join(dir, credentialFile), content)
 }
 
 // credentials returns a directory with a credential file whose token is good for an hour.

@@ -188,9 +188,7 @@ func TestBesideQwenCode(t *testing.T) {
 		t.Skip("QWEN_CODE_DIR is not set; examples/qwen-code/check.sh fetches Qwen Code and runs this test with it")
 	}
 	node, err := exec.LookPath("node")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	duration := func(name string, def time.Duration) time.Duration {
 		d, err := time.ParseDuration(cmp.Or(os.Getenv(name), def.String()))
 		if err != nil {
@@ -218,18 +216,12 @@ func TestBesideQwenCode(t *testing.T) {
 		cmd := exec.Command(node, filepath.Join("..", "examples", "qwen-code", "manager.mjs"))
 		cmd.Env = append(os.Environ(), "QWEN_HOME="+w.dir, "OAUTH_URL="+w.url)
 		stdin, err := cmd.StdinPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		stdout, err := cmd.StdoutPipe()
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		var stderr logBuffer
 		cmd.Stderr = &stderr
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, cmd.Start())
 		defer cmd.Process.Kill()
 		defer stdin.Close() // ends it
 		managers.Go(func() {

@@ -519,9 +519,7 @@ func (s *soak) halfBody(k *soakKind, r *soakRequest) {
 // listen starts the API and returns its base URL.
 func (s *soak) listen(t *testing.T) string {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	t.Cleanup(func() { ln.Close() })
 	go func() {
 		for {
@@ -834,17 +832,13 @@ func (s *soak) open(t *testing.T) soakState {
 	t.Helper()
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
 	res, err := client.Get(s.url + "/health/detailed")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	var all struct {
 		Requests   soakState
 		Goroutines int
 	}
-	if err := json.NewDecoder(res.Body).Decode(&all); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, json.NewDecoder(res.Body).Decode(&all))
 	all.Requests.Goroutines = all.Goroutines
 	return all.Requests
 }

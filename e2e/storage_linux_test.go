@@ -19,9 +19,7 @@ import (
 func tmpfs(t *testing.T, dir string) string {
 	t.Helper()
 	dir = filepath.Join(dir, "qwen")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.Mkdir(dir, 0o700))
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=256k,mode=0700"); err != nil {
 		t.Skipf("mounting a file system is not permitted here: %v", err)
 	}
@@ -36,9 +34,7 @@ func remount(t *testing.T, dir string, readOnly bool) {
 	if readOnly {
 		flags |= syscall.MS_RDONLY
 	}
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", flags, ""); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, syscall.Mount("tmpfs", dir, "tmpfs", flags, ""))
 }
 
 // serving checks that p answers chat requests with status until done, and that of errors the body holds want.
@@ -129,9 +125,7 @@ func TestStorageThatFails(t *testing.T) {
 		{"full",
 			func(t *testing.T, dir string) {
 				f, err := os.Create(filepath.Join(dir, "ballast"))
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				defer f.Close()
 				for err == nil {
 					_, err = f.Write(make([]byte, 4096))
@@ -141,9 +135,7 @@ func TestStorageThatFails(t *testing.T) {
 				}
 			},
 			func(t *testing.T, dir string) {
-				if err := os.Remove(filepath.Join(dir, "ballast")); err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, os.Remove(filepath.Join(dir, "ballast")))
 			},
 			"no space left on device"},
 	} {
@@ -186,9 +178,7 @@ func TestStorageThatFails(t *testing.T) {
 func TestReadOnlyDirectoryFromTheStart(t *testing.T) {
 	t.Parallel()
 	dir, err := os.MkdirTemp("", "qwen-go-proxy-test-")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	w := newWitness(t, t.TempDir(), 3*time.Second)
 	env := w.env()
@@ -213,17 +203,13 @@ func TestReadOnlyDirectoryFromTheStart(t *testing.T) {
 func readOnly(t *testing.T, dir string) (adapt func(*exec.Cmd), reason string) {
 	t.Helper()
 	qwen := filepath.Join(dir, "qwen")
-	if err := os.Mkdir(qwen, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.Mkdir(qwen, 0o700))
 	if err := syscall.Mount("tmpfs", qwen, "tmpfs", syscall.MS_RDONLY, "size=64k,mode=0700"); err == nil {
 		t.Cleanup(func() { syscall.Unmount(qwen, syscall.MNT_DETACH) })
 		return func(*exec.Cmd) {}, "read-only file system"
 	}
 	for path, mode := range map[string]os.FileMode{dir: 0o755, qwen: 0o555} {
-		if err := os.Chmod(path, mode); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, os.Chmod(path, mode))
 	}
 	if os.Getuid() != 0 {
 		return func(*exec.Cmd) {}, "permission denied"
@@ -232,9 +218,7 @@ func readOnly(t *testing.T, dir string) (adapt func(*exec.Cmd), reason string) {
 	const nobody = 65534
 	return func(cmd *exec.Cmd) {
 		cmd.Path = filepath.Join(dir, "program")
-		if err := copyProgram(cmd.Path, cmd.Args[0]); err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, copyProgram(cmd.Path, cmd.Args[0]))
 		cmd.Dir = dir
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
 	}, "permission denied"
@@ -260,12 +244,8 @@ func TestFileMountedByItself(t *testing.T) {
 	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 2*time.Second)
 	other := filepath.Join(t.TempDir(), "elsewhere")
 	content, err := os.ReadFile(w.file())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(other, content, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
+	fatalIf(t, os.WriteFile(other, content, 0o600))
 	if err := syscall.Mount(other, w.file(), "", syscall.MS_BIND, ""); err != nil {
 		t.Skipf("a bind mount is not permitted here: %v", err)
 	}
@@ -293,9 +273,7 @@ func TestFileThatVanishes(t *testing.T) {
 	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 16*time.Second)
 	p := start(t, w.env())
 	p.becomes(http.StatusOK)
-	if err := os.Remove(w.file()); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, os.Remove(w.file()))
 	const warning = "the credential file has vanished"
 	p.serving(func() bool { return strings.Contains(p.stderr.String(), warning) }, http.StatusOK, "")
 	p.serving(w.refreshed(1), http.StatusOK, "")
@@ -319,9 +297,7 @@ func TestFileThatBecomesADirectory(t *testing.T) {
 	p.becomes(http.StatusOK)
 	good := time.Now()
 	path := w.file()
-	if err := errors.Join(os.Rename(path, path+".away"), os.Mkdir(path, 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, errors.Join(os.Rename(path, path+".away"), os.Mkdir(path, 0o700)))
 	n := w.counts().refreshes
 	p.serving(func() bool { return time.Since(good) > life-500*time.Millisecond }, http.StatusOK, "")
 	p.becomes(http.StatusServiceUnavailable)
@@ -329,9 +305,7 @@ func TestFileThatBecomesADirectory(t *testing.T) {
 	if w.refreshed(n)() {
 		t.Error("a refresh token was spent")
 	}
-	if err := errors.Join(os.Remove(path), os.Rename(path+".away", path)); err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, errors.Join(os.Remove(path), os.Rename(path+".away", path)))
 	p.becomes(http.StatusOK)
 	p.terminate()
 	if c := w.counts(); c.replays+c.refreshesRefused+c.deviceAuthorizations != 0 {

@@ -14,8 +14,6 @@ import (
 	"time"
 	"unicode/utf8"
 	"unsafe"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // newTerminal returns both ends of a new pseudo-terminal: what programs have, and what the user reads, until the test ends.
@@ -27,9 +25,7 @@ func newTerminal(t *testing.T) (program, user *os.File) {
 	}
 	t.Cleanup(func() { master.Close() })
 	raw, err := master.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	var n, locked int32
 	raw.Control(func(fd uintptr) {
 		for request, arg := range map[uintptr]*int32{syscall.TIOCSPTLCK: &locked, syscall.TIOCGPTN: &n} {
@@ -115,9 +111,7 @@ qwen-go-proxy listens on unix:` + socket + `.
 				}
 			}
 			got = regexp.MustCompile(`:\d{2,5}\b`).ReplaceAllString(got, ":PORT")
-			if diff := cmp.Diff(tt.want, got); diff != "" {
-				t.Errorf("greeting (-want +got):\n%s", diff)
-			}
+			wantEqual(t, "greeting", tt.want, got)
 		})
 	}
 }

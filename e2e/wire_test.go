@@ -22,9 +22,7 @@ const rawChat = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConten
 func serveRaw(t *testing.T, answer func(c *net.TCPConn, br *bufio.Reader)) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	t.Cleanup(func() { ln.Close() })
 	go func() {
 		for {
@@ -130,9 +128,7 @@ func TestTrailersPassInNeitherDirection(t *testing.T) {
 	c := startOverTLS(t, api, nil).dial()
 	io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTrailer: X-Leak\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n{\"messages\":[]}\r\n0\r\nX-Leak: 10.1.2.3\r\nCookie: s=1\r\n\r\n")
 	res, err := http.ReadResponse(bufio.NewReader(c), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	io.ReadAll(res.Body)
 	if got.Load() != "2 map[]" {
 		t.Errorf("the API got protocol and trailers %v", got.Load())
@@ -329,9 +325,7 @@ func TestARequestIsReplayedOnce(t *testing.T) {
 					req.Header.Set("Idempotency-Key", key)
 				}
 				res, err := http.DefaultClient.Do(req)
-				if err != nil {
-					t.Fatal(err)
-				}
+				fatalIf(t, err)
 				res.Body.Close()
 				if res.StatusCode != 200 {
 					t.Error(res.Status)

@@ -11,10 +11,15 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
+	"qwen-go-proxy/e2e/testkit"
 )
 
 const verifier = "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk" // RFC 7636 appendix B
+
+var (
+	fatalIf   = testkit.FatalIf
+	wantEqual = testkit.WantEqual
+)
 
 // A client calls a standIn, over HTTP or directly.
 type client struct {
@@ -52,22 +57,16 @@ func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 func (c *client) do(method, path, contentType, body string) (*http.Response, string) {
 	c.t.Helper()
 	r, err := http.NewRequestWithContext(c.t.Context(), method, c.base+path, strings.NewReader(body))
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	fatalIf(c.t, err)
 	r.Header.Set("Content-Type", contentType)
 	if c.token != "" {
 		r.Header.Set("Authorization", "Bearer "+c.token)
 	}
 	resp, err := c.client.Do(r)
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	fatalIf(c.t, err)
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		c.t.Fatal(err)
-	}
+	fatalIf(c.t, err)
 	return resp, string(b)
 }
 
@@ -161,12 +160,4 @@ func dig(v any, keys ...any) any {
 		}
 	}
 	return v
-}
-
-// wantEqual reports how got differs from want.
-func wantEqual(t testing.TB, what string, want, got any) {
-	t.Helper()
-	if d := cmp.Diff(want, got); d != "" {
-		t.Errorf("%s (-want +got):\n%s", what, d)
-	}
 }

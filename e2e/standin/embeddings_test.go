@@ -32,9 +32,7 @@ func TestEmbeddings(t *testing.T) {
 	_, answer = c.post("/v1/embeddings", `{"model":"m","input":"one two","encoding_format":"base64"}`)
 	encoded, _ := dig(answer, "data", 0, "embedding").(string)
 	raw, err := base64.StdEncoding.DecodeString(encoded)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	got := make([]float32, 64)
 	if err := binary.Read(bytes.NewReader(raw), binary.LittleEndian, got); err != nil || len(raw) != 4*len(got) {
 		t.Fatalf("%d bytes: %v", len(raw), err)

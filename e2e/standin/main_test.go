@@ -32,14 +32,10 @@ func TestRunServesUntilItIsEnded(t *testing.T) {
 	wantEqual(t, "interval and life of the device code", []any{7.0, 60.0}, []any{device["interval"], device["expires_in"]})
 
 	r, err := http.NewRequest("POST", c.base+"/v1/chat/completions", strings.NewReader(`{"model":"m","messages":[{}],"stream":true}`))
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	r.Header.Set("Authorization", "Bearer sk-test")
 	res, err := http.DefaultClient.Do(r)
-	if err != nil {
-		t.Fatal(err)
-	}
+	fatalIf(t, err)
 	defer res.Body.Close()
 	stop() // also ends a stream
 	if status := <-ended; status != 0 {

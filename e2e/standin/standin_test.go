@@ -37,9 +37,7 @@ func TestFails(t *testing.T) {
 		body := marshalText(object{"model": model, "stream": stream, "max_tokens": 100, "input": "Hi",
 			"messages": []object{{"role": "user", "content": "Hi"}}})
 		r, err := http.NewRequestWithContext(t.Context(), "POST", c.base+path, strings.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
+		fatalIf(t, err)
 		r.Header.Set("Authorization", "Bearer "+c.token)
 		resp, err := c.client.Do(r)
 		if err != nil {
@@ -59,9 +57,7 @@ func TestFails(t *testing.T) {
 			{"error-399", 200, ""}, {"error-600", 200, ""}, {"error-", 200, ""}, {"500", 200, ""},
 		} {
 			resp, body, err := ask(path, test.model, false)
-			if err != nil {
-				t.Fatal(err)
-			}
+			fatalIf(t, err)
 			wantEqual(t, path+" "+test.model, []any{test.status, test.retryAfter}, []any{resp.StatusCode, resp.Header.Get("Retry-After")})
 			if _, ok := dig(parseObject(t, body), "error", "message").(string); ok != (test.status != 200) {
 				t.Errorf("%s %s: %s", path, test.model, body)
