@@ -1,36 +1,41 @@
-// The Vercel AI SDK, with its provider for OpenAI-compatible servers and its provider for OpenAI, which uses the Responses
-// API by default.
+// The Vercel AI SDK, the newest major version and the one before it, each with its provider for OpenAI-compatible servers and its
+// provider for OpenAI, which uses the Responses API by default.
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
-import { createOpenAI } from '@ai-sdk/openai'
-import { createOpenAICompatible } from '@ai-sdk/openai-compatible'
-import { APICallError, Output, RetryError, embedMany, generateText, jsonSchema, stepCountIs, streamText, tool } from 'ai'
+import * as ai6 from 'ai-6'
+import { createOpenAI as createOpenAI6 } from 'ai-6-openai'
+import { createOpenAICompatible as createOpenAICompatible6 } from 'ai-6-openai-compatible'
+import * as ai7 from 'ai-7'
+import { createOpenAI as createOpenAI7 } from 'ai-7-openai'
+import { createOpenAICompatible as createOpenAICompatible7 } from 'ai-7-openai-compatible'
 import { long, noOpenStreams, pixel, said, start, testErrors, testRateLimit, thought, weather } from './proxy.js'
 
 const proxy = await start()
 const prompt = 'Hello'
 const id = 'qwen3-coder-plus'
 
-// providers are the ways to a model, of which some have embeddings and text completions.
-const compatible = ({ url }, apiKey = 'any') => createOpenAICompatible({
-  name: 'qwen', baseURL: url, apiKey, includeUsage: true, supportsStructuredOutputs: true,
-})
-const official = ({ url }, apiKey = 'any') => createOpenAI({ baseURL: url, apiKey })
-const providers = {
-  'openai-compatible': {
-    chat: (proxy, id, key) => compatible(proxy, key)(id),
-    embedding: compatible(proxy).embeddingModel('text-embedding-v4'),
-    completion: compatible(proxy).completionModel(id),
-  },
-  'openai, chat': {
-    chat: (proxy, id, key) => official(proxy, key).chat(id),
-    embedding: official(proxy).embeddingModel('text-embedding-v4'),
-    completion: official(proxy).completion(id),
-  },
-  'openai, responses': { chat: (proxy, id, key) => official(proxy, key)(id) },
-}
+const suite = (name, ai, createOpenAI, createOpenAICompatible) => describe(name, { concurrency: true }, () => {
+  const { APICallError, Output, RetryError, embedMany, generateText, jsonSchema, stepCountIs, streamText, tool } = ai
 
-describe('AI SDK', { concurrency: true }, () => {
+  // providers are the ways to a model, of which some have embeddings and text completions.
+  const compatible = ({ url }, apiKey = 'any') => createOpenAICompatible({
+    name: 'qwen', baseURL: url, apiKey, includeUsage: true, supportsStructuredOutputs: true,
+  })
+  const official = ({ url }, apiKey = 'any') => createOpenAI({ baseURL: url, apiKey })
+  const providers = {
+    'openai-compatible': {
+      chat: (proxy, id, key) => compatible(proxy, key)(id),
+      embedding: compatible(proxy).embeddingModel('text-embedding-v4'),
+      completion: compatible(proxy).completionModel(id),
+    },
+    'openai, chat': {
+      chat: (proxy, id, key) => official(proxy, key).chat(id),
+      embedding: official(proxy).embeddingModel('text-embedding-v4'),
+      completion: official(proxy).completion(id),
+    },
+    'openai, responses': { chat: (proxy, id, key) => official(proxy, key)(id) },
+  }
+
   for (const [name, { chat, embedding, completion }] of Object.entries(providers)) {
     describe(name, { concurrency: true }, () => {
       const model = chat(proxy, id)
@@ -125,3 +130,6 @@ describe('AI SDK', { concurrency: true }, () => {
     })
   }
 })
+
+suite('ai 6', ai6, createOpenAI6, createOpenAICompatible6)
+suite('ai 7', ai7, createOpenAI7, createOpenAICompatible7)

@@ -1,20 +1,23 @@
-// The official OpenAI SDK, at its default settings.
+// The official OpenAI SDK, at its default settings: the newest major version and the one before it.
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
-import OpenAI from 'openai'
-import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod'
+import OpenAI6 from 'openai-6'
+import * as helpers6 from 'openai-6/helpers/zod'
+import OpenAI7 from 'openai-7'
+import * as helpers7 from 'openai-7/helpers/zod'
 import { z } from 'zod'
 import { long, noOpenStreams, pixel, said, signIn, start, testErrors, testRateLimit, thought, weather } from './proxy.js'
 
 const proxy = await start()
-const openai = new OpenAI({ baseURL: proxy.url, apiKey: 'any' })
 const model = 'qwen3-coder-plus'
 const messages = [{ role: 'user', content: 'Hello' }]
 const { schema: parameters, ...named } = weather
 const tools = [{ type: 'function', function: { ...named, parameters } }]
 const City = z.object({ city: z.string() })
 
-describe('openai', { concurrency: true }, () => {
+const suite = (name, OpenAI, { zodResponseFormat, zodTextFormat }) => describe(name, { concurrency: true }, () => {
+  const openai = new OpenAI({ baseURL: proxy.url, apiKey: 'any' })
+
   test('models', async () => {
     const ids = []
     for await (const { id } of openai.models.list()) ids.push(id)
@@ -189,3 +192,6 @@ describe('openai', { concurrency: true }, () => {
     assert.equal(stream.output_text, said('Hello'))
   })
 })
+
+suite('openai 6', OpenAI6, helpers6)
+suite('openai 7', OpenAI7, helpers7)
