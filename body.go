@@ -162,9 +162,9 @@ func (body *requestBody) open() io.ReadCloser {
 	return body.latest
 }
 
-// answer says that Qwen's answer has begun: the request is not sent again. The body is released as soon as its last reader has
+// answerBegan says that Qwen's answer has begun: the request is not sent again. The body is released as soon as its last reader has
 // read it; an answer may come before that.
-func (body *requestBody) answer() {
+func (body *requestBody) answerBegan() {
 	body.mu.Lock()
 	defer body.mu.Unlock()
 	body.answered = true

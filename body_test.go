@@ -159,7 +159,7 @@ func TestABodyOutlivesItsHandler(t *testing.T) {
 		wg.Go(func() { io.Copy(io.Discard, closed) })
 		wg.Go(func() { closed.Close(); closed.Close() })
 		wg.Go(func() {
-			body.answer()
+			body.answerBegan()
 			body.release()
 		})
 		if i%10 == 0 {
@@ -189,7 +189,7 @@ func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantHeld(t, b, 1, 3<<20)
-		body.answer()
+		body.answerBegan()
 		wantHeld(t, b, 0, 0)
 		if n, err := r.Read(make([]byte, 1)); n != 0 || err != io.EOF {
 			t.Errorf("after the end: %d, %v", n, err)
@@ -203,7 +203,7 @@ func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
 		if _, err := io.ReadFull(r, make([]byte, size/2)); err != nil {
 			t.Fatal(err)
 		}
-		body.answer()
+		body.answerBegan()
 		wantHeld(t, b, 1, 3<<20)
 		if rest, err := io.ReadAll(r); len(rest) != size-size/2 || err != nil {
 			t.Errorf("%d bytes of the rest, %v", len(rest), err)
@@ -215,7 +215,7 @@ func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
 		again := body.open()
 		io.ReadAll(r)
 		r.Close()
-		body.answer()
+		body.answerBegan()
 		wantHeld(t, b, 1, 3<<20)
 		again.Close()
 		wantHeld(t, b, 0, 0)

@@ -31,7 +31,7 @@ const anthropicPath = "/apps/anthropic/v1"
 // maxErrorBody bounds how much of an upstream's error answer is read to see what it is, in bytes.
 const maxErrorBody = 64 << 10
 
-// maxWait bounds how long the client waits without any answer while an error's body, or the beginning of an answer, comes in pieces.
+// maxWait bounds how long the client waits without any answer while an error's body comes in pieces.
 const maxWait = 10 * time.Second
 
 // Why a call to Qwen was cut off, as its context's cause.
@@ -106,12 +106,12 @@ func (c *copyBuffers) Put(b []byte) { c.pool.Put((*[16 << 10]byte)(b)) }
 // forward returns the handler that proxies requests to path below the API's base URL. Their body must have the member
 // required, unless that is "".
 func (p *proxy) forward(path, required string) handler {
-	return func(x *exchange, r *http.Request) error { return p.serve(x, r, path, required) }
+	return func(x *exchange, r *http.Request) error { return p.proxyRequest(x, r, path, required) }
 }
 
 // completions handles text completions. They go to the chat endpoint, translated.
 func (p *proxy) completions(x *exchange, r *http.Request) error {
-	return p.serve(x, r, "/chat/completions", "prompt")
+	return p.proxyRequest(x, r, "/chat/completions", "prompt")
 }
 
 // messages returns the handler that proxies requests to path of the Anthropic-compatible interface.
@@ -125,8 +125,8 @@ func (p *proxy) messages(path string) handler {
 	}
 }
 
-// serve reads the request, gets a token for it, and sends it to path. All that can fail here fails before anything goes to Qwen.
-func (p *proxy) serve(x *exchange, r *http.Request, path, required string) error {
+// proxyRequest reads the request, gets a token for it, and sends it to path. All that can fail here fails before anything goes to Qwen.
+func (p *proxy) proxyRequest(x *exchange, r *http.Request, path, required string) error {
 	body, err := p.bodies.read(x, r)
 	if err != nil {
 		return err
@@ -214,7 +214,6 @@ type call struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	tried  attempt
-	redial bool // only a new connection will do: one that was kept alive has failed
 
 	silence  *time.Timer // cuts the call off; it runs while the call waits for Qwen
 	answered atomic.Bool // the answer's header has come
@@ -239,7 +238,7 @@ func (c *call) do(r *http.Request) error {
 	reverse := httputil.ReverseProxy{
 		Rewrite:        c.rewrite,
 		Transport:      c,
-		ModifyResponse: c.answer,
+		ModifyResponse: c.modifyResponse,
 		ErrorHandler:   func(_ http.ResponseWriter, _ *http.Request, err error) { c.err = err },
 		BufferPool:     &c.buffers,
 		ErrorLog:       discardLog,
@@ -306,17 +305,16 @@ func (c *call) setUpstream(req *http.Request) {
 // RoundTrip sends the request, and once more with another token if Qwen answers 401 to the first.
 func (c *call) RoundTrip(req *http.Request) (*http.Response, error) {
 	// The context that ReverseProxy made would hand on the upstream's 1xx answers.
-	req = req.WithContext(c.ctx)
-	res, err := c.send(req)
-	switch {
-	case err != nil:
-	case res.StatusCode == http.StatusUnauthorized:
-		res, err = c.renew(req, res)
-	case res.StatusCode < 300:
-		c.tokens.served()
+	res, err := c.send(req.WithContext(c.ctx))
+	if err == nil && res.StatusCode == http.StatusUnauthorized {
+		res.Body.Close() // unread: it may never end
+		res, err = c.renew(req)
 	}
 	if err != nil {
 		return nil, c.cause(err)
+	}
+	if res.StatusCode < 300 {
+		c.tokens.served()
 	}
 	passed := *res // without trailers: net/http puts those of the upstream into res
 	passed.Trailer = nil
@@ -325,12 +323,9 @@ func (c *call) RoundTrip(req *http.Request) (*http.Response, error) {
 
 // renew sends the request again with another token, since Qwen answered 401 to the first. It fails if there is no other, or if
 // Qwen refuses that one too.
-func (c *call) renew(req *http.Request, res *http.Response) (*http.Response, error) {
-	id := c.upstreamID(res.Header)
-	res.Body.Close() // unread: it may never end
+func (c *call) renew(req *http.Request) (*http.Response, error) {
 	fresh, err := c.tokens.Replace(c.ctx, c.token)
 	if err != nil {
-		c.x.upstreamID = id
 		return nil, err
 	}
 	c.token = fresh
@@ -338,46 +333,37 @@ func (c *call) renew(req *http.Request, res *http.Response) (*http.Response, err
 		return nil, baseRefused(fresh.baseErr)
 	}
 	c.silence.Reset(c.cfg.upstreamTimeout)
-	if res, err = c.send(c.again(req)); err != nil {
-		return nil, err
-	}
-	if res.StatusCode == http.StatusUnauthorized {
+	res, err := c.send(c.again(req))
+	if err == nil && res.StatusCode == http.StatusUnauthorized {
 		res.Body.Close()
-		c.x.upstreamID = id
 		return nil, c.tokens.refused()
 	}
-	if res.StatusCode < 300 {
-		c.tokens.served()
-	}
-	return res, nil
+	return res, err
 }
 
 // replayWindow is how soon a dead kept-alive connection shows that it is dead. On one that fails later, Qwen may have worked.
 const replayWindow = time.Second
 
-// maxResends bounds how often a request is sent again that Qwen has not processed.
-const maxResends = 3
-
-// send makes one round trip. It sends the request again if that is safe (see mayResend).
+// send makes one round trip. If it fails and it is safe (see mayResend), send makes a second one over a new connection: others
+// that were kept alive may be dead too.
 func (c *call) send(req *http.Request) (*http.Response, error) {
-	for n := 0; ; n++ {
-		transport := c.transport
-		if c.redial {
-			transport = c.fresh
-		}
-		c.tried.conn = nil
-		res, err := transport.RoundTrip(req)
-		if err == nil || n == maxResends || c.ctx.Err() != nil || !c.tried.mayResend(err) {
-			return res, err
-		}
+	transport := c.transport
+	if c.x.replayed {
+		transport = c.fresh
+	}
+	c.tried.conn = nil
+	res, err := transport.RoundTrip(req)
+	if err != nil && c.ctx.Err() == nil && c.tried.mayResend(err) {
 		if c.tried.sent.Load() {
 			c.x.replayed = true
 			c.metrics.replays.Add(1)
 		}
-		c.redial = c.redial || !c.tried.http2()
-		sleep(c.ctx, time.Duration(n*n)*100*time.Millisecond)
-		req = c.again(req)
+		res, err = c.fresh.RoundTrip(c.again(req))
 	}
+	if err == nil {
+		c.x.upstreamID = clip(c.token.redact(res.Header.Get("X-Request-Id")), 128)
+	}
+	return res, err
 }
 
 // again returns a copy of req to send: a transport may still read req.
@@ -446,8 +432,8 @@ func (c *call) cause(err error) error {
 	return c.token.redactError(err) // net/http quotes what it can't read
 }
 
-// broken returns what the client is told of an answer that ended with err.
-func (c *call) broken(err error) *apiError {
+// brokenBy returns what the client is told of an answer that ended with err.
+func (c *call) brokenBy(err error) *apiError {
 	if c.ctx.Err() != nil {
 		return toAPIError(c.cause(err))
 	}
@@ -457,11 +443,6 @@ func (c *call) broken(err error) *apiError {
 	return errBroken.because(c.cause(err))
 }
 
-// upstreamID returns Qwen's id of a request, "" for none.
-func (c *call) upstreamID(h http.Header) string {
-	return clip(c.token.redact(h.Get("X-Request-Id")), 128)
-}
-
 // allowedResponseHeaders are those of Qwen's that a client needs. No other passes.
 var allowedResponseHeaders = []string{
 	"Content-Type", "Content-Length", "Content-Encoding", "Content-Language", "Retry-After", "Retry-After-Ms", "X-Should-Retry",
@@ -469,16 +450,15 @@ var allowedResponseHeaders = []string{
 	"X-Ratelimit-Reset-Requests", "X-Ratelimit-Reset-Tokens",
 }
 
-// answer makes of Qwen's answer what the client gets: a stream or a JSON answer as it is, or translated; an error of OpenAI's
-// shape as it is; of anything else an error that says so. It is the ModifyResponse of ReverseProxy.
-func (c *call) answer(res *http.Response) error {
+// modifyResponse is the ModifyResponse of ReverseProxy. It makes of Qwen's answer what the client gets: a stream or a JSON answer
+// as it is, or translated; an error of OpenAI's shape as it is; of anything else an error that says so.
+func (c *call) modifyResponse(res *http.Response) error {
 	c.silence.Stop()
 	c.answered.Store(true)
-	c.body.answer()
+	c.body.answerBegan()
 	// RFC 9112 §6.3, rule 8: nothing but the connection's end tells the answer's.
 	delimited := res.ProtoMajor == 1 && res.ContentLength < 0 && len(res.TransferEncoding) == 0
 	h := res.Header
-	c.x.upstreamID = c.upstreamID(h)
 	maps.DeleteFunc(h, func(name string, values []string) bool {
 		return !slices.Contains(allowedResponseHeaders, name) || slices.ContainsFunc(values, c.token.quotedIn)
 	})
@@ -488,7 +468,7 @@ func (c *call) answer(res *http.Response) error {
 	upstream := &upstreamBody{ReadCloser: res.Body, call: c}
 	res.Body = upstream
 	if res.StatusCode != http.StatusOK {
-		return c.failure(res)
+		return c.passError(res)
 	}
 	body := &answerBody{Closer: upstream, call: c, text: upstream, delimited: delimited}
 	res.Body = body
@@ -497,17 +477,14 @@ func (c *call) answer(res *http.Response) error {
 	compressed := isCompressed(h) // it passes unread: its own format shows a cut
 	switch {
 	case stream && !compressed:
-		c.stream(res, body)
+		c.passStream(res, body)
 		return nil
 	case c.completion != nil || delimited && !compressed:
 		return c.readWhole(res, delimited)
 	case compressed:
-		if stream {
-			res.ContentLength = -1 // ReverseProxy passes each piece on at once then
-		}
 		return nil
 	}
-	return body.peek(res, min(maxWait, c.cfg.idleTimeout))
+	return body.checkBegin(res.StatusCode)
 }
 
 // isCompressed reports whether an answer with header h is compressed.
@@ -516,8 +493,8 @@ func isCompressed(h http.Header) bool {
 	return encoding != "" && !strings.EqualFold(encoding, "identity")
 }
 
-// stream passes an event stream on.
-func (c *call) stream(res *http.Response, body *answerBody) {
+// passStream passes an event stream on.
+func (c *call) passStream(res *http.Response, body *answerBody) {
 	body.stream = true
 	if c.completion != nil {
 		body.text = c.completion.stream(body.text)
@@ -543,7 +520,7 @@ func (c *call) readWhole(res *http.Response, delimited bool) error {
 	case err != nil:
 		return err
 	case delimited && !json.Valid(c.whole.data):
-		return c.broken(io.EOF)
+		return c.brokenBy(io.EOF)
 	case c.completion != nil:
 		if text, _, err = c.completion.translate(c.whole.data, "message"); err != nil {
 			return notAnAnswer(res.StatusCode, err)
@@ -565,9 +542,9 @@ func setBody(res *http.Response, text net.Buffers) {
 	res.Header["Content-Length"] = []string{strconv.FormatInt(res.ContentLength, 10)}
 }
 
-// failure passes an error answer of OpenAI's shape as it is, and a compressed one. It wraps any other, and one that quotes the
+// passError passes an error answer of OpenAI's shape as it is, and a compressed one. It wraps any other, and one that quotes the
 // token. A 4xx or 5xx status and Retry-After are kept.
-func (c *call) failure(res *http.Response) error {
+func (c *call) passError(res *http.Response) error {
 	status := res.StatusCode
 	if status < 400 || status > 599 {
 		return notAnAnswer(status, nil)

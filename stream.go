@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
 	"io"
@@ -31,91 +32,57 @@ func (b *upstreamBody) Read(p []byte) (int, error) {
 }
 
 // An answerBody is Qwen's answer on its way through ReverseProxy. An answer that breaks off must not look whole: Read's error
-// makes ReverseProxy cut the client's connection. An event stream gets an error event before that, unless its last event has
-// passed.
+// makes ReverseProxy cut the client's connection. The client of an event stream gets an error event before that, unless the
+// stream's last event has passed.
 type answerBody struct {
 	io.Closer // of the upstreamBody
 	call      *call
 	text      io.Reader // the upstreamBody, or its translation
 	stream    bool      // it is an event stream that can be read
 	delimited bool      // only the connection's end ends it
-	pending   []byte    // to be read before text: what peek read, or the error event
 	end       error     // how text ended; nil while it has not
-	err       error     // what Read returns after pending; nil while text is read
-	buffer    []byte    // of peek; nil for none
 }
 
 func (b *answerBody) Read(p []byte) (n int, err error) {
-	if len(b.pending) == 0 && b.err == nil {
-		if b.end == nil {
-			// An error that comes beside data waits until the data has been passed on.
-			if n, b.end = b.text.Read(p); n > 0 || b.end == nil {
-				return n, nil
-			}
+	if b.end == nil {
+		// An error that comes beside data waits until the data has been passed on.
+		if n, b.end = b.text.Read(p); n > 0 || b.end == nil {
+			return n, nil
 		}
-		b.err = b.finish()
 	}
-	if len(b.pending) > 0 {
-		n = copy(p, b.pending)
-		b.pending = b.pending[n:]
-		return n, nil
-	}
-	return 0, b.err
-}
-
-// finish returns io.EOF if the answer is whole, else what failed.
-func (b *answerBody) finish() error {
 	c := b.call
 	complete := b.stream && c.out.isComplete()
 	if b.end == io.EOF && (complete || !b.stream || !b.delimited) {
-		return io.EOF
+		return 0, io.EOF
 	}
-	e := c.broken(b.end)
+	e := c.brokenBy(b.end)
 	c.x.fail(e)
 	if b.stream && !complete && e != errClientLeft {
-		// A blank line goes first: the event must not join a line that was cut.
-		event := "data: "
-		if c.x.anthropic { // such a client reads the event's name
-			event = "event: error\ndata: "
-		}
-		b.pending = fmt.Appendf(nil, "\n\n%s%s\n\n", event, c.x.errorBody(e))
+		c.out.writeError(e)
 	}
-	return e
+	return 0, e
 }
 
 func (b *answerBody) Close() error {
 	if b.stream {
-		b.stream = false
 		b.call.metrics.streams.Add(-1)
-	}
-	if b.buffer != nil {
-		b.call.buffers.Put(b.buffer)
-		b.buffer = nil
 	}
 	return b.Closer.Close()
 }
 
-// peek reads the beginning of a JSON answer, all of it if it is short, while the client can still be told that it is none: an
-// HTML page, an empty body, a connection that breaks. After limit the answer passes as it comes.
-func (b *answerBody) peek(res *http.Response, limit time.Duration) error {
-	b.buffer = b.call.buffers.Get()
-	buf, n := b.buffer, 0
-	for began := time.Now(); n < len(buf) && time.Since(began) < limit; {
-		m, err := b.Read(buf[n:])
-		n += m
-		if !beginsJSON(buf[:n]) && (err == io.EOF || len(bytes.TrimSpace(buf[:n])) > 0) {
-			return notAnAnswer(res.StatusCode, nil)
-		}
-		if err == io.EOF {
-			break
-		} else if err != nil {
-			return err
-		}
+// checkBegin reads the first piece of a JSON answer while the client can still be told that it is none: an HTML page, an empty
+// body, a connection that breaks.
+func (b *answerBody) checkBegin(status int) error {
+	text := bufio.NewReaderSize(b.text, 512)
+	_, err := text.Peek(1)
+	begin, _ := text.Peek(text.Buffered())
+	switch begin = bytes.TrimSpace(begin); {
+	case err == io.EOF || len(begin) > 0 && !beginsJSON(begin):
+		return notAnAnswer(status, nil)
+	case err != nil:
+		return b.call.brokenBy(err)
 	}
-	b.pending = buf[:n]
-	if b.err == nil && n < len(buf) {
-		res.ContentLength = -1 // ReverseProxy passes each piece on at once then
-	}
+	b.text = text
 	return nil
 }
 
@@ -194,6 +161,16 @@ func (s *streamWriter) Write(p []byte) (int, error) {
 		}
 	}
 	return n, err
+}
+
+// writeError puts the error event for e into the stream. A blank line goes first: the event must not join a line that was cut.
+func (s *streamWriter) writeError(e *apiError) {
+	name := ""
+	if s.anthropic { // such a client reads the event's name
+		name = "event: error\n"
+	}
+	fmt.Fprintf(s, "\n\n%sdata: %s\n\n", name, s.errorBody(e))
+	s.FlushError()
 }
 
 func (s *streamWriter) FlushError() error {

@@ -251,14 +251,14 @@ func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		answer string
-		code   string // of a 502; "" for a 200 that is cut
+		code   string // of a 502; "" for an answer that is cut
 	}{
 		"nothing at all":           {"", "upstream_unreachable"},
 		"half a header":            {"HTTP/1.1 200 OK\r\nContent-Ty", "upstream_unreachable"},
 		"not HTTP":                 {"SSH-2.0-OpenSSH_9\r\n", "upstream_unreachable"},
 		"no byte of the body":      {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n", "upstream_broken"},
-		"half the body":            {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{\"a\"", "upstream_broken"},
-		"no last chunk":            {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n{\"a\"\r\n", "upstream_broken"},
+		"half the body":            {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{\"a\"", ""},
+		"no last chunk":            {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n{\"a\"\r\n", ""},
 		"half a large body":        {"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n{\"a\"" + strings.Repeat(" ", 50000), ""},
 		"switching protocols":      {"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n", "bad_upstream_answer"},
 		"an early answer, then it": {"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", "upstream_unreachable"},
@@ -266,6 +266,9 @@ func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := start(t, map[string]string{"API_BASE_URL": rawAPI(t, tt.answer), "QWEN_API_KEY": "sk-test", "LOG_LEVEL": "info"})
 			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
+			if tt.code == "" && err != nil {
+				return // cut before its header has left the proxy
+			}
 			fatalIf(t, err)
 			defer res.Body.Close()
 			body, err := io.ReadAll(res.Body)

@@ -527,7 +527,7 @@ func TestWhatHTTP2LeavesUnprocessedIsSentAgain(t *testing.T) {
 			s.reset(codeRefused)
 		})
 		statuses, replays := askAtOnce(t, p, 1)
-		if n := seen.Load(); !slices.Equal(statuses, []int{502}) || n != 4 || replays != 3 {
+		if n := seen.Load(); !slices.Equal(statuses, []int{502}) || n != 2 || replays != 1 {
 			t.Errorf("%v after %d tries, %v of them replays", statuses, n, replays)
 		}
 	})
