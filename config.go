@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// A config holds every setting, validated. The README's table says what each is for.
+// A config holds every setting, validated. docs/configuration.md says what each is for.
 type config struct {
 	host     string // bind address without port, or "unix:" and a path
 	port     int    // 0 picks a free one

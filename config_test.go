@@ -438,38 +438,47 @@ func settingNames() []string {
 	return slices.Sorted(maps.Keys(names))
 }
 
-func TestREADMEListsEverySetting(t *testing.T) {
-	b, err := os.ReadFile("README.md")
+func TestDocsListEverySetting(t *testing.T) {
+	b, err := os.ReadFile("docs/configuration.md")
 	fatalIf(t, err)
-	readme := string(b)
-	if problems := readmeProblems(readme); len(problems) > 0 {
-		t.Fatalf("the README's table of settings is wrong:\n%s", strings.Join(problems, "\n"))
+	page := string(b)
+	if problems := settingProblems(page); len(problems) > 0 {
+		t.Fatalf("the table of settings is wrong:\n%s", strings.Join(problems, "\n"))
+	}
+
+	readme, err := os.ReadFile("README.md")
+	fatalIf(t, err)
+	settings, _, _ := documentedSettings(page)
+	short, _, _ := documentedSettings(string(readme))
+	for name, def := range short {
+		if want, ok := settings[name]; !ok || def != want {
+			t.Errorf("the README gives %s the default %q, docs/configuration.md %q", name, def, want)
+		}
 	}
 
 	// The same with a table that has been tampered with: each change must be found.
-	tampered := func(name, want, readme string) {
+	tampered := func(name, want, page string) {
 		t.Run(name, func(t *testing.T) {
-			problems := readmeProblems(readme)
+			problems := settingProblems(page)
 			if !slices.ContainsFunc(problems, func(p string) bool { return strings.Contains(p, want) }) {
 				t.Errorf("problems %q, want one with %q in it", problems, want)
 			}
 		})
 	}
-	settings, _, _ := readmeSettings(readme)
 	for _, name := range settingNames() {
-		row := regexp.MustCompile("(?m)^\\|[^|]*`" + name + "`.*$").FindString(readme)
+		row := regexp.MustCompile("(?m)^\\|[^|]*`" + name + "`.*$").FindString(page)
 		replace := func(old, new string) string {
-			return strings.Replace(readme, row, strings.Replace(row, "`"+old+"`", "`"+new+"`", 1), 1)
+			return strings.Replace(page, row, strings.Replace(row, "`"+old+"`", "`"+new+"`", 1), 1)
 		}
 		tampered(name+" under another name", name+" is not in the table", replace(name, "OTHER_NAME"))
 		if def := settings[name]; def != "" {
 			tampered(name+" with another default", name, replace(def, otherValue(t, name)))
 		}
 	}
-	tampered("a setting that there is not", "NO_SUCH_SETTING", strings.Replace(readme, "\n|---|---|---|\n", "\n|---|---|---|\n| `NO_SUCH_SETTING` | – | |\n", 1))
-	tampered("a row twice", "SERVER_PORT is in the table twice", strings.Replace(readme, "\n| `SERVER_PORT`", "\n| `SERVER_PORT` | – | |\n| `SERVER_PORT`", 1))
-	tampered("a default too few", "2 variables and 1 defaults", strings.Replace(readme, "\n|---|---|---|\n", "\n|---|---|---|\n| `A`, `B` | `1` | |\n", 1))
-	tampered("the section under another name", "SERVER_HOST is not in the table", strings.Replace(readme, "\n## Configuration\n", "\n## Settings\n", 1))
+	tampered("a setting that there is not", "NO_SUCH_SETTING", strings.Replace(page, "\n|---|---|---|\n", "\n|---|---|---|\n| `NO_SUCH_SETTING` | – | |\n", 1))
+	tampered("a row twice", "SERVER_PORT is in the table twice", strings.Replace(page, "\n| `SERVER_PORT`", "\n| `SERVER_PORT` | – | |\n| `SERVER_PORT`", 1))
+	tampered("a default too few", "2 variables and 1 defaults", strings.Replace(page, "\n|---|---|---|\n", "\n|---|---|---|\n| `A`, `B` | `1` | |\n", 1))
+	tampered("the section under another name", "SERVER_HOST is not in the table", strings.Replace(page, "\n## Settings\n", "\n## Options\n", 1))
 }
 
 // otherValue returns a value of the variable that is not its default.
@@ -488,9 +497,9 @@ func otherValue(t *testing.T, name string) string {
 	return ""
 }
 
-// readmeProblems returns what the README's table of settings has wrong.
-func readmeProblems(readme string) []string {
-	settings, _, problems := readmeSettings(readme)
+// settingProblems returns what the table of settings in docs/configuration.md has wrong.
+func settingProblems(page string) []string {
+	settings, _, problems := documentedSettings(page)
 	names := settingNames()
 	for _, name := range names {
 		if _, ok := settings[name]; !ok {
@@ -519,11 +528,11 @@ var (
 	settingDefault = regexp.MustCompile("`([^`]+)`|–")
 )
 
-// readmeSettings returns the variables in the table of the README's section Configuration, with their defaults,
+// documentedSettings returns the variables in the table of the page's section Settings, with their defaults,
 // "" for none, and their names in the table's order. A row may hold several of both; one – stands for any number.
-func readmeSettings(readme string) (settings map[string]string, order, problems []string) {
+func documentedSettings(page string) (settings map[string]string, order, problems []string) {
 	settings = map[string]string{}
-	_, section, _ := strings.Cut(readme, "\n## Configuration\n")
+	_, section, _ := strings.Cut(page, "\n## Settings\n")
 	section, _, _ = strings.Cut(section, "\n## ")
 	for line := range strings.Lines(section) {
 		cells := strings.Split(line, "|")
@@ -549,12 +558,12 @@ func readmeSettings(readme string) (settings map[string]string, order, problems 
 	return settings, order, problems
 }
 
-func TestEnvExampleIsTheREADMEsTable(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+func TestEnvExampleIsTheTableOfSettings(t *testing.T) {
+	page, err := os.ReadFile("docs/configuration.md")
 	fatalIf(t, err)
 	example, err := os.ReadFile(".env.example")
 	fatalIf(t, err)
-	settings, order, _ := readmeSettings(string(readme))
+	settings, order, _ := documentedSettings(string(page))
 	var want, got []string
 	for _, name := range order {
 		want = append(want, "#"+name+"="+settings[name])
@@ -577,7 +586,7 @@ func TestEnvExampleIsTheREADMEsTable(t *testing.T) {
 		}
 		before = line
 	}
-	wantEqual(t, ".env.example against the README's table", want, got)
+	wantEqual(t, ".env.example against the table in docs/configuration.md", want, got)
 	c, err := loadConfig(lookup(env))
 	fatalIf(t, err)
 	wantEqual(t, "config with all of .env.example", emptyConfig(), c, compareConfigs)

@@ -87,7 +87,7 @@ func commands() []command {
 	return []command{
 		{name: "serve", summary: "serve the proxy; this is the default", run: serve, serves: true, reads: allBut(), help: `
 It needs an API key in QWEN_API_KEY, or a Qwen account: without a key and a sign-in it prints a link to sign in with.
-Environment variables configure it, and a file .env in the working directory; the README lists them all.`},
+Environment variables configure it, and a file .env in the working directory. docs/configuration.md lists all settings.`},
 		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&noBrowser),
 			flags: func(f *flag.FlagSet) { f.BoolVar(&noBrowser, "no-browser", false, "do not open a browser") },
 			reads: only("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_OAUTH_CLIENT_ID", "QWEN_OAUTH_SCOPE", "QWEN_API_KEY", "QWEN_API_KEY_FILE"), help: `
@@ -217,7 +217,7 @@ Environment variables configure everything, and a file .env in the working direc
   PROXY_API_KEYS   keys that clients must send
   QWEN_DIR         the directory of the sign-in (.qwen)
 
-"qwen-go-proxy command -h" explains a command. The README lists all settings.
+"qwen-go-proxy command -h" explains a command. docs/configuration.md lists all settings.
 `)
 }
 

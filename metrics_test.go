@@ -532,6 +532,14 @@ func TestDeployedFilesNameMetricsThatExist(t *testing.T) {
 			}
 		}
 	}
+	docs, err := os.ReadFile("docs/operations.md")
+	fatalIf(t, err)
+	for name := range names {
+		name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
+		if strings.HasPrefix(name, "qwen_proxy_") && !strings.Contains(string(docs), "`"+name+"`") {
+			t.Errorf("docs/operations.md does not name %s", name)
+		}
+	}
 }
 
 // metricsHandler is the whole handler over an API that answers at once, for requests that don't come over a network.
