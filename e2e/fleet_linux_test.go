@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"bytes"
+	"context"
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
@@ -10,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -108,64 +111,36 @@ func (f *fleet) start(i int) *program {
 	return start(f.t, env)
 }
 
-// server returns HAProxy's statistics of replica i, by name.
-func (f *fleet) server(i int) (map[string]string, error) {
+// state returns what HAProxy says of replica i. Before its first check HAProxy takes a server for one that is up.
+func (f *fleet) state(i int) string {
 	res, err := http.Get(f.stats)
 	if err != nil {
-		return nil, err
+		return err.Error()
 	}
 	defer res.Body.Close()
-	rows, err := csv.NewReader(res.Body).ReadAll()
-	if err != nil {
-		return nil, err
-	}
-	for _, row := range rows[1:] {
-		if row[0] != "replicas" || row[1] != fmt.Sprintf("replica%d", i+1) {
-			continue
+	rows, _ := csv.NewReader(res.Body).ReadAll()
+	for _, row := range rows {
+		if row[0] == "replicas" && row[1] == fmt.Sprintf("replica%d", i+1) {
+			return row[slices.Index(rows[0], "status")] + " " + row[slices.Index(rows[0], "check_status")]
 		}
-		stats := map[string]string{}
-		for column, name := range rows[0] {
-			stats[name] = row[column]
-		}
-		return stats, nil
 	}
-	return nil, fmt.Errorf("no statistics of replica %d", i)
-}
-
-// number returns one of HAProxy's statistics of replica i.
-func (f *fleet) number(i int, name string) int {
-	f.t.Helper()
-	stats, err := f.server(i)
-	fatalIf(f.t, err)
-	n, err := strconv.Atoi(stats[name])
-	if err != nil {
-		f.t.Fatalf("%s of replica %d: %v", name, i, err)
-	}
-	return n
+	return "unknown"
 }
 
 // await waits until a check of HAProxy's has found replica i in a state.
-func (f *fleet) await(i int, state string) {
+func (f *fleet) await(i int, want string) {
 	f.t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
-	for {
-		stats, err := f.server(i)
-		// Before its first check HAProxy takes a server for one that is up.
-		if err == nil && stats["status"] == state && stats["check_status"] != "INI" {
-			return
-		}
-		if time.Now().After(deadline) {
-			f.t.Fatalf("HAProxy says of replica %d: %q, %v; want %s", i, stats["status"], err, state)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
+	until(f.t, fmt.Sprintf("replica %d is %s", i, want), func() bool {
+		state, check, _ := strings.Cut(f.state(i), " ")
+		return state == want && check != "INI"
+	})
 }
 
 // ask sends a chat request as the client of key, and returns an error unless the whole answer came.
 func (f *fleet) ask(client *http.Client, key string, stream bool) error {
-	text := strings.TrimSpace(strings.Repeat("word ", 55)) // a stream of 2.7 s, longer than SHUTDOWN_DELAY
-	req, err := http.NewRequest(http.MethodPost, f.url+"/v1/chat/completions",
-		strings.NewReader(fmt.Sprintf(`{"stream":%t,"messages":[{"role":"user","content":%q}]}`, stream, text)))
+	const words = 55 // a stream of 2.7 s, longer than SHUTDOWN_DELAY
+	req, err := http.NewRequest("POST", f.url+"/v1/chat/completions",
+		strings.NewReader(fmt.Sprintf(`{"stream":%t,"messages":[{"role":"user","content":%q}]}`, stream, strings.Repeat("word ", words))))
 	if err != nil {
 		return err
 	}
@@ -176,31 +151,8 @@ func (f *fleet) ask(client *http.Client, key string, stream bool) error {
 	}
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
-	if err != nil || res.StatusCode != http.StatusOK {
+	if err != nil || res.StatusCode != http.StatusOK || bytes.Count(body, []byte("word ")) != words || stream != bytes.HasSuffix(body, []byte("data: [DONE]\n\n")) {
 		return fmt.Errorf("%s, %v:\n%s", res.Status, err, body)
-	}
-	type part struct{ Content string }
-	var said strings.Builder
-	var answer struct {
-		Choices []struct{ Message, Delta part }
-	}
-	done := !stream
-	for event := range strings.SplitSeq(strings.TrimSpace(string(body)), "\n\n") {
-		data := strings.TrimPrefix(event, "data: ")
-		if data == "[DONE]" {
-			done = true
-			break
-		}
-		answer.Choices = nil
-		if err := json.Unmarshal([]byte(data), &answer); err != nil {
-			return fmt.Errorf("%q: %v", event, err)
-		}
-		for _, c := range answer.Choices {
-			said.WriteString(c.Message.Content + c.Delta.Content)
-		}
-	}
-	if !done || !strings.Contains(said.String(), text) {
-		return fmt.Errorf("not the whole answer:\n%s", body)
 	}
 	return nil
 }
@@ -217,38 +169,24 @@ func TestFleet(t *testing.T) {
 	started := time.Now()
 	f := startFleet(t, w.env())
 
-	var asked, streamed, failed atomic.Int64
-	stop := make(chan struct{})
+	var asked, failed atomic.Int64
+	ctx, stop := context.WithCancel(t.Context())
 	var clients sync.WaitGroup
 	for n := range 20 {
 		// Half of them keep their connections to HAProxy.
 		client := &http.Client{Transport: &http.Transport{DisableKeepAlives: n%2 == 1}}
 		t.Cleanup(client.CloseIdleConnections)
 		clients.Go(func() {
-			pace := time.NewTicker(150 * time.Millisecond) // within the limit
-			defer pace.Stop()
-			for {
-				select {
-				case <-stop:
-					return
-				case <-pace.C:
-				}
-				stream := n < 10
+			for ; ctx.Err() == nil; time.Sleep(150 * time.Millisecond) { // within the limit
 				asked.Add(1)
-				if stream {
-					streamed.Add(1)
-				}
-				if err := f.ask(client, fmt.Sprintf("client-%d", n), stream); err != nil && failed.Add(1) <= 5 {
-					t.Errorf("client %d, stream %t: %v", n, stream, err)
+				if err := f.ask(client, fmt.Sprintf("client-%d", n), n < 10); err != nil && failed.Add(1) <= 5 {
+					t.Errorf("client %d: %v", n, err)
 				}
 			}
 		})
 	}
-	finish := sync.OnceFunc(func() {
-		close(stop)
-		clients.Wait()
-	})
-	defer finish()
+	defer clients.Wait()
+	defer stop()
 
 	drained := 0
 	for range 2 {
@@ -273,38 +211,22 @@ func TestFleet(t *testing.T) {
 		},
 	} {
 		passed, refused := f.burst(60, as)
-		t.Logf("60 requests at once by one %s: %d passed, %d refused", name, passed, refused)
 		if passed < 20 || passed > 25 || passed+refused != 60 {
 			t.Errorf("60 requests at once by one %s: %d passed, %d got 429; want 20 passed, a few more for the time that it took, and 429 for all others", name, passed, refused)
 		}
 	}
-	finish()
-
-	retried := 0
-	for i := range f.replicas {
-		retried += f.number(i, "wredis")
-	}
+	stop()
+	clients.Wait()
 	var ended sync.WaitGroup
 	for _, p := range f.replicas {
 		ended.Go(p.terminate)
 	}
 	ended.Wait()
-	took := time.Since(started)
-	w.settled()
-	c := w.counts()
-	t.Logf("%d requests, %d of them streams, %d failed; %d were in flight when their replica closed its listener, %d were refused by one and went to another",
-		asked.Load(), streamed.Load(), failed.Load(), drained, retried)
-	t.Logf("%d refreshes in %v with tokens of %v, %d at one time at the most", c.refreshes, took.Round(time.Millisecond), life, w.most)
-	if failed.Load() > 0 || drained == 0 {
-		t.Errorf("%d requests failed, want none; %d were in flight when their replica closed its listener, want some", failed.Load(), drained)
+	t.Logf("%d requests, %d failed; %d were in flight when their replica closed its listener", asked.Load(), failed.Load(), drained)
+	if drained == 0 {
+		t.Error("no request was in flight when its replica closed its listener")
 	}
-	if least, most := int(took/life)-1, int(took/(life/2))+1; c.refreshes < least || c.refreshes > most {
-		t.Errorf("%d refreshes, want %d to %d", c.refreshes, least, most)
-	}
-	if c.replays != 0 || c.refreshesRefused != 0 || c.deviceAuthorizations != 0 || w.most != 1 || w.unstored != 0 {
-		t.Errorf("%d refresh tokens sent twice, %d refused, %d sign-ins, %d refreshes at one time, %d tokens used before they were stored; want 0, 0, 0, 1, 0",
-			c.replays, c.refreshesRefused, c.deviceAuthorizations, w.most, w.unstored)
-	}
+	w.wantOneRefreshAtATime(int(time.Since(started)/life)-1, int(time.Since(started)/(life/2))+1)
 }
 
 // burst sends n requests at once, and returns how many were answered and how many got the 429 of deploy/haproxy.cfg.

@@ -23,6 +23,7 @@ const (
 // A witness is a stand-in for Qwen's OAuth server and its chat that takes its time to answer, and notes what became of
 // refreshes. A sign-in is approved at once.
 type witness struct {
+	t        *testing.T
 	url, dir string        // dir is QWEN_DIR of the processes under test
 	life     time.Duration // of an access token
 
@@ -33,7 +34,6 @@ type witness struct {
 	under    int                  // refreshes under way
 	most     int                  // at one time
 	refresh  string               // the refresh token issued last: the only one that is good
-	issued   time.Time            // when
 	expiry   map[string]time.Time // of access tokens
 	redeemed map[string]bool      // refresh tokens
 	counted  counts
@@ -57,7 +57,7 @@ type counts struct {
 func newWitness(t *testing.T, dir string, life time.Duration) *witness {
 	t.Helper()
 	w := &witness{
-		dir: dir, life: life, delay: func() time.Duration { return 10 * time.Millisecond },
+		t: t, dir: dir, life: life, delay: func() time.Duration { return 10 * time.Millisecond },
 		issuing: make(chan struct{}, 1), refresh: "first",
 		expiry: map[string]time.Time{}, redeemed: map[string]bool{}, by: map[string]int{}, stored: map[string]bool{}, seen: map[string]bool{},
 	}
@@ -192,7 +192,7 @@ func (w *witness) issue(r *http.Request, refresh string) (status int, answer str
 	agent, _, _ := strings.Cut(r.UserAgent(), "/")
 	w.by[agent]++
 	access := rand.Text()
-	w.refresh, w.issued, w.expiry[access] = rand.Text(), time.Now(), time.Now().Add(w.life)
+	w.refresh, w.expiry[access] = rand.Text(), time.Now().Add(w.life)
 	return 200, fmt.Sprintf(`{"access_token":%q,"refresh_token":%q,"token_type":"Bearer","expires_in":%d,"resource_url":%q}`,
 		access, w.refresh, int(w.life.Seconds()), w.url)
 }
@@ -254,17 +254,16 @@ func (w *witness) look() {
 	}
 }
 
-// settled returns the refresh token issued last, and when, once no refresh is under way.
-func (w *witness) settled() (string, time.Time) {
-	for {
+// settled returns the refresh token issued last, once no refresh is under way.
+func (w *witness) settled() (refresh string) {
+	w.t.Helper()
+	until(w.t, "no refresh is under way", func() bool {
 		w.mu.Lock()
-		under, refresh, issued := w.under, w.refresh, w.issued
-		w.mu.Unlock()
-		if under == 0 {
-			return refresh, issued
-		}
-		time.Sleep(time.Millisecond)
-	}
+		defer w.mu.Unlock()
+		refresh = w.refresh
+		return w.under == 0
+	})
+	return refresh
 }
 
 // left counts what is in the directory of the credential file, temporary files by their kind.

@@ -256,15 +256,13 @@ func TestFileMountedByItself(t *testing.T) {
 	p.terminate()
 	p.warnings("the credentials were written in place")
 	stored, err := w.load()
-	if refresh, _ := w.settled(); err != nil || stored.Refresh != refresh {
+	if refresh := w.settled(); err != nil || stored.Refresh != refresh {
 		t.Errorf("the file does not hold the last token, but %v, %v", stored, err)
 	}
 	if c := w.counts(); c.refreshesRefused+c.unauthorized != 0 || w.unstored != 0 {
 		t.Errorf("%+v, %d tokens used before they were stored", c, w.unstored)
 	}
-	if left := w.left(); len(left) != 1 || left[credentialFile] != 1 {
-		t.Errorf("left in the directory: %v, want the credential file alone", left)
-	}
+	w.wantFileAlone()
 }
 
 // TestFileThatVanishes: the token in memory stays in use, and the next refresh writes the file again.
@@ -358,9 +356,7 @@ func TestShutdownDuringARefreshThatHangs(t *testing.T) {
 			if stored, err := w.load(); err != nil || stored.Refresh != refresh {
 				t.Errorf("the file holds %v, %v; want %s in it", stored, err, refresh)
 			}
-			if left := w.left(); len(left) != 1 || left[credentialFile] != 1 {
-				t.Errorf("left in the directory: %v, want the credential file alone", left)
-			}
+			w.wantFileAlone()
 		})
 	}
 }
