@@ -421,15 +421,22 @@ func TestServeStartsWithoutNetwork(t *testing.T) {
 	}
 }
 
-func TestServeSaysThatThePortIsTaken(t *testing.T) {
+func TestServeSaysWhatToDoIfItCannotListen(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	fatalIf(t, err)
 	defer ln.Close()
 	_, port, _ := net.SplitHostPort(ln.Addr().String())
-	var stderr bytes.Buffer
-	status := run(t.Context(), nil, lookup(map[string]string{"SERVER_HOST": "127.0.0.1", "SERVER_PORT": port, "QWEN_DIR": t.TempDir()}), "", io.Discard, &stderr)
-	if status != 1 || !strings.Contains(stderr.String(), "set SERVER_PORT to another port") {
-		t.Errorf("exit status %d, stderr:\n%s", status, &stderr)
+	for _, tt := range []struct{ host, port, want string }{
+		{"127.0.0.1", port, "set SERVER_PORT to another port"},
+		{"192.0.2.1", "0", "check SERVER_HOST"}, // RFC 5737: no machine has it
+		{"unix:" + filepath.Join(t.TempDir(), "none", "socket"), "0", "check SERVER_HOST"},
+	} {
+		var stderr bytes.Buffer
+		env := map[string]string{"SERVER_HOST": tt.host, "SERVER_PORT": tt.port, "QWEN_DIR": t.TempDir()}
+		status := run(t.Context(), nil, lookup(env), "", io.Discard, &stderr)
+		if status != 1 || !strings.Contains(stderr.String(), tt.want) {
+			t.Errorf("%s: exit status %d, want 1 and %q, stderr:\n%s", tt.host, status, tt.want, &stderr)
+		}
 	}
 }
 

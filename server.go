@@ -208,13 +208,17 @@ func listen(cfg *config) (net.Listener, error) {
 		}
 	}
 	ln, err := net.Listen(network, address)
-	switch {
-	case network == "tcp" && errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("%w: stop the other program, or set SERVER_PORT to another port", err)
-	case network == "unix" && errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("%w: stop the program that listens there, or set SERVER_HOST to another path", err)
+	if err != nil {
+		next := "check SERVER_HOST"
+		switch {
+		case errors.Is(err, syscall.EADDRINUSE):
+			next = "stop the other program, or set SERVER_PORT to another port (for a Unix socket, SERVER_HOST to another path)"
+		case errors.Is(err, fs.ErrPermission) && network == "tcp":
+			next = "set SERVER_PORT to 1024 or above, or give the program CAP_NET_BIND_SERVICE"
+		}
+		return nil, fmt.Errorf("%w: %s", err, next)
 	}
-	return ln, err
+	return ln, nil
 }
 
 // serverURL returns the URL by which this machine reaches the server that listens on a: http, https, or unix: and a path.
