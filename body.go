@@ -2,13 +2,11 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"math"
-	"net"
 	"net/http"
 	"os"
 	"slices"
@@ -29,8 +27,10 @@ const (
 	// At most maxSpares buffers of spareSize are kept for the next body. They are not charged while they are unused.
 	spareSize = 256 << 10
 	maxSpares = 32
+	// editRoom is left behind a body for what the proxy puts into it. A first byte there shows that it is too long.
+	editRoom = 1 << 10
 	// largestBody bounds MAX_BODY_BYTES: address space is reserved for a body of unknown length.
-	largestBody = min(64<<30, math.MaxInt) - 1
+	largestBody = min(64<<30, math.MaxInt) - editRoom
 	// In each READ_TIMEOUT readQuantum of a body has to arrive, and a sixteenth of what has arrived before.
 	readQuantum = 4 << 10
 )
@@ -104,61 +104,33 @@ func (b *bodyReader) fill(buf *buffer, w http.ResponseWriter, r *http.Request) e
 		message: "The request body broke off or is malformed. Send the request again.", err: err}
 }
 
-// A requestBody is a request's body in memory, with the changes that the proxy makes to it. Its readers may outlive it.
+// A requestBody is a request's body in memory. Its readers may outlive it.
 type requestBody struct {
 	buffer
-	edits []edit
-	size  int64 // of what goes to Qwen, once sealed
 
 	mu       sync.Mutex   // guards the buffer against the readers, and what follows
-	pieces   net.Buffers  // what goes to Qwen; nil before seal and after release
 	latest   *sentRequest // the reader opened last; nil before the first
 	answered bool         // no reader will be opened any more
 }
 
-// An edit puts text in the place of the bytes from start to end.
-type edit struct {
-	start, end int
-	text       []byte
+// replace puts text in the place of the bytes from start to end. It must not be called after open.
+func (body *requestBody) replace(start, end int, text string) {
+	if body.mapped != nil {
+		body.data = body.mapped[:len(body.data)] // read has left room behind it
+	}
+	body.data = slices.Replace(body.data, start, end, []byte(text)...)
 }
 
-// replace puts text in the place of the bytes from start to end of what was read.
-func (body *requestBody) replace(start, end int, text []byte) {
-	body.edits = append(body.edits, edit{start, end, text})
-}
-
-// seal ends the changes. Edits at one place keep their order.
-func (body *requestBody) seal() {
-	slices.SortStableFunc(body.edits, func(a, b edit) int { return cmp.Or(a.start-b.start, a.end-b.end) })
-	add := func(piece []byte) {
-		if len(piece) > 0 {
-			body.pieces = append(body.pieces, piece)
-			body.size += int64(len(piece))
-		}
-	}
-	at := 0
-	for _, e := range body.edits {
-		add(body.data[at:e.start])
-		add(e.text)
-		at = e.end
-	}
-	add(body.data[at:])
-	body.edits = nil
-	if body.mapped == nil && len(body.pieces) > 1 {
-		body.pieces = net.Buffers{bytes.Join(body.pieces, nil)}
-	}
-}
-
-// open returns a new reader of what goes to Qwen.
+// open returns a new reader of the body.
 func (body *requestBody) open() io.ReadCloser {
 	body.mu.Lock()
 	defer body.mu.Unlock()
-	if body.mapped == nil && len(body.pieces) == 1 {
+	if body.mapped == nil {
 		// net/http sends header and body in one write if it knows that the reader is in memory. That takes a system call less,
 		// and a dead connection shows before anything is sent.
-		return io.NopCloser(bytes.NewReader(body.pieces[0]))
+		return io.NopCloser(bytes.NewReader(body.data))
 	}
-	body.latest = &sentRequest{body: body, rest: slices.Clone(body.pieces)}
+	body.latest = &sentRequest{body: body, rest: body.data}
 	return body.latest
 }
 
@@ -173,7 +145,7 @@ func (body *requestBody) answerBegan() {
 
 func (body *requestBody) releaseIfSent() {
 	if body.answered && (body.latest == nil || body.latest.closed || len(body.latest.rest) == 0) {
-		body.free()
+		body.buffer.release()
 	}
 }
 
@@ -181,11 +153,6 @@ func (body *requestBody) releaseIfSent() {
 func (body *requestBody) release() {
 	body.mu.Lock()
 	defer body.mu.Unlock()
-	body.free()
-}
-
-func (body *requestBody) free() {
-	body.pieces = nil
 	body.buffer.release()
 }
 
@@ -195,8 +162,8 @@ type sentRequest struct {
 	body *requestBody
 
 	// Guarded by body.mu.
-	rest   net.Buffers // what is not read yet
-	frame  int         // the size of the transport's buffer, if it is larger than perRequest allows for
+	rest   []byte // what is not read yet
+	frame  int    // the size of the transport's buffer, if it is larger than perRequest allows for
 	closed bool
 }
 
@@ -206,7 +173,7 @@ func (s *sentRequest) Read(p []byte) (int, error) {
 	switch {
 	case len(s.rest) == 0:
 		return 0, io.EOF
-	case s.closed || s.body.pieces == nil:
+	case s.closed || s.body.data == nil:
 		return 0, os.ErrClosed
 	}
 	if more := len(p) - s.frame; more > 0 && len(p) > 32<<10 {
@@ -216,9 +183,10 @@ func (s *sentRequest) Read(p []byte) (int, error) {
 			return 0, err
 		}
 	}
-	n, err := s.rest.Read(p)
+	n := copy(p, s.rest)
+	s.rest = s.rest[n:]
 	s.body.releaseIfSent()
-	return n, err
+	return n, nil
 }
 
 func (s *sentRequest) Close() error {
@@ -270,7 +238,7 @@ func (b *buffer) fill(src io.Reader, length int64, before func(n int)) error {
 	for {
 		before(len(b.data))
 		if len(b.data) == cap(b.data) {
-			if err := b.grow(int(length + 1)); err != nil { // one more byte shows that it is too long
+			if err := b.grow(int(length) + editRoom); err != nil {
 				return err
 			}
 		}

@@ -10,11 +10,6 @@ import (
 	"slices"
 )
 
-// A completion is what the translation of an answer back to a text completion needs of its request.
-type completion struct {
-	model string // for answers that name no model; "" if the request names none
-}
-
 // asksNothing lists the parameters that chat completions lack, with the values that ask for nothing: those can be dropped.
 // logprobs is a number here, and 0 asks for the sampled token's. false is how chat completions spell null.
 var asksNothing = []struct {
@@ -27,75 +22,60 @@ var asksNothing = []struct {
 	{"suffix", []string{"null", `""`}},
 }
 
-// newCompletion translates the body of a text completion request (OpenAI API reference, POST /v1/completions) to that of a chat
+// promptToChat translates the body of a text completion request (OpenAI API reference, POST /v1/completions) to that of a chat
 // completion request. The prompt becomes the user's message. Members that both know, or neither, keep their order and their
 // bytes. It does not check model and stream. The error is an *apiError (400) that names the param.
-func newCompletion(body *requestBody) (*completion, error) {
-	names := []string{"model", "messages", "prompt"}
+func promptToChat(body *requestBody) error {
+	names := []string{"messages", "prompt"}
 	for _, p := range asksNothing {
 		names = append(names, p.name)
 	}
 	found, err := findMembers(body.data, names...)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	model, messages, prompt, dropped := found[0], found[1], found[2], found[3:]
+	messages, prompt, dropped := found[0], found[1], found[2:]
 	if messages.end != 0 {
-		return nil, invalidRequest("messages", "unsupported_parameter",
+		return invalidRequest("messages", "unsupported_parameter",
 			"messages belongs to a chat completion: send it to /v1/chat/completions, or send a prompt here.")
 	}
-	text := singlePrompt(prompt.of(body.data))
-	if text == nil {
-		return nil, invalidRequest("prompt", "invalid_prompt",
+	start, end := singlePrompt(body.data, prompt)
+	if end == 0 {
+		return invalidRequest("prompt", "invalid_prompt",
 			"prompt must be a string, or an array of exactly one string. Several prompts and token arrays are not supported: send one request for each prompt.")
 	}
-	end := bytes.LastIndexByte(body.data, '}')
-	comma := "," // after the last member, where the messages go
-	cut := func(m member) {
-		if m.next == end {
-			comma = ""
-		}
-		body.replace(m.name, m.next, nil)
-	}
-	cut(prompt)
 	for i, m := range dropped {
 		if m.end == 0 {
 			continue
 		}
 		if p := asksNothing[i]; !slices.Contains(p.values, string(m.of(body.data))) {
-			return nil, invalidRequest(p.name, "unsupported_parameter",
+			return invalidRequest(p.name, "unsupported_parameter",
 				"%s is not supported, because a chat endpoint serves text completions here. Leave it out.", p.name)
 		}
-		cut(m)
-	}
-	body.replace(end, end, []byte(comma+`"messages":[{"role":"user","content":`))
-	body.replace(end, end, text)
-	body.replace(end, end, []byte(`}]`))
-	return &completion{model: modelName(model.of(body.data))}, nil
-}
-
-// singlePrompt returns the JSON of the one string that v is or, as an array, holds; nil for anything else.
-func singlePrompt(v []byte) []byte {
-	if byteAt(v, 0) != '[' {
-		if byteAt(v, 0) != '"' {
-			return nil
+		from, to := m.name, m.next
+		if m.name > prompt.name { // it may be the last: the comma before it goes
+			from, to = bytes.LastIndexByte(body.data[:m.name], ','), m.end
 		}
-		return v
+		for ; from < to; from++ {
+			body.data[from] = ' '
+		}
 	}
-	start := skipSpace(v, 1)
-	end, err := skipString(v, start)
-	if err != nil || skipSpace(v, end) != len(v)-1 {
-		return nil
-	}
-	return v[start:end]
+	body.replace(end, prompt.end, `}]`)
+	body.replace(prompt.name, start, `"messages":[{"role":"user","content":`)
+	return nil
 }
 
-// modelName returns the string that v is as JSON; "" if v is something else, or too long for a model's name.
-func modelName(v []byte) (name string) {
-	if len(v) > 1<<10 || json.Unmarshal(v, &name) != nil {
-		return ""
+// singlePrompt returns where in data the one string is that prompt is or, as an array, holds; 0, 0 for anything else.
+func singlePrompt(data []byte, prompt member) (start, end int) {
+	start, last := prompt.start, prompt.end
+	if byteAt(data, start) == '[' {
+		start, last = skipSpace(data, start+1), last-1
 	}
-	return name
+	end, err := skipString(data, start)
+	if err != nil || skipSpace(data[:last], end) != last {
+		return 0, 0
+	}
+	return start, end
 }
 
 var errNotChat = errors.New("not a chat completion")
@@ -106,7 +86,7 @@ const maxChoices = 128
 // translate makes a text completion of a chat completion, in whose choices the member part ("message", or "delta" in a
 // stream's chunk) has the text. It has the text in chat's memory. empty reports whether it tells the client nothing: no text,
 // no end and no usage. Reasoning is not text. The error quotes nothing of chat.
-func (c *completion) translate(chat []byte, part string) (text net.Buffers, empty bool, err error) {
+func translate(chat []byte, part string) (text net.Buffers, empty bool, err error) {
 	if !json.Valid(chat) {
 		return nil, false, errNotChat
 	}
@@ -115,16 +95,13 @@ func (c *completion) translate(chat []byte, part string) (text net.Buffers, empt
 		return nil, false, errNotChat
 	}
 	value := func(i int) []byte { return found[i].of(chat) }
-	id, model, choices, usage := orElse(value(0), `""`), value(2), value(4), value(5)
+	id, choices, usage := orElse(value(0), `""`), value(4), value(5)
 	empty = isNull(usage)
 	if isNull(choices) && part == "delta" && !empty {
 		choices = []byte("[]")
 	}
 	if byteAt(choices, 0) != '[' {
 		return nil, false, errNotChat
-	}
-	if isNull(model) || string(model) == `""` {
-		model = jsonString(c.model)
 	}
 	add := func(s string, value []byte) { text = append(text, []byte(s), value) }
 	if rest, ok := bytes.CutPrefix(id, []byte(`"chatcmpl-`)); ok {
@@ -133,7 +110,7 @@ func (c *completion) translate(chat []byte, part string) (text net.Buffers, empt
 		add(`{"id":`, id)
 	}
 	add(`,"object":"text_completion","created":`, orElse(value(1), "0"))
-	add(`,"model":`, model)
+	add(`,"model":`, orElse(value(2), `""`))
 	if fingerprint := value(3); fingerprint != nil {
 		add(`,"system_fingerprint":`, fingerprint)
 	}
@@ -203,25 +180,19 @@ func orElse(v []byte, other string) []byte {
 	return v
 }
 
-// stream translates a stream of chat completion chunks (server-sent events, whose lines end in LF or CRLF) to one of text
-// completion chunks. Read returns as soon as one event has come in whole. Events without data, [DONE] and error events pass as
-// they came, and so does data after [DONE] that is no chunk. Other data that is no chunk ends the stream with an error, and so
-// does an event of more than maxEventBytes. The last event need not have its blank line.
-func (c *completion) stream(r io.Reader) io.Reader {
-	return &completionStream{completion: c, lines: bufio.NewReader(r)}
-}
-
 // maxEventBytes bounds the memory for one event: 128 KiB. A chunk takes less than 1 KiB.
 const maxEventBytes = 128 << 10
 
-// A completionStream is the reader that completion.stream returns.
+// A completionStream reads a stream of chat completion chunks (server-sent events, whose lines end in LF or CRLF), translated to
+// text completion chunks. Read returns as soon as one event has come in whole. Events without data, [DONE] and error events pass
+// as they came, and so does data after [DONE] that is no chunk. Other data that is no chunk ends the stream with an error, and so
+// does an event of more than maxEventBytes. The last event need not have its blank line.
 type completionStream struct {
-	*completion
-	lines *bufio.Reader
-	event []byte       // the lines of the event under way
-	done  bool         // [DONE] has come
-	out   bytes.Buffer // translated events
-	err   error        // what follows them
+	lines *bufio.Reader // of the chat completion
+	event []byte        // the lines of the event under way
+	done  bool          // [DONE] has come
+	out   bytes.Buffer  // translated events
+	err   error         // what follows them
 }
 
 func (s *completionStream) Read(p []byte) (int, error) {
@@ -281,7 +252,7 @@ func (s *completionStream) translateEvent(event []byte) error {
 	if found, err := findMembers(data, "error"); err == nil {
 		failed = !isNull(found[0].of(data)) && json.Valid(data)
 	}
-	text, empty, err := s.translate(data, "delta")
+	text, empty, err := translate(data, "delta")
 	switch {
 	case len(data) == 0 || failed || err != nil && s.done:
 		s.out.Write(event)

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -14,95 +16,85 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// translateRequest returns what newCompletion makes of a body.
-func translateRequest(data []byte) (chat []byte, c *completion, err error) {
-	body := &requestBody{buffer: buffer{data: data}}
-	if c, err = newCompletion(body); err != nil {
-		return nil, c, err
+// translateRequest returns what promptToChat makes of a body.
+func translateRequest(data []byte) (chat []byte, err error) {
+	body := &requestBody{buffer: buffer{data: bytes.Clone(data)}}
+	if err = promptToChat(body); err != nil {
+		return nil, err
 	}
-	body.seal()
-	return bytes.Join(body.pieces, nil), c, nil
+	return body.data, nil
 }
 
-func TestNewCompletion(t *testing.T) {
+// blanks matches what is left in the place of a parameter.
+var blanks = regexp.MustCompile("  +")
+
+func TestPromptToChat(t *testing.T) {
 	tests := []struct {
 		name string
 		body string
 		want string
-		c    completion
 	}{
 		{
 			"a prompt becomes the user's message",
 			`{"model":"m","prompt":"Say hi"}`,
 			`{"model":"m","messages":[{"role":"user","content":"Say hi"}]}`,
-			completion{model: "m"},
 		},
 		{
 			"a prompt alone",
 			`{"prompt":""}`,
 			`{"messages":[{"role":"user","content":""}]}`,
-			completion{},
 		},
 		{
 			"an array of one string",
 			` { "prompt" : [ "a\nb" ] } `,
-			` { "messages":[{"role":"user","content":"a\nb"}]} `,
-			completion{},
+			` { "messages":[{"role":"user","content":"a\nb"}] } `,
 		},
 		{
 			"other members keep order, bytes and case",
 			`{"top_k":20,"prompt":"p","seed":12345678901234567890,"temperature":0.10,"stop":[ "<a>", "&" ],"Prompt":1,"n":2,"stream":true,"stream_options":{"include_usage":true},"logit_bias":{"50256": -100},"a<b":1E400}`,
-			`{"top_k":20,"seed":12345678901234567890,"temperature":0.10,"stop":[ "<a>", "&" ],"Prompt":1,"n":2,"stream":true,"stream_options":{"include_usage":true},"logit_bias":{"50256": -100},"a<b":1E400,"messages":[{"role":"user","content":"p"}]}`,
-			completion{},
+			`{"top_k":20,"messages":[{"role":"user","content":"p"}],"seed":12345678901234567890,"temperature":0.10,"stop":[ "<a>", "&" ],"Prompt":1,"n":2,"stream":true,"stream_options":{"include_usage":true},"logit_bias":{"50256": -100},"a<b":1E400}`,
 		},
 		{
 			"parameters that ask for nothing are dropped",
 			`{"suffix":null,"best_of":1,"logprobs":null,"echo":false,"prompt":"p"}`,
 			`{"messages":[{"role":"user","content":"p"}]}`,
-			completion{},
 		},
 		{
 			"their other spellings are too",
 			`{"suffix":"","best_of":null,"logprobs":false,"echo":null,"prompt":"p","stream":null}`,
-			`{"stream":null,"messages":[{"role":"user","content":"p"}]}`,
-			completion{},
+			`{"messages":[{"role":"user","content":"p"}],"stream":null}`,
 		},
 		{
 			"invalid UTF-8, escapes and lone surrogates pass",
 			"{\"pro\\u006Dpt\":[\"a <b> \xff\\ud800\"], \"\xff\":1}",
-			"{\"\xff\":1,\"messages\":[{\"role\":\"user\",\"content\":\"a <b> \xff\\ud800\"}]}",
-			completion{},
+			"{\"messages\":[{\"role\":\"user\",\"content\":\"a <b> \xff\\ud800\"}], \"\xff\":1}",
 		},
 		{
 			"parameters are dropped from the end",
 			`{ "n": 1 , "prompt":"p" , "echo":null, "suffix":null }`,
 			`{ "n": 1 , "messages":[{"role":"user","content":"p"}]}`,
-			completion{},
 		},
 		{
 			"and from between others",
 			`{"echo":null,"n":1,"prompt":"p","suffix":null,"seed":2}`,
-			`{"n":1,"seed":2,"messages":[{"role":"user","content":"p"}]}`,
-			completion{},
+			`{"n":1,"messages":[{"role":"user","content":"p"}],"seed":2}`,
 		},
 		{
 			"a model of the wrong type is for the chat request's check",
 			`{"model":5,"prompt":"p"}`,
 			`{"model":5,"messages":[{"role":"user","content":"p"}]}`,
-			completion{},
 		},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			chat, c, err := translateRequest([]byte(tt.body))
+			chat, err := translateRequest([]byte(tt.body))
 			fatalIf(t, err)
-			wantEqual(t, "chat request", tt.want, string(chat))
-			wantEqual(t, "completion", &tt.c, c, cmp.AllowUnexported(completion{}))
+			wantEqual(t, "chat request", tt.want, blanks.ReplaceAllString(string(chat), ""))
 		})
 	}
 }
 
-func TestNewCompletionErrors(t *testing.T) {
+func TestPromptToChatErrors(t *testing.T) {
 	tests := []struct {
 		body    string
 		param   string
@@ -144,7 +136,7 @@ func TestNewCompletionErrors(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.body[:min(len(tt.body), 60)], func(t *testing.T) {
-			_, _, err := translateRequest([]byte(tt.body))
+			_, err := translateRequest([]byte(tt.body))
 			e, ok := errors.AsType[*apiError](err)
 			if !ok {
 				t.Fatalf("error is %v, want an apiError", err)
@@ -158,8 +150,8 @@ func TestNewCompletionErrors(t *testing.T) {
 }
 
 // translateAnswer returns what translate makes of a whole answer.
-func translateAnswer(c completion, chat string) ([]byte, error) {
-	text, _, err := c.translate([]byte(chat), "message")
+func translateAnswer(chat string) ([]byte, error) {
+	text, _, err := translate([]byte(chat), "message")
 	if err != nil {
 		return nil, err
 	}
@@ -169,32 +161,28 @@ func translateAnswer(c completion, chat string) ([]byte, error) {
 func TestCompletionResponse(t *testing.T) {
 	tests := []struct {
 		name string
-		c    completion
 		chat string
 		want string
 	}{
 		{
 			"an answer of Qwen's",
-			completion{model: "alias"},
 			`{"choices":[{"message":{"role":"assistant","content":"a <b>","reasoning_content":"hm"},"finish_reason":"stop","index":0,"logprobs":null}],"object":"chat.completion","usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"},"created":1735120033,"system_fingerprint":null,"model":"qwen3-coder-plus","id":"chatcmpl-6ada9ed2"}`,
 			`{"id":"cmpl-6ada9ed2","object":"text_completion","created":1735120033,"model":"qwen3-coder-plus","system_fingerprint":null,"choices":[{"text":"a <b>","index":0,"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"}}`,
 		},
 		{
 			"tool calls",
-			completion{},
 			`{"id":"x-1","created":1,"model":"m","system_fingerprint":"fp","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"length"},{"index":1,"message":{"content":null},"finish_reason":"tool_calls"},{"index":2,"message":{},"finish_reason":"function_call"}]}`,
 			`{"id":"x-1","object":"text_completion","created":1,"model":"m","system_fingerprint":"fp","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":"length"},{"text":"","index":1,"logprobs":null,"finish_reason":"stop"},{"text":"","index":2,"logprobs":null,"finish_reason":"stop"}]}`,
 		},
 		{
 			"as little as can be",
-			completion{model: "m"},
 			`{"choices":[{"message":{"content":"a"}}],"usage":null}`,
-			`{"id":"","object":"text_completion","created":0,"model":"m","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}],"usage":null}`,
+			`{"id":"","object":"text_completion","created":0,"model":"","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}],"usage":null}`,
 		},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := translateAnswer(tt.c, tt.chat)
+			got, err := translateAnswer(tt.chat)
 			fatalIf(t, err)
 			wantEqual(t, "text completion", tt.want, string(got))
 		})
@@ -212,7 +200,7 @@ func TestCompletionResponseErrors(t *testing.T) {
 		`{"choices":[{"message":{"content":"secret"},}]}`,
 		`{"choices":[{"message":{"content":"secret"},"message":{"content":"a"}}]}`,
 	} {
-		got, err := translateAnswer(completion{}, chat)
+		got, err := translateAnswer(chat)
 		if err == nil {
 			t.Errorf("translate(%s) = %s, want an error", chat, got)
 		} else if s := err.Error(); strings.Contains(s, "secret") || strings.Contains(s, "314") {
@@ -220,6 +208,8 @@ func TestCompletionResponseErrors(t *testing.T) {
 		}
 	}
 }
+
+func newStream(chat io.Reader) io.Reader { return &completionStream{lines: bufio.NewReader(chat)} }
 
 // textChunk returns the event of a text completion chunk: the head that streamTests share, then rest.
 func textChunk(rest string) string {
@@ -229,7 +219,6 @@ func textChunk(rest string) string {
 // streamTests are whole streams; err is what ends them, nil for io.EOF.
 var streamTests = []struct {
 	name string
-	c    completion
 	in   string
 	want string
 	err  string
@@ -259,12 +248,11 @@ data: [DONE]
 	},
 	{
 		name: "several choices",
-		c:    completion{model: "m"},
-		in: `data: {"id":"chatcmpl-1","created":1,"choices":[{"index":0,"delta":{"content":"a"}},{"index":1,"delta":{"content":""}}]}
+		in: `data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"index":0,"delta":{"content":"a"}},{"index":1,"delta":{"content":""}}]}
 
-data: {"id":"chatcmpl-1","created":1,"choices":[{"index":1,"delta":{"content":"c"}}]}
+data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"index":1,"delta":{"content":"c"}}]}
 
-data: {"id":"chatcmpl-1","created":1,"choices":[{"index":1,"delta":{},"finish_reason":"length"}]}
+data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"index":1,"delta":{},"finish_reason":"length"}]}
 
 `,
 		want: textChunk(`"choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null},{"text":"","index":1,"logprobs":null,"finish_reason":null}]`) +
@@ -273,12 +261,11 @@ data: {"id":"chatcmpl-1","created":1,"choices":[{"index":1,"delta":{},"finish_re
 	},
 	{
 		name: "a role chunk stays for its usage, and a usage for itself",
-		c:    completion{model: "m"},
-		in: `data: {"id":"chatcmpl-1","created":1,"choices":[{"delta":{"role":"assistant"}}],"usage":{"a":1}}
+		in: `data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"delta":{"role":"assistant"}}],"usage":{"a":1}}
 
-data: {"id":"chatcmpl-1","created":1,"choices":[{"delta":{"content":"a"}}],"usage":{"a":2}}
+data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"delta":{"content":"a"}}],"usage":{"a":2}}
 
-data: {"id":"chatcmpl-1","created":1,"choices":null,"usage":{"a":3}}
+data: {"id":"chatcmpl-1","created":1,"model":"m","choices":null,"usage":{"a":3}}
 
 `,
 		want: textChunk(`"choices":[{"text":"","index":0,"logprobs":null,"finish_reason":null}],"usage":{"a":1}`) +
@@ -287,18 +274,16 @@ data: {"id":"chatcmpl-1","created":1,"choices":null,"usage":{"a":3}}
 	},
 	{
 		name: "line ends, no space, data in several lines",
-		c:    completion{model: "m"},
-		in: "data:{\"id\":\"chatcmpl-1\",\ndata:\"created\":1,\r\ndata: \"choices\":[{\"delta\":{\"content\":\"\\r\\n\"}}],\ndata:\"usage\":{\ndata:}\ndata: }\n\r\n" +
+		in: "data:{\"id\":\"chatcmpl-1\",\ndata:\"created\":1,\"model\":\"m\",\r\ndata: \"choices\":[{\"delta\":{\"content\":\"\\r\\n\"}}],\ndata:\"usage\":{\ndata:}\ndata: }\n\r\n" +
 			"data: [DONE]\r\n\r\n" + ": one\n\n" + ":two\r\n\n" + ":three\n\r\n" + "\r\n\n",
 		want: textChunk(`"choices":[{"text":"\r\n","index":0,"logprobs":null,"finish_reason":null}],"usage":{ }`) +
 			"data: [DONE]\r\n\r\n" + ": one\n\n" + ":two\r\n\n" + ":three\n\r\n" + "\r\n\n",
 	},
 	{
 		name: "comments and other fields",
-		c:    completion{model: "m"},
 		in: ": keep-alive\n\n" +
 			"retry: 3000\n\n" +
-			"id: 1\nevent: result\n:c\ndata: {\"id\":\"chatcmpl-1\",\"created\":1,\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n" +
+			"id: 1\nevent: result\n:c\ndata: {\"id\":\"chatcmpl-1\",\"created\":1,\"model\":\"m\",\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n" +
 			"id: 2\n:of a dropped chunk\ndata: {\"choices\":[]}\n\n" +
 			"id: 3\ndata: {\"choices\":[]}\n\n" +
 			"data:\n\n" +
@@ -354,7 +339,7 @@ func TestCompletionStream(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			check := func(how string, r io.Reader) {
 				t.Helper()
-				got, err := io.ReadAll(tt.c.stream(r))
+				got, err := io.ReadAll(newStream(r))
 				if diff := cmp.Diff(tt.want, string(got)); diff != "" {
 					t.Fatalf("%s: stream (-want +got):\n%s", how, diff)
 				}
@@ -369,7 +354,7 @@ func TestCompletionStream(t *testing.T) {
 				check("split", splitReader(tt.in, i))
 			}
 			if tt.err == "" {
-				if err := iotest.TestReader(tt.c.stream(strings.NewReader(tt.in)), []byte(tt.want)); err != nil {
+				if err := iotest.TestReader(newStream(strings.NewReader(tt.in)), []byte(tt.want)); err != nil {
 					t.Error(err)
 				}
 			}
@@ -394,7 +379,7 @@ func TestCompletionStreamWaitsForOneEventAlone(t *testing.T) {
 	for _, end := range []string{"\n\n", "\r\n\r\n", "\n\r\n", "\r\n\n"} {
 		synctest.Test(t, func(t *testing.T) {
 			upstream, w := io.Pipe()
-			stream := (&completion{model: "m"}).stream(upstream)
+			stream := newStream(upstream)
 			var got strings.Builder
 			done := make(chan error)
 			go func() {
@@ -410,7 +395,7 @@ func TestCompletionStreamWaitsForOneEventAlone(t *testing.T) {
 				wantEqual(t, fmt.Sprintf("after an event that ends in %q", end), want, got.String())
 				got.Reset()
 			}
-			event := `data: {"id":"chatcmpl-1","created":1,"choices":[{"delta":{"content":"a"}}]}`
+			event := `data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"delta":{"content":"a"}}]}`
 			want := textChunk(`"choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}]`)
 			write(event+end, want)
 			write(event[:30], "")
@@ -426,7 +411,7 @@ func TestCompletionStreamWaitsForOneEventAlone(t *testing.T) {
 func TestCompletionStreamUpstreamError(t *testing.T) {
 	broken := errors.New("connection reset")
 	for _, rest := range []string{"", "data: half"} {
-		r := new(completion).stream(io.MultiReader(strings.NewReader(": c\n\n"+rest), iotest.ErrReader(broken)))
+		r := newStream(io.MultiReader(strings.NewReader(": c\n\n"+rest), iotest.ErrReader(broken)))
 		got, err := io.ReadAll(r)
 		if string(got) != ": c\n\n" || err != broken {
 			t.Errorf("got %q and error %v, want the whole event and the error of the upstream", got, err)
@@ -440,24 +425,24 @@ func TestCompletionStreamUpstreamError(t *testing.T) {
 func TestCompletionStreamEventSize(t *testing.T) {
 	for _, n := range []int{maxEventBytes, maxEventBytes + 1} {
 		in := ":" + strings.Repeat("x", n-3) + "\n\n"
-		got, err := io.Copy(io.Discard, new(completion).stream(strings.NewReader(in)))
+		got, err := io.Copy(io.Discard, newStream(strings.NewReader(in)))
 		if fits := n == maxEventBytes; fits && (err != nil || got != int64(len(in))) || !fits && (err == nil || got != 0) {
 			t.Errorf("an event of %d bytes: %d bytes, error %v", n, got, err)
 		}
 	}
 }
 
-func FuzzNewCompletion(f *testing.F) {
+func FuzzPromptToChat(f *testing.F) {
 	f.Add([]byte(`{"model":"m","prompt":"p","echo":true,"max_tokens":1E400}`))
 	f.Add([]byte(`{"prompt":["\ud800<\u0000"],"stream":false,"suffix":null}`))
 	f.Add([]byte(`{"prompt":[[1,2]],"x":{"y":[{}]}}`))
 	f.Add([]byte("{\"\xff\":\"\xff\",\"prompt\":\"\xff\",\"prompt\":[]}"))
 	f.Add([]byte(`{"messages":[]} 1`))
 	f.Fuzz(func(t *testing.T, body []byte) {
-		chat, c, err := translateRequest(body)
+		chat, err := translateRequest(body)
 		if err != nil {
-			if _, ok := err.(*apiError); !ok || chat != nil || c != nil {
-				t.Fatalf("newCompletion = %q, %v, %v: want an apiError alone", chat, c, err)
+			if _, ok := err.(*apiError); !ok || chat != nil {
+				t.Fatalf("promptToChat = %q, %v: want an apiError alone", chat, err)
 			}
 			return
 		}
@@ -497,7 +482,7 @@ func FuzzCompletionResponse(f *testing.F) {
 	f.Add([]byte(`{"created":"1e5","choices":[]}`))
 	f.Add([]byte(`{"error":{}}`))
 	f.Fuzz(func(t *testing.T, chat []byte) {
-		text, err := translateAnswer(completion{}, string(chat))
+		text, err := translateAnswer(string(chat))
 		if (err == nil) == (text == nil) {
 			t.Fatalf("translate = %q, %v: want one of both", text, err)
 		}
@@ -536,14 +521,13 @@ func FuzzCompletionStream(f *testing.F) {
 	}
 	f.Add("data: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\r\n\r\ndata\r:\r\r\uFEFF\n", uint(49))
 	f.Fuzz(func(t *testing.T, in string, i uint) {
-		c := new(completion)
-		want, wantErr := io.ReadAll(c.stream(strings.NewReader(in)))
+		want, wantErr := io.ReadAll(newStream(strings.NewReader(in)))
 		for _, r := range []io.Reader{
 			splitReader(in, int(i%uint(len(in)+1))),
 			iotest.OneByteReader(strings.NewReader(in)),
 			iotest.DataErrReader(iotest.HalfReader(strings.NewReader(in))),
 		} {
-			got, err := io.ReadAll(c.stream(r))
+			got, err := io.ReadAll(newStream(r))
 			if diff := cmp.Diff(string(want), string(got)); diff != "" || errorText(err) != errorText(wantErr) {
 				t.Fatalf("error %v, want %v; stream (-whole +split):\n%s", err, wantErr, diff)
 			}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"context"
@@ -51,8 +52,8 @@ type proxy struct {
 	buffers      copyBuffers
 	transport    http.RoundTripper
 	fresh        http.RoundTripper // the same, but with a new connection for each request
-	defaultModel []byte            // as JSON
-	aliases      map[string][]byte // as JSON
+	defaultModel string            // as JSON
+	aliases      map[string]string // models by their aliases; the models are JSON
 }
 
 // newProxy returns a proxy over transport, which must not follow redirects nor unpack bodies.
@@ -60,11 +61,11 @@ func newProxy(cfg *config, tokens tokenSource, m *metrics, transport http.RoundT
 	p := &proxy{
 		cfg: cfg, tokens: tokens, metrics: m, transport: transport, fresh: transport,
 		bodies:       newBodyReader(cfg),
-		defaultModel: jsonString(cfg.defaultModel),
-		aliases:      map[string][]byte{},
+		defaultModel: string(jsonString(cfg.defaultModel)),
+		aliases:      map[string]string{},
 	}
 	for alias, model := range cfg.aliases {
-		p.aliases[alias] = jsonString(model)
+		p.aliases[alias] = string(jsonString(model))
 	}
 	if t, ok := transport.(*http.Transport); ok {
 		fresh := t.Clone()
@@ -135,9 +136,10 @@ func (p *proxy) proxyRequest(x *exchange, r *http.Request, path, required string
 	defer c.body.release()
 	defer c.whole.release()
 	if required == "prompt" {
-		if c.completion, err = newCompletion(body); err != nil {
+		if err := promptToChat(body); err != nil {
 			return err
 		}
+		c.completion, required = true, "messages"
 	}
 	if err := p.prepare(body, required); err != nil {
 		return err
@@ -181,21 +183,21 @@ func (p *proxy) prepare(body *requestBody, required string) error {
 	switch v := model.of(body.data); {
 	case len(v) == 0: // missing: it goes first
 		at := bytes.IndexByte(body.data, '{') + 1
-		insert := append([]byte(`"model":`), p.defaultModel...)
+		insert := `"model":` + p.defaultModel
 		if body.data[skipSpace(body.data, at)] != '}' {
-			insert = append(insert, ',')
+			insert += ","
 		}
 		body.replace(at, at, insert)
 	case string(v) == "null" || string(v) == `""`:
 		body.replace(model.start, model.end, p.defaultModel)
 	case v[0] != '"':
 		return invalidRequest("model", "invalid_type", `"model" has to be a string.`)
-	case len(p.aliases) > 0:
-		if real := p.aliases[modelName(v)]; real != nil {
-			body.replace(model.start, model.end, real)
+	case len(p.aliases) > 0 && len(v) <= 1<<10: // a longer one is no alias
+		var name string
+		if json.Unmarshal(v, &name) == nil && p.aliases[name] != "" {
+			body.replace(model.start, model.end, p.aliases[name])
 		}
 	}
-	body.seal()
 	return nil
 }
 
@@ -206,7 +208,7 @@ type call struct {
 	path       string // below the API's base URL; one of the Anthropic-compatible interface is whole
 	body       *requestBody
 	token      *token
-	completion *completion // nil but for a text completion
+	completion bool // a text completion, which is translated
 	out        streamWriter
 	whole      buffer // an answer that is read whole
 	err        error  // why there is no answer to pass on
@@ -299,7 +301,7 @@ func (c *call) setUpstream(req *http.Request) {
 	req.Host = ""
 	req.Header["Authorization"] = []string{c.token.authorization}
 	req.Body = c.body.open()
-	req.ContentLength = c.body.size
+	req.ContentLength = int64(len(c.body.data))
 }
 
 // RoundTrip sends the request, and once more with another token if Qwen answers 401 to the first.
@@ -479,7 +481,7 @@ func (c *call) modifyResponse(res *http.Response) error {
 	case stream && !compressed:
 		c.passStream(res, body)
 		return nil
-	case c.completion != nil || delimited && !compressed:
+	case c.completion || delimited && !compressed:
 		return c.readWhole(res, delimited)
 	case compressed:
 		return nil
@@ -496,8 +498,8 @@ func isCompressed(h http.Header) bool {
 // passStream passes an event stream on.
 func (c *call) passStream(res *http.Response, body *answerBody) {
 	body.stream = true
-	if c.completion != nil {
-		body.text = c.completion.stream(body.text)
+	if c.completion {
+		body.text = &completionStream{lines: bufio.NewReader(body.text)}
 	}
 	res.ContentLength = -1 // comments or an error event may come on top of what is announced
 	res.Header.Del("Content-Length")
@@ -521,8 +523,8 @@ func (c *call) readWhole(res *http.Response, delimited bool) error {
 		return err
 	case delimited && !json.Valid(c.whole.data):
 		return c.brokenBy(io.EOF)
-	case c.completion != nil:
-		if text, _, err = c.completion.translate(c.whole.data, "message"); err != nil {
+	case c.completion:
+		if text, _, err = translate(c.whole.data, "message"); err != nil {
 			return notAnAnswer(res.StatusCode, err)
 		}
 		res.Header["Content-Type"] = valueJSON
