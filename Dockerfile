@@ -3,7 +3,8 @@
 #   docker build -t qwen-go-proxy .
 #
 # needs BuildKit, which Docker has by default since version 23; podman and buildah build it too, with --format docker,
-# since OCI's format knows no HEALTHCHECK. --build-arg VERSION=, COMMIT= and DATE= say what was built.
+# since OCI's format knows no HEALTHCHECK. The version comes from .git. Without .git, in an unpacked archive or a linked work
+# tree, it is "dev": --build-arg VERSION=, COMMIT= and DATE= set it, and the image's labels.
 
 FROM --platform=$BUILDPLATFORM golang:1.26 AS build
 WORKDIR /src
@@ -13,7 +14,9 @@ ARG TARGETARCH
 ARG VERSION
 ARG COMMIT
 ARG DATE
+# .dockerignore leaves files out: git checkout puts them back, because Go calls a version with missing files dirty.
 RUN --mount=type=cache,target=/root/.cache/go-build \
+    git ls-files -z --deleted | xargs -0r git checkout -q -- && \
     CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath \
     -ldflags "-s -w -X main.buildVersion=$VERSION -X main.buildCommit=$COMMIT -X main.buildDate=$DATE" \
     -o /out/qwen-go-proxy . && mkdir /out/data
