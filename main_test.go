@@ -147,14 +147,18 @@ func (p *program) get(path string) (*http.Response, string) {
 
 func (p *program) do(method, path string, body io.Reader) (*http.Response, string) {
 	p.t.Helper()
-	req, err := http.NewRequest(method, p.url+path, body)
+	res, answer, err := testkit.Ask(p.t, http.DefaultClient, method, p.url+path, body)
 	fatalIf(p.t, err)
-	res, err := http.DefaultClient.Do(req)
+	return res, answer
+}
+
+// open posts body and returns the answer, whose body is to be read while it comes.
+func (p *program) open(path, body string) *http.Response {
+	p.t.Helper()
+	res, err := http.Post(p.url+path, "application/json", strings.NewReader(body))
 	fatalIf(p.t, err)
-	defer res.Body.Close()
-	b, err := io.ReadAll(res.Body)
-	fatalIf(p.t, err)
-	return res, string(b)
+	p.t.Cleanup(func() { res.Body.Close() })
+	return res
 }
 
 func TestUsageAndExitStatus(t *testing.T) {

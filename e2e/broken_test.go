@@ -2,7 +2,7 @@ package e2e
 
 import (
 	"bufio"
-	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,26 +14,9 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"qwen-go-proxy/e2e/testkit"
 )
-
-// A cutAPI answers each request with the first n bytes of answer, and then closes or resets the connection.
-type cutAPI struct {
-	answer string
-	n      atomic.Int64
-	reset  bool
-	url    string
-}
-
-func startCutAPI(t *testing.T, answer string, reset bool) *cutAPI {
-	a := &cutAPI{answer: answer, reset: reset}
-	a.url = serveRaw(t, func(c *net.TCPConn, _ *bufio.Reader) {
-		io.WriteString(c, a.answer[:a.n.Load()])
-		if a.reset {
-			c.SetLinger(0)
-		}
-	})
-	return a
-}
 
 // TestAStreamCutAnywhereNeverLooksWhole cuts a stream of three events at every byte: at every fourth in each test, or at all of them
 // in the long tests. Nothing follows a [DONE].
@@ -62,8 +45,14 @@ func TestAStreamCutAnywhereNeverLooksWhole(t *testing.T) {
 					tests++
 					t.Run(fmt.Sprintf("%s reset=%v %s %s", name, reset, protocol, path), func(t *testing.T) {
 						t.Parallel()
-						api := startCutAPI(t, answer, reset)
-						env := map[string]string{"API_BASE_URL": api.url, "QWEN_API_KEY": "sk-test", "LOG_LEVEL": "error"}
+						var cut atomic.Int64
+						api := serveRaw(t, func(c *net.TCPConn, _ *bufio.Reader) {
+							io.WriteString(c, answer[:cut.Load()])
+							if reset {
+								c.SetLinger(0)
+							}
+						})
+						env := map[string]string{"API_BASE_URL": api, "QWEN_API_KEY": "sk-test", "LOG_LEVEL": "error"}
 						if protocol == "HTTP/2.0" {
 							env = withTLS(t, env)
 						}
@@ -74,20 +63,15 @@ func TestAStreamCutAnywhereNeverLooksWhole(t *testing.T) {
 							request = `{"prompt":"x","stream":true}`
 						}
 						for n := first; n < len(answer); n += step {
-							api.n.Store(int64(n))
-							res, err := client.Post(p.url+path, "application/json", strings.NewReader(request))
-							if err != nil {
-								t.Fatalf("cut at %d: %v", n, err)
+							cut.Store(int64(n))
+							res, body, err := testkit.Ask(t, client, "POST", p.url+path, strings.NewReader(request))
+							if res == nil || res.Proto != protocol {
+								t.Fatalf("cut at %d: %v, %v; want an answer by %s", n, res, err, protocol)
 							}
-							if res.Proto != protocol {
-								t.Fatalf("protocol %s", res.Proto)
-							}
-							body, err := io.ReadAll(res.Body)
-							res.Body.Close()
 							if res.StatusCode == 200 && err == nil {
 								t.Errorf("cut at %d of %d: a clean end: %q", n, len(answer), body)
 							}
-							done, failed := bytes.Contains(body, []byte("data: [DONE]")), bytes.Contains(body, []byte(`data: {"error":`))
+							done, failed := strings.Contains(body, "data: [DONE]"), strings.Contains(body, `data: {"error":`)
 							if res.StatusCode == 200 && done == failed {
 								t.Errorf("cut at %d of %d: want an error event or [DONE]: %q, %v", n, len(answer), body, err)
 							}
@@ -115,12 +99,9 @@ func TestAStreamCutByHTTP2NeverLooksWhole(t *testing.T) {
 	p := startOverTLS(t, api, nil)
 	for n := range len(events) + 1 {
 		cut.Store(int64(n))
-		res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[],"stream":true}`))
-		fatalIf(t, err)
-		body, err := io.ReadAll(res.Body)
-		res.Body.Close()
-		done, failed := strings.Contains(events[:n], "data: [DONE]"), bytes.Contains(body, []byte(`data: {"error":`))
-		if err == nil || !bytes.HasPrefix(body, []byte(events[:n])) || done == failed {
+		_, body, err := p.try("/v1/chat/completions", `{"messages":[],"stream":true}`)
+		done, failed := strings.Contains(events[:n], "data: [DONE]"), strings.Contains(body, `data: {"error":`)
+		if err == nil || !strings.HasPrefix(body, events[:n]) || done == failed {
 			t.Errorf("cut at %d: %q, %v", n, body, err)
 		}
 	}
@@ -231,13 +212,10 @@ func TestFastAnswersArriveWhole(t *testing.T) {
 // TestABrokenStreamOfMessages: Anthropic's clients know an error by the event's name.
 func TestABrokenStreamOfMessages(t *testing.T) {
 	t.Parallel()
-	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": rawAPI(t,
-		"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n16\r\nevent: ping\ndata: {}\n\n\r\n")})
-	res, err := http.Post(p.url+"/v1/messages", "application/json", strings.NewReader(`{"messages":[]}`))
-	fatalIf(t, err)
-	defer res.Body.Close()
-	got, err := io.ReadAll(res.Body)
-	event, ok := strings.CutPrefix(string(got), "event: ping\ndata: {}\n\n\n\nevent: error\ndata: ")
+	p, set := startRaw(t, nil)
+	set("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n16\r\nevent: ping\ndata: {}\n\n\r\n")
+	_, got, err := p.try("/v1/messages", `{"messages":[]}`)
+	event, ok := strings.CutPrefix(got, "event: ping\ndata: {}\n\n\n\nevent: error\ndata: ")
 	var data struct {
 		Type  string
 		Error struct{ Type, Message string }
@@ -249,6 +227,7 @@ func TestABrokenStreamOfMessages(t *testing.T) {
 
 func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
 	t.Parallel()
+	p, set := startRaw(t, nil)
 	for name, tt := range map[string]struct {
 		answer string
 		code   string // of a 502; "" for an answer that is cut
@@ -264,16 +243,10 @@ func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
 		"an early answer, then it": {"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", "upstream_unreachable"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			p := start(t, map[string]string{"API_BASE_URL": rawAPI(t, tt.answer), "QWEN_API_KEY": "sk-test", "LOG_LEVEL": "info"})
-			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-			if tt.code == "" && err != nil {
-				return // cut before its header has left the proxy
-			}
-			fatalIf(t, err)
-			defer res.Body.Close()
-			body, err := io.ReadAll(res.Body)
+			set(tt.answer)
+			res, body, err := p.try("/v1/chat/completions", `{"messages":[]}`)
 			if tt.code == "" {
-				if err == nil || res.StatusCode != 200 {
+				if err == nil { // the header may not have left the proxy yet
 					t.Errorf("got %s %q, want it cut", res.Status, body)
 				}
 				return
@@ -282,7 +255,7 @@ func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
 			if tt.code == "upstream_broken" {
 				typ = "streaming_error"
 			}
-			wantError(t, res, string(body), 502, typ, tt.code)
+			wantError(t, res, body, 502, typ, tt.code)
 		})
 	}
 }
@@ -291,6 +264,8 @@ func TestABrokenAnswerDoesNotLookWhole(t *testing.T) {
 func TestOurCredentialsComeBackToNobody(t *testing.T) {
 	t.Parallel()
 	const key = "sk-of+the/proxy="
+	p, set := startRaw(t, map[string]string{"QWEN_API_KEY": key, "DEBUG_MODE": "true"})
+	lines := 0
 	openAI := `{"error":{"message":"wrong key KEY","type":"invalid_request_error","code":"x"}}`
 	answer := func(status, header, body string) string {
 		body = strings.ReplaceAll(body, "KEY", key)
@@ -318,22 +293,20 @@ func TestOurCredentialsComeBackToNobody(t *testing.T) {
 		"a status line that is none":      {"HTTP/1.1 KEY\r\n\r\n", 502},
 		"the length of a chunk of a body": {"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nKEY\r\n", 502},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			p := start(t, map[string]string{"API_BASE_URL": rawAPI(t, strings.ReplaceAll(tt.answer, "KEY", key)), "QWEN_API_KEY": key, "DEBUG_MODE": "true"})
-			res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
-			if res.StatusCode != tt.status {
-				t.Errorf("%s %s, want %d", res.Status, body, tt.status)
-			}
-			line := p.stderr.await(t, `(?m)^(.*"msg":"request".*)$`)
-			for where, s := range map[string]string{"client's header": fmt.Sprint(res.Header), "client's body": body, "log": line} {
-				for _, part := range []string{key, "sk-of", "the/pr", `the\/pr`} {
-					if strings.Contains(s, part) {
-						t.Errorf("the key is in the %s: %s", where, s)
-					}
+		set(strings.ReplaceAll(tt.answer, "KEY", key))
+		res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
+		if res.StatusCode != tt.status {
+			t.Errorf("%s: %s %s, want %d", name, res.Status, body, tt.status)
+		}
+		lines++
+		p.stderr.await(t, fmt.Sprintf(`(?s)(?:"msg":"request".*){%d}`, lines))
+		for where, s := range map[string]string{"client's header": fmt.Sprint(res.Header), "client's body": body, "log": p.stderr.String()} {
+			for _, part := range []string{key, "sk-of", "the/pr", `the\/pr`} {
+				if strings.Contains(s, part) {
+					t.Fatalf("%s: the key is in the %s: %s", name, where, s)
 				}
 			}
-		})
+		}
 	}
 }
 
@@ -341,6 +314,7 @@ func TestOurCredentialsComeBackToNobody(t *testing.T) {
 func TestAnswersThatEndWithTheConnection(t *testing.T) {
 	t.Parallel()
 	const chunk = "data: {\"choices\":[{\"delta\":{\"content\":\"[DONE]\"}}]}\n\n"
+	p, set := startRaw(t, nil)
 	long := `{"a":"` + strings.Repeat(`}]\\\"`, 20000) + `","b":[{}]`
 	for _, tt := range []struct {
 		name, path, contentType, body string
@@ -371,21 +345,13 @@ func TestAnswersThatEndWithTheConnection(t *testing.T) {
 		{"a stream of messages cut short", "messages", "text/event-stream", "event: message_start\ndata: {}\n\n", "cut"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
 			for _, protocol := range []string{"1.0", "1.1"} {
-				p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": rawAPI(t,
-					"HTTP/"+protocol+" 200 OK\r\nContent-Type: "+tt.contentType+"\r\n\r\n"+tt.body)})
-				request := map[string]string{"completions": `{"prompt":"x"}`, "embeddings": `{"input":"x"}`}[tt.path]
-				if request == "" {
-					request = `{"messages":[]}`
-				}
-				res, err := http.Post(p.url+"/v1/"+tt.path, "application/json", strings.NewReader(request))
-				fatalIf(t, err)
-				body, err := io.ReadAll(res.Body)
-				res.Body.Close()
-				switch failed := strings.Contains(string(body), `"error":{`); tt.code {
+				set("HTTP/" + protocol + " 200 OK\r\nContent-Type: " + tt.contentType + "\r\n\r\n" + tt.body)
+				request := cmp.Or(map[string]string{"completions": `{"prompt":"x"}`, "embeddings": `{"input":"x"}`}[tt.path], `{"messages":[]}`)
+				res, body, err := p.try("/v1/"+tt.path, request)
+				switch failed := strings.Contains(body, `"error":{`); tt.code {
 				case "":
-					if err != nil || res.StatusCode != 200 || failed || tt.path != "completions" && string(body) != tt.body {
+					if err != nil || res.StatusCode != 200 || failed || tt.path != "completions" && body != tt.body {
 						t.Errorf("HTTP/%s: %s, %v: %d bytes %.200q", protocol, res.Status, err, len(body), body)
 					}
 				case "cut":
@@ -393,9 +359,9 @@ func TestAnswersThatEndWithTheConnection(t *testing.T) {
 						t.Errorf("HTTP/%s: %s, %v: %d bytes %.200q", protocol, res.Status, err, len(body), body)
 					}
 				case "upstream_broken":
-					wantError(t, res, string(body), 502, "streaming_error", tt.code)
+					wantError(t, res, body, 502, "streaming_error", tt.code)
 				default:
-					wantError(t, res, string(body), 502, "network_error", tt.code)
+					wantError(t, res, body, 502, "network_error", tt.code)
 				}
 			}
 		})
@@ -410,11 +376,8 @@ func TestDataAfterDone(t *testing.T) {
 		sse(w, `data: {"choices":[{"delta":{"content":"Hello"}}]}`+"\n\n", done, "data: took 1 s\n\n")
 	}, nil)
 	for path, request := range map[string]string{"chat/completions": `{"messages":[]}`, "completions": `{"prompt":"x"}`} {
-		res, err := http.Post(p.url+"/v1/"+path, "application/json", strings.NewReader(request))
-		fatalIf(t, err)
-		body, err := io.ReadAll(res.Body)
-		res.Body.Close()
-		if err != nil || strings.Contains(string(body), "error") || !strings.HasSuffix(string(body), done+"data: took 1 s\n\n") {
+		_, body, err := p.try("/v1/"+path, request)
+		if err != nil || strings.Contains(body, "error") || !strings.HasSuffix(body, done+"data: took 1 s\n\n") {
 			t.Errorf("%s: %q, %v", path, body, err)
 		}
 	}

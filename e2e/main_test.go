@@ -205,17 +205,18 @@ func (p *program) terminate() {
 	p.stopsWithin(20 * time.Second)
 }
 
-// do sends a request and returns the answer, read whole.
+// do sends a request and returns the answer, which must be whole.
 func (p *program) do(method, path, body string) (*http.Response, string) {
 	p.t.Helper()
-	req, err := http.NewRequest(method, p.url+path, strings.NewReader(body))
+	res, answer, err := testkit.Ask(p.t, http.DefaultClient, method, p.url+path, strings.NewReader(body))
 	fatalIf(p.t, err)
-	res, err := http.DefaultClient.Do(req)
-	fatalIf(p.t, err)
-	defer res.Body.Close()
-	b, err := io.ReadAll(res.Body)
-	fatalIf(p.t, err)
-	return res, string(b)
+	return res, answer
+}
+
+// try posts body, and returns an answer that may be cut short with the error that tells so.
+func (p *program) try(path, body string) (*http.Response, string, error) {
+	p.t.Helper()
+	return testkit.Ask(p.t, http.DefaultClient, "POST", p.url+path, strings.NewReader(body))
 }
 
 func (p *program) get(path string) (*http.Response, string) {

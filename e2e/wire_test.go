@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -50,21 +51,33 @@ func readRaw(br *bufio.Reader) bool {
 	return err == nil
 }
 
-// rawAPI answers each request with the bytes of answer and closes.
-func rawAPI(t *testing.T, answer string) string {
+// startRaw runs serve in front of an API that answers each request with the bytes that were set last, and closes.
+func startRaw(t *testing.T, env map[string]string) (p *program, set func(answer string)) {
 	t.Helper()
-	return serveRaw(t, func(c *net.TCPConn, _ *bufio.Reader) { io.WriteString(c, answer) })
+	var answer atomic.Value
+	full := map[string]string{"QWEN_API_KEY": "sk-test", "API_BASE_URL": serveRaw(t, func(c *net.TCPConn, _ *bufio.Reader) {
+		io.WriteString(c, answer.Load().(string))
+	})}
+	maps.Copy(full, env)
+	return start(t, full), func(s string) { answer.Store(s) }
+}
+
+// exchange writes a request's bytes, and returns the answer to it without its body.
+func (p *program) exchange(request string) *http.Response {
+	p.t.Helper()
+	c := p.dial()
+	io.WriteString(c, request)
+	res, err := http.ReadResponse(bufio.NewReader(c), nil)
+	fatalIf(p.t, err)
+	return res
 }
 
 func TestHeadersHaveALimit(t *testing.T) {
 	t.Parallel()
 	p := startWith(t, nil, nil)
 	for _, tt := range []struct{ size, want int }{{60 << 10, 200}, {80 << 10, 431}} {
-		c := p.dial()
-		io.WriteString(c, "GET /health HTTP/1.1\r\nHost: localhost\r\nX-Large: "+strings.Repeat("x", tt.size)+"\r\n\r\n")
-		res, err := http.ReadResponse(bufio.NewReader(c), nil)
-		if err != nil || res.StatusCode != tt.want {
-			t.Errorf("%d bytes: %v, %v, want %d", tt.size, res, err, tt.want)
+		if res := p.exchange("GET /health HTTP/1.1\r\nHost: localhost\r\nX-Large: " + strings.Repeat("x", tt.size) + "\r\n\r\n"); res.StatusCode != tt.want {
+			t.Errorf("%d bytes: %s, want %d", tt.size, res.Status, tt.want)
 		}
 	}
 }
@@ -125,10 +138,7 @@ func TestTrailersPassInNeitherDirection(t *testing.T) {
 		sse(w, "data: 1\n\n")
 		w.Header().Set("X-Envoy-Secret", "v")
 	}))
-	c := startOverTLS(t, api, nil).dial()
-	io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTrailer: X-Leak\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n{\"messages\":[]}\r\n0\r\nX-Leak: 10.1.2.3\r\nCookie: s=1\r\n\r\n")
-	res, err := http.ReadResponse(bufio.NewReader(c), nil)
-	fatalIf(t, err)
+	res := startOverTLS(t, api, nil).exchange("POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTrailer: X-Leak\r\nTransfer-Encoding: chunked\r\n\r\nf\r\n{\"messages\":[]}\r\n0\r\nX-Leak: 10.1.2.3\r\nCookie: s=1\r\n\r\n")
 	io.ReadAll(res.Body)
 	if got.Load() != "2 map[]" {
 		t.Errorf("the API got protocol and trailers %v", got.Load())
@@ -147,10 +157,9 @@ func TestAnUpgradeNeverPasses(t *testing.T) {
 		answerJSON(w, 200, "{}")
 	}, nil)
 	for _, protocol := range []string{"websocket", "\x80", "h2c"} {
-		c := p.dial()
-		io.WriteString(c, strings.Replace(rawChat, "Content-Length", "Connection: Upgrade\r\nUpgrade: "+protocol+"\r\nContent-Length", 1))
-		if res, err := http.ReadResponse(bufio.NewReader(c), nil); err != nil || res.StatusCode != 200 {
-			t.Errorf("Upgrade: %q: %v, %v", protocol, res, err)
+		res := p.exchange(strings.Replace(rawChat, "Content-Length", "Connection: Upgrade\r\nUpgrade: "+protocol+"\r\nContent-Length", 1))
+		if res.StatusCode != 200 {
+			t.Errorf("Upgrade: %q: %s", protocol, res.Status)
 		}
 	}
 }
@@ -167,13 +176,7 @@ func TestOddRequestTargetsGetAnErrorOfOurs(t *testing.T) {
 		"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n": 200,
 		"GET http://localhost HTTP/1.1\r\nHost: localhost\r\n\r\n":           200,
 	} {
-		c := p.dial()
-		io.WriteString(c, request)
-		res, err := http.ReadResponse(bufio.NewReader(c), nil)
-		if err != nil {
-			t.Errorf("%q: %v", request, err)
-			continue
-		}
+		res := p.exchange(request)
 		if body, _ := io.ReadAll(res.Body); res.StatusCode != status || res.Header.Get("Content-Type") != "application/json" {
 			t.Errorf("%q: %s %s", request, res.Status, body)
 		}
@@ -321,9 +324,7 @@ func TestARequestIsReplayedOnce(t *testing.T) {
 				}
 				clients.Wait()
 				req, _ := http.NewRequest("POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
-				if key != "" {
-					req.Header.Set("Idempotency-Key", key)
-				}
+				req.Header["Idempotency-Key"] = []string{key}
 				res, err := http.DefaultClient.Do(req)
 				fatalIf(t, err)
 				res.Body.Close()

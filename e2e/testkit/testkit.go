@@ -118,6 +118,9 @@ type WireError struct {
 // WantError checks that an answer is an error of OpenAI's shape.
 func WantError(t testing.TB, res *http.Response, body string, status int, typ, code string) WireError {
 	t.Helper()
+	if res == nil {
+		t.Fatalf("no answer, want %d %s", status, code)
+	}
 	var e WireError
 	if err := json.Unmarshal([]byte(body), &e); err != nil {
 		t.Fatalf("status %d, body is not JSON: %v\n%.300s", res.StatusCode, err, body)
@@ -133,6 +136,20 @@ func WantError(t testing.TB, res *http.Response, body string, status int, typ, c
 		t.Errorf("request_id %q, X-Request-ID %q: want the same", e.RequestID, id)
 	}
 	return e
+}
+
+// Ask sends a request. It returns the answer and its body. Where no answer or only a part of one came, it returns an error too.
+func Ask(t testing.TB, client *http.Client, method, url string, body io.Reader) (*http.Response, string, error) {
+	t.Helper()
+	req, err := http.NewRequest(method, url, body)
+	FatalIf(t, err)
+	res, err := client.Do(req)
+	if err != nil {
+		return nil, "", err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	return res, string(b), err
 }
 
 // SSE answers with an event stream. It flushes the header and each event.
