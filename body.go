@@ -28,7 +28,7 @@ const (
 	spareSize = 256 << 10
 	maxSpares = 32
 	// editRoom is left behind a body for what the proxy puts into it. A first byte there shows that it is too long.
-	editRoom = 1 << 10
+	editRoom = 128
 	// largestBody bounds MAX_BODY_BYTES: address space is reserved for a body of unknown length.
 	largestBody = min(64<<30, math.MaxInt) - editRoom
 	// In each READ_TIMEOUT readQuantum of a body has to arrive, and a sixteenth of what has arrived before.

@@ -73,7 +73,7 @@ func (b *answerBody) Close() error {
 // checkBegin reads the first piece of a JSON answer while the client can still be told that it is none: an HTML page, an empty
 // body, a connection that breaks.
 func (b *answerBody) checkBegin(status int) error {
-	text := bufio.NewReaderSize(b.text, 512)
+	text := bufio.NewReaderSize(b.text, 64)
 	_, err := text.Peek(1)
 	begin, _ := text.Peek(text.Buffered())
 	switch begin = bytes.TrimSpace(begin); {
