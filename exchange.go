@@ -48,14 +48,12 @@ func (rec *record) fail(err *apiError) {
 
 // An answerWriter is the ResponseWriter of one request. It counts what it writes, and gives each write WRITE_TIMEOUT.
 type answerWriter struct {
-	w         http.ResponseWriter
-	rc        *http.ResponseController
-	timeout   time.Duration
-	http2     bool
-	status    int       // 0 until the header is written
-	bytes     int64     // of the body
-	deadline  time.Time // of writes
-	unflushed bool      // net/http may hold some of the answer back
+	w       http.ResponseWriter
+	rc      *http.ResponseController
+	timeout time.Duration
+	http2   bool
+	status  int   // 0 until the header is written
+	bytes   int64 // of the body
 }
 
 func (a *answerWriter) Header() http.Header { return a.w.Header() }
@@ -67,7 +65,6 @@ func (a *answerWriter) WriteHeader(status int) {
 	if a.status == 0 {
 		a.status = status
 	}
-	a.unflushed = true
 	a.w.WriteHeader(status)
 }
 
@@ -75,8 +72,7 @@ func (a *answerWriter) Write(p []byte) (int, error) {
 	if a.status == 0 {
 		a.WriteHeader(http.StatusOK)
 	}
-	a.renewDeadline()
-	a.unflushed = true
+	a.setDeadline()
 	n, err := a.w.Write(p)
 	a.dropDeadline()
 	a.bytes += int64(n)
@@ -85,38 +81,31 @@ func (a *answerWriter) Write(p []byte) (int, error) {
 
 // FlushError is Flush with its error, as http.ResponseController looks for it.
 func (a *answerWriter) FlushError() error {
-	a.renewDeadline()
-	a.unflushed = false
+	a.setDeadline()
 	err := a.rc.Flush()
 	a.dropDeadline()
 	return err
 }
 
-// renewDeadline gives the next write the timeout, and up to a sixteenth more, so that not every write has to move it.
-func (a *answerWriter) renewDeadline() {
-	if now := time.Now(); a.deadline.Sub(now) < a.timeout {
-		a.deadline = now.Add(a.timeout + a.timeout/16)
-		a.rc.SetWriteDeadline(a.deadline) // an error shows in the write
-	}
+func (a *answerWriter) setDeadline() {
+	a.rc.SetWriteDeadline(time.Now().Add(a.timeout)) // an error shows in the write
 }
 
 // dropDeadline takes the deadline back in HTTP/2. There it is a timer that resets the stream, also while Qwen is silent. And a
 // timer that is set after the client has reset the stream keeps the stream in memory until it fires.
 func (a *answerWriter) dropDeadline() {
 	if a.http2 {
-		a.deadline = time.Time{}
-		a.rc.SetWriteDeadline(a.deadline)
+		a.rc.SetWriteDeadline(time.Time{})
 	}
 }
 
 // end is called when the handler has returned and its answer is whole. net/http still writes the answer's end, and the deadline
 // of the last write may be over. In HTTP/2 no deadline may outlive the handler, so what net/http holds back is written here.
 func (a *answerWriter) end() error {
-	if !a.http2 {
-		a.renewDeadline()
-	} else if a.unflushed {
+	if a.http2 {
 		return a.FlushError()
 	}
+	a.setDeadline()
 	return nil
 }
 
