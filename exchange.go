@@ -25,6 +25,7 @@ type exchange struct {
 // A record is what the access log and the metrics tell of a request. Whoever knows a field fills it; track writes the record.
 type record struct {
 	ids        [1]string // X-Request-ID, as the value of a header
+	route      string    // the path of its route; "" if there is none, or the request was refused before
 	client     netip.Addr
 	start      time.Time
 	anthropic  bool      // the client expects the errors of Anthropic's API

@@ -27,8 +27,7 @@ type metrics struct {
 	replays          atomic.Int64 // of those, sent once more because the connection failed
 	upstreamErrors   [len(categories)]atomic.Int64
 
-	routes   []*routeCounts          // the registered routes, beginning with the one for all other requests
-	patterns map[string]*routeCounts // the same by their patterns; "" is for all other requests
+	routes []*routeCounts // the first is for requests that no route matches
 }
 
 // categories are the values of the category label: the types of errors that Qwen or the network to it can cause.
@@ -67,26 +66,16 @@ func (h *histogram) observe(d time.Duration) {
 
 // newMetrics returns the counts of a server that starts now.
 func newMetrics() *metrics {
-	m := &metrics{started: time.Now(), patterns: map[string]*routeCounts{}}
-	m.register("other", []string{""})
-	return m
+	return &metrics{started: time.Now(), routes: []*routeCounts{{path: "other"}}}
 }
 
-// register makes the counts for the route of path, which has these patterns. It must be called before requests are served.
-func (m *metrics) register(path string, patterns []string) {
-	counts := &routeCounts{path: path}
-	m.routes = append(m.routes, counts)
-	for _, pattern := range patterns {
-		m.patterns[pattern] = counts
-	}
-}
+// register makes the counts for the route of path. It must be called before requests are served.
+func (m *metrics) register(path string) { m.routes = append(m.routes, &routeCounts{path: path}) }
 
-// ended counts x, which took this long, for the route of pattern. "" means that no route matched.
-func (m *metrics) ended(x *exchange, pattern string, took time.Duration) {
-	counts := m.patterns[pattern]
-	if counts == nil {
-		counts = m.patterns[""]
-	}
+// ended counts x, which took this long.
+func (m *metrics) ended(x *exchange, took time.Duration) {
+	i := slices.IndexFunc(m.routes, func(counts *routeCounts) bool { return counts.path == x.route })
+	counts := m.routes[max(i, 0)]
 	counts.statuses[x.outcome()].Add(1)
 	counts.duration.observe(took)
 	if !x.firstByte.IsZero() {

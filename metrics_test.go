@@ -551,20 +551,20 @@ func metricsHandler(t testing.TB, m *metrics) http.Handler {
 	return newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, benchTransport{http.Header{"Content-Type": {"application/json"}}})
 }
 
-const chatPattern = "POST /v1/chat/completions"
+const chatPath = "/v1/chat/completions"
 
 // endedExchange is a request that has been answered, for what counts it.
 func endedExchange(m *metrics) *exchange {
-	m.register("/v1/chat/completions", []string{chatPattern})
+	m.register(chatPath)
 	start := time.Now()
-	return &exchange{answerWriter{status: http.StatusOK}, record{start: start, firstByte: start.Add(700 * time.Millisecond), called: true}}
+	return &exchange{answerWriter{status: http.StatusOK}, record{route: chatPath, start: start, firstByte: start.Add(700 * time.Millisecond), called: true}}
 }
 
 func TestCountingDoesNotAllocate(t *testing.T) {
 	m := newMetrics()
 	x, failed := endedExchange(m), endedExchange(m)
 	failed.err = errStreamIdle
-	if n := testing.AllocsPerRun(100, func() { m.ended(x, chatPattern, 2*time.Second); m.ended(failed, chatPattern, time.Hour) }); n != 0 {
+	if n := testing.AllocsPerRun(100, func() { m.ended(x, 2*time.Second); m.ended(failed, time.Hour) }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
 }
@@ -573,12 +573,12 @@ func TestCountingDoesNotAllocate(t *testing.T) {
 func TestMetricsBlameQwenForNothingOfOurs(t *testing.T) {
 	m := newMetrics()
 	for _, err := range []*apiError{errClientLeft, toAPIError(context.Canceled), errShuttingDown, errDefect} {
-		m.ended(&exchange{record: record{called: true, err: err}}, "", time.Second)
+		m.ended(&exchange{record: record{called: true, err: err}}, time.Second)
 		if n := m.upstreamFailures(); n != 0 {
 			t.Fatalf("%s counts as Qwen's failure", err.code)
 		}
 	}
-	m.ended(&exchange{record: record{called: true, err: errBroken}}, "", time.Second)
+	m.ended(&exchange{record: record{called: true, err: errBroken}}, time.Second)
 	if n := m.upstreamFailures(); n != 1 {
 		t.Errorf("%d failures, want that of the broken answer alone", n)
 	}

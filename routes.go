@@ -33,13 +33,11 @@ const (
 
 // A server finds the route of each request, checks whether the client may use it, and calls its handler.
 type server struct {
-	access    *access
-	metrics   *metrics
-	limiter   *rateLimiter // nil limits nothing
-	routes    []route
-	unmatched route             // of requests that match none of routes
-	mux       *http.ServeMux    // finds the pattern that matches a request; its handlers are not called
-	byPattern map[string]*route // a path with /v1 has a second pattern without it
+	access  *access
+	metrics *metrics
+	limiter *rateLimiter // nil limits nothing
+	routes  []route
+	mux     *http.ServeMux // its handlers are the routes, and are not called
 }
 
 // newRoutes returns the routes, in the README's order.
@@ -67,22 +65,22 @@ func newHandler(cfg *config, log *slog.Logger, tokens tokenSource, keys *access,
 	s := &server{
 		access: keys, metrics: m, limiter: newRateLimiter(cfg.rateLimit, cfg.rateBurst),
 		routes: newRoutes(newProxy(cfg, tokens, m, transport), newModels(cfg, tokens, transport, log), tokens, h),
-		mux:    http.NewServeMux(), byPattern: map[string]*route{},
+		mux:    http.NewServeMux(),
 	}
 	for i := range s.routes {
 		rt := &s.routes[i]
-		patterns := rt.patterns()
-		m.register(rt.path, patterns)
-		for _, pattern := range patterns {
-			s.mux.Handle(pattern, http.NotFoundHandler())
-			s.byPattern[pattern] = rt
+		m.register(rt.path)
+		for _, pattern := range rt.patterns() {
+			s.mux.Handle(pattern, rt)
 		}
 	}
-	s.unmatched = route{access: limited, handle: s.refuse}
-	return track(cfg, log, m, s.serve)
+	return track(cfg, log, m, s.dispatch)
 }
 
-// patterns returns the route's patterns in a ServeMux.
+// ServeHTTP makes rt a handler of the mux, which only finds it.
+func (rt *route) ServeHTTP(http.ResponseWriter, *http.Request) {}
+
+// patterns returns the route's patterns in a ServeMux. A path with /v1 has a second one without it.
 func (rt *route) patterns() []string {
 	path := strings.Replace(rt.path, "{id}", "{id...}", 1) // the ids of models have slashes
 	if path == "/" {
@@ -102,13 +100,13 @@ func track(cfg *config, log *slog.Logger, m *metrics, next handler) http.Handler
 		x := begin(cfg, w, r)
 		m.requests.Add(1)
 		m.inFlight.Add(1)
-		whole := answer(x, r, log, next)
+		whole := callHandler(x, r, log, next)
 		if whole && x.end() != nil {
 			x.fail(errClientLeft)
 		}
 		took := time.Since(x.start)
 		m.inFlight.Add(-1)
-		m.ended(x, r.Pattern, took)
+		m.ended(x, took)
 		x.log(r, log, took, cfg.debug)
 		if !whole {
 			panic(http.ErrAbortHandler) // net/http cuts the connection, so that the answer does not look whole
@@ -160,8 +158,8 @@ func begin(cfg *config, w http.ResponseWriter, r *http.Request) *exchange {
 	return x
 }
 
-// answer calls next and answers its error or panic. It reports whether the answer is whole.
-func answer(x *exchange, r *http.Request, log *slog.Logger, next handler) (whole bool) {
+// callHandler calls next and answers its error or panic. It reports whether the answer is whole.
+func callHandler(x *exchange, r *http.Request, log *slog.Logger, next handler) (whole bool) {
 	defer func() {
 		switch v := recover(); v {
 		case nil:
@@ -179,9 +177,9 @@ func answer(x *exchange, r *http.Request, log *slog.Logger, next handler) (whole
 	return true
 }
 
-// serve answers r, or returns why it did not. It calls one handler, which no other handler wraps: all of them would be on the
+// dispatch answers r, or returns why it did not. It calls one handler, which no other handler wraps: all of them would be on the
 // stack for as long as a stream lasts, and double it to 16 kB.
-func (s *server) serve(x *exchange, r *http.Request) error {
+func (s *server) dispatch(x *exchange, r *http.Request) error {
 	c := s.access.client(r)
 	x.client = c.addr
 	s.access.allowOrigin(x.Header(), r)
@@ -193,19 +191,20 @@ func (s *server) serve(x *exchange, r *http.Request) error {
 		return nil
 	}
 	rt := s.find(r)
+	x.route = rt.path
 	if err := s.admit(x.Header(), r, c, rt.access); err != nil {
 		return err
 	}
 	return rt.handle(x, r)
 }
 
-// find returns the route of r and sets r.Pattern, "" where no route matches.
+// find returns the route of r.
 func (s *server) find(r *http.Request) *route {
-	_, r.Pattern = s.mux.Handler(r)
-	if rt := s.byPattern[r.Pattern]; rt != nil {
+	h, _ := s.mux.Handler(r)
+	if rt, ok := h.(*route); ok {
 		return rt
 	}
-	return &s.unmatched
+	return &route{access: limited, handle: s.noRoute}
 }
 
 // admit reports why c, the client of r, may not use routes of the class. It sets the X-RateLimit headers in h.
@@ -228,8 +227,8 @@ func (s *server) admit(h http.Header, r *http.Request, c client, class accessCla
 	return nil
 }
 
-// refuse handles what no route matches: 405 where another method would match, else 404.
-func (s *server) refuse(_ *exchange, r *http.Request) error {
+// noRoute handles what no route matches: 405 where another method would match, else 404.
+func (s *server) noRoute(_ *exchange, r *http.Request) error {
 	var allow []string
 	for _, method := range []string{http.MethodGet, http.MethodPost} {
 		if _, pattern := s.mux.Handler(&http.Request{Method: method, URL: r.URL}); pattern != "" {
