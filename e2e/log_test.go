@@ -49,7 +49,7 @@ func startLogging(t *testing.T, env map[string]string) (p *program, log *os.File
 // requests sends n requests to p, one after the other. Each must be answered.
 func (p *program) requests(n int, adapt func(i int, r *http.Request)) {
 	p.t.Helper()
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{}}
+	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{}}
 	defer client.CloseIdleConnections()
 	for i := range n {
 		req, err := http.NewRequest("GET", p.url+"/v1/models", nil)
@@ -81,12 +81,8 @@ func TestLogPipeClosed(t *testing.T) {
 	p, log := startLogging(t, nil)
 	log.Close()
 	p.requests(20, nil)
-	for end := time.Now().Add(5 * time.Second); p.dropped() < 20; time.Sleep(time.Millisecond) { // lines are written behind the requests
-		if time.Now().After(end) {
-			t.Fatalf("%v lines counted as dropped, want all 20", p.dropped())
-		}
-	}
-	p.stopsWithin(5 * time.Second)
+	until(t, "20 lines are dropped", func() bool { return p.dropped() >= 20 }) // lines are written behind the requests
+	p.terminate()
 }
 
 func TestLogPipeNeverRead(t *testing.T) {
@@ -101,7 +97,7 @@ func TestLogPipeNeverRead(t *testing.T) {
 	if n := p.dropped(); n < 1 || n > 100 {
 		t.Errorf("%v of 100 lines dropped, want those beyond the buffer", n)
 	}
-	p.stopsWithin(5 * time.Second)
+	p.terminate()
 	rest, err := io.ReadAll(log) // what the pipe has taken
 	fatalIf(t, err)
 	if len(rest) == 0 || rest[len(rest)-1] != '\n' {
@@ -119,7 +115,7 @@ func TestNoLogLineIsLost(t *testing.T) {
 	}()
 	const n = 300
 	p.requests(n, nil)
-	p.stopsWithin(5 * time.Second)
+	p.terminate()
 	var want, got []string
 	for i := range n {
 		want = append(want, fmt.Sprintf("request.%d", i))
@@ -149,23 +145,13 @@ func TestASecondSignalWritesTheLog(t *testing.T) {
 			const n = 400
 			p.requests(n, nil) // more than the pipe takes
 			p.cmd.Process.Signal(syscall.SIGTERM)
-			for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-				res, err := http.Get(p.url + "/health/ready")
-				if err != nil || time.Now().After(deadline) {
-					t.Fatalf("the server is not about to stop: %v", err)
-				}
-				res.Body.Close()
-				if res.StatusCode == http.StatusServiceUnavailable {
-					break
-				}
-			}
+			until(t, "the server is about to stop", func() bool {
+				res, _ := p.get("/health/ready")
+				return res.StatusCode == http.StatusServiceUnavailable
+			})
 			p.cmd.Process.Signal(syscall.SIGTERM)
 			if !reads {
-				select {
-				case <-p.ended:
-				case <-time.After(5 * time.Second):
-					t.Error("the program still runs 5 s after a second SIGTERM")
-				}
+				p.awaitEnd()
 				return
 			}
 			all, err := io.ReadAll(log)

@@ -180,8 +180,8 @@ func (p *program) kill() {
 	<-p.ended
 }
 
-// stopsWithin asks the process to end, and checks that it does so well within d.
-func (p *program) stopsWithin(d time.Duration) {
+// terminate asks the process to end, and checks that it does so well.
+func (p *program) terminate() {
 	p.t.Helper()
 	if runtime.GOOS == "windows" {
 		p.kill() // there is no SIGTERM
@@ -189,20 +189,19 @@ func (p *program) stopsWithin(d time.Duration) {
 	}
 	http.DefaultClient.CloseIdleConnections() // one that has never been used would be waited for
 	p.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-p.ended:
-		if p.status != nil {
-			p.t.Errorf("process %d: %v", p.cmd.Process.Pid, p.status)
-		}
-	case <-time.After(d):
-		p.t.Errorf("process %d still runs %v after SIGTERM", p.cmd.Process.Pid, d)
+	if p.awaitEnd(); p.status != nil {
+		p.t.Errorf("process %d: %v", p.cmd.Process.Pid, p.status)
 	}
 }
 
-// terminate asks the process to end, and checks that it does so well.
-func (p *program) terminate() {
+// awaitEnd waits for the process to end.
+func (p *program) awaitEnd() {
 	p.t.Helper()
-	p.stopsWithin(20 * time.Second)
+	select {
+	case <-p.ended:
+	case <-time.After(20 * time.Second):
+		p.t.Fatalf("process %d does not end", p.cmd.Process.Pid)
+	}
 }
 
 // do sends a request and returns the answer, which must be whole.

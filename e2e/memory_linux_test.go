@@ -250,19 +250,14 @@ func TestSlowBodiesLockNobodyOut(t *testing.T) {
 	for _, size := range []int{20, 64 << 10} {
 		body := `{"messages":[]` + strings.Repeat(" ", size-15) + `}`
 		for i := range 30 {
-			res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(body))
-			fatalIf(t, err)
-			res.Body.Close()
-			if res.StatusCode != 200 {
+			if res, _ := p.post("/v1/chat/completions", body); res.StatusCode != 200 {
 				t.Errorf("small request %d of %d bytes: %s", i, size, res.Status)
 			}
 		}
 	}
 	slow.Wait()
-	if took := time.Since(begun); took > 5*timeout {
+	if took := time.Since(begun); took > 2*time.Minute {
 		t.Errorf("the slow bodies ended after %v", took)
-	} else {
-		t.Logf("the slow bodies ended after %v", took)
 	}
 }
 
