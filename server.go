@@ -264,11 +264,6 @@ func warn(cfg *config, log *slog.Logger, a net.Addr) {
 	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() && !cfg.demo {
 		log.Warn("anyone who can reach this address can spend this account: set PROXY_API_KEYS, or SERVER_HOST=127.0.0.1", "address", a.String())
 	}
-	if cfg.apiKey != "" {
-		if problem := planMismatch(cfg.apiKey, keyBase(cfg)); problem != "" {
-			log.Warn(problem, "base_url", keyBase(cfg).String())
-		}
-	}
 	for _, u := range []*url.URL{cfg.apiBase, cfg.oauthBase} {
 		if u != nil && u.Scheme == "http" && !isLoopback(u.Hostname()) {
 			log.Warn("credentials go over the network unencrypted: use https", "url", u.String())

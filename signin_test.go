@@ -321,7 +321,6 @@ func TestWithAnAPIKeyThereIsNoOAuth(t *testing.T) {
 	}
 	env["SERVER_PORT"] = "0"
 	server := start(t, env)
-	server.stderr.await(t, `the key looks like a Coding Plan or Token Plan key`)
 	if _, body := server.get("/auth"); !strings.Contains(body, "api_key") {
 		t.Errorf("/auth: %s", body)
 	}
@@ -330,30 +329,6 @@ func TestWithAnAPIKeyThereIsNoOAuth(t *testing.T) {
 	}
 	if _, err := os.Stat(env["QWEN_DIR"]); err == nil {
 		t.Error("QWEN_DIR was made")
-	}
-}
-
-func TestPlanMismatch(t *testing.T) {
-	for _, tt := range []struct {
-		key, base string
-		warns     bool
-	}{
-		{"sk-1", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", false},
-		{"sk-1", "https://dashscope.aliyuncs.com/compatible-mode/v1", false},
-		{"sk-1", "https://ws.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1", false},
-		{"sk-sp-1", "https://coding-intl.dashscope.aliyuncs.com/v1", false},
-		{"sk-sp-1", "https://coding.dashscope.aliyuncs.com/v1", false},
-		{"sk-sp-1", "https://token-plan.cn-beijing.maas.aliyuncs.com/compatible-mode/v1", false},
-		{"sk-sp-1", "http://127.0.0.1/v1", false},
-		{"sk-sp-1", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", true},
-		{"sk-1", "https://coding-intl.dashscope.aliyuncs.com/v1", true},
-		{"sk-1", "https://token-plan.ap-southeast-1.maas.aliyuncs.com/compatible-mode/v1", true},
-	} {
-		base, err := url.Parse(tt.base)
-		fatalIf(t, err)
-		if got := planMismatch(tt.key, base); (got != "") != tt.warns {
-			t.Errorf("%s with %s: %q, want a warning: %v", tt.key, tt.base, got, tt.warns)
-		}
 	}
 }
 

@@ -671,7 +671,7 @@ type keySource struct {
 func newKeySource(cfg *config, log *slog.Logger) *keySource {
 	s := &keySource{file: cfg.apiKeyFile, base: keyBase(cfg), log: log}
 	s.verdict = verdict{trial: true, log: log, answer: &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
-		message: fmt.Sprintf("Qwen refused the proxy's API key. Key, plan and base URL have to belong together: check QWEN_API_KEY and API_BASE_URL; the base URL in use is %s.", s.base)}}
+		message: fmt.Sprintf("Qwen refused the proxy's API key. A key only works with its own plan's base URL: check QWEN_API_KEY and API_BASE_URL. The base URL in use is %s.", s.base)}}
 	s.setKey(cfg.apiKey)
 	return s
 }
@@ -741,21 +741,4 @@ func keyBase(cfg *config) *url.URL {
 		return cfg.apiBase
 	}
 	return &url.URL{Scheme: "https", Host: "dashscope-intl.aliyuncs.com", Path: "/compatible-mode/v1"}
-}
-
-// planMismatch returns why a key of this kind does not work with base, "" if it may. It judges only Alibaba's hosts.
-func planMismatch(key string, base *url.URL) string {
-	host := base.Hostname()
-	if !strings.HasSuffix(host, ".aliyuncs.com") {
-		return ""
-	}
-	planHost := strings.HasPrefix(host, "coding.") || strings.HasPrefix(host, "coding-intl.") || strings.HasPrefix(host, "token-plan.")
-	planKey := strings.HasPrefix(key, "sk-sp-")
-	switch {
-	case planKey && !planHost:
-		return "the key looks like a Coding Plan or Token Plan key (sk-sp-…), and the base URL is for pay as you go: set API_BASE_URL to the plan's"
-	case !planKey && planHost:
-		return "the key looks like a pay-as-you-go key, and the base URL is for a Coding Plan or Token Plan: use the plan's key, or another API_BASE_URL"
-	}
-	return ""
 }
