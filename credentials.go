@@ -190,9 +190,6 @@ func sameFile(a, b fs.FileInfo) bool {
 
 // check returns why the credentials can't be stored, and what to do about it; nil if they can.
 func (s *credentialStore) check() error {
-	if s.dir == "" {
-		return nil
-	}
 	n, err := s.reserve()
 	if err == nil {
 		n.discard()
@@ -238,17 +235,17 @@ func parseCredentials(b []byte, modified time.Time) (*token, error) {
 	return t, nil
 }
 
-// errInPlace is no failure: the file could not be replaced, and was written in place.
-var errInPlace = errors.New("the file itself is a mount point, and a crash while it is written can cut it short; mount its directory instead")
-
 // A newFile is the room on disk for the next credential file, reserved before there is anything to write.
 type newFile struct {
-	f      *os.File
+	f      *os.File // nil after commit or discard, and if nothing is stored
 	target string
 }
 
 // reserve makes room for the next file. A full or read-only disk shows before a token is fetched that must not be lost.
 func (s *credentialStore) reserve() (*newFile, error) {
+	if s.dir == "" {
+		return &newFile{}, nil
+	}
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -263,7 +260,13 @@ func (s *credentialStore) reserve() (*newFile, error) {
 	}
 	giveToOwner(f, filepath.Dir(target))
 	n := &newFile{f: f, target: target}
-	if _, err := f.Write(make([]byte, 16<<10)); err != nil {
+	_, err = f.Write(make([]byte, 16<<10))
+	link := f.Name() + ".tmp"
+	if linkErr := os.Link(target, link); errors.Is(linkErr, syscall.EXDEV) { // a hard link can't leave a mount
+		err = fmt.Errorf("%q is a mount point by itself and can't be replaced; mount its directory instead", target)
+	}
+	os.Remove(link)
+	if err != nil {
 		n.discard()
 		return nil, err
 	}
@@ -295,7 +298,7 @@ func removeLeft(dir string) {
 	}
 }
 
-// discard gives the room up. It does nothing after commit.
+// discard gives the room up. It does nothing after a successful commit.
 func (n *newFile) discard() {
 	if n.f != nil {
 		n.f.Close()
@@ -304,9 +307,11 @@ func (n *newFile) discard() {
 	}
 }
 
-// commit makes content the credential file. A crash at any instant leaves the old file or the new one, whole. If the error is
-// errInPlace the content is stored, but without that promise.
+// commit makes content the credential file. A crash at any instant leaves the old file or the new one, whole.
 func (n *newFile) commit(content []byte) error {
+	if n.f == nil {
+		return nil
+	}
 	defer n.discard()
 	if _, err := n.f.WriteAt(content, 0); err != nil {
 		return err
@@ -314,49 +319,27 @@ func (n *newFile) commit(content []byte) error {
 	if err := errors.Join(n.f.Truncate(int64(len(content))), n.f.Sync(), n.f.Close()); err != nil {
 		return err
 	}
-	err := os.Rename(n.f.Name(), n.target)
-	if errors.Is(err, syscall.EBUSY) {
-		if err = writeInPlace(n.target, content); err == nil {
-			err = errInPlace
-		}
-	} else if err == nil {
-		n.f = nil
-		if d, err := os.Open(filepath.Dir(n.target)); err == nil { // the rename itself is on disk once the directory is
-			d.Sync() // not every system can; the file is whole either way
-			d.Close()
-		}
-	}
-	return err
-}
-
-// writeInPlace overwrites path, which can't be replaced.
-func writeInPlace(path string, content []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
-	if err != nil {
+	if err := os.Rename(n.f.Name(), n.target); err != nil {
 		return err
 	}
-	_, err = f.WriteAt(content, 0)
-	return errors.Join(err, f.Truncate(int64(len(content))), f.Sync(), f.Close())
+	n.f = nil
+	if d, err := os.Open(filepath.Dir(n.target)); err == nil { // the rename itself is on disk once the directory is
+		d.Sync() // not every system can; the file is whole either way
+		d.Close()
+	}
+	return nil
 }
 
-// save writes t, with the members that it was read with.
+// save writes t in place of whatever is there. It keeps the members of another program that shares the file.
 func (s *credentialStore) save(t *token) error {
-	if s.dir == "" {
-		return nil
+	if stored, err := s.load(); err == nil {
+		t.members = stored.members
 	}
 	content, err := t.fileContent()
 	if err != nil {
 		return err
 	}
 	return s.write(content)
-}
-
-// replace writes t in place of whatever is there. It keeps the members of another program that shares the file.
-func (s *credentialStore) replace(t *token) error {
-	if stored, err := s.load(); err == nil {
-		t.members = stored.members
-	}
-	return s.save(t)
 }
 
 // signOut writes that nobody is signed in.

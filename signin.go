@@ -65,7 +65,7 @@ func login(ctx context.Context, cfg *config, noBrowser bool, stdout io.Writer) e
 	// The user has signed in: a Ctrl-C that comes too late must not lose that. Nor must a lock that is held forever.
 	lock, _ := store.lock(context.WithoutCancel(ctx), func() bool { return false })
 	defer lock.release()
-	if err := store.replace(t); err != nil && !errors.Is(err, errInPlace) {
+	if err := store.save(t); err != nil {
 		return fmt.Errorf("signed in, but the credentials could not be stored: %w", err)
 	}
 	fmt.Fprintf(stdout, "\nSigned in. The credentials are in %s; a running server with this QWEN_DIR uses them within a few seconds.\n", absolute(store.path()))
@@ -127,7 +127,7 @@ func logout(ctx context.Context, cfg *config, stderr io.Writer) (done string, er
 	case err != nil && !errors.Is(err, errLocked): // no live process holds it for so long: it must not keep the user signed in
 		return "", err
 	}
-	if err := store.signOut(); err != nil && !errors.Is(err, errInPlace) {
+	if err := store.signOut(); err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("Signed out: %s is empty now.", absolute(store.path())), nil

@@ -82,12 +82,10 @@ type oauthSource struct {
 	mu    sync.Mutex    // held while state is replaced
 	wake  chan struct{} // 1 slot: there may be something to do for run
 
-	fileMu     sync.Mutex  // held while a change of the credential file is put into use, or a token is stored
-	seen       fs.FileInfo // the file at the last look, nil if there was none; guarded by fileMu
-	broken     error       // why it could not be used then, nil if it could; guarded by fileMu
-	spent      sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
-	sayInPlace sync.Once
-
+	fileMu sync.Mutex  // held while a change of the credential file is put into use, or a token is stored
+	seen   fs.FileInfo // the file at the last look, nil if there was none; guarded by fileMu
+	broken error       // why it could not be used then, nil if it could; guarded by fileMu
+	spent  sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
 	verdict
 	refreshes [len(refreshResults)]atomic.Int64
 }
@@ -391,7 +389,7 @@ func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
 	if reason := context.Cause(ctx); reason != nil && reason != errShuttingDown {
 		return false
 	}
-	s.stored(t, s.store.replace(t))
+	s.stored(t, s.store.save(t))
 	s.setToken(t)
 	s.served() // it may be another account's
 	if t.baseErr != nil {
@@ -523,9 +521,7 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token
 	}
 	if noRoom != nil {
 		fresh.unstored = true // as current is
-		if s.store.path() != "" {
-			s.log.Warn("the refreshed token is only kept in memory", "file", s.store.path(), "error", noRoom)
-		}
+		s.log.Warn("the refreshed token is only kept in memory", "file", s.store.path(), "error", noRoom)
 		return fresh, nil
 	}
 	s.fileMu.Lock()
@@ -545,11 +541,8 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token
 
 // stored notes and logs whether t was stored, which err says. The token is good all the same, until the process ends.
 func (s *oauthSource) stored(t *token, err error) {
-	t.unstored = err != nil && !errors.Is(err, errInPlace) || s.store.path() == ""
-	switch {
-	case errors.Is(err, errInPlace):
-		s.sayInPlace.Do(func() { s.log.Warn("the credentials were written in place", "file", s.store.path(), "error", err) })
-	case err != nil:
+	t.unstored = err != nil
+	if err != nil {
 		s.log.Error("the credentials could not be stored and are lost when the proxy stops; mend this and sign in again",
 			"file", s.store.path(), "error", err)
 	}
