@@ -48,7 +48,7 @@ func authHandler(tokens tokenSource) handler {
 		page := strings.Contains(strings.Join(r.Header.Values("Accept"), ","), "text/html")
 		start := r.Method != http.MethodHead && !r.URL.Query().Has("watch")
 		st := tokens.status()
-		if start && st.needsSignIn {
+		if start && st.needsSignIn() {
 			wait := maxSignInWait
 			if page {
 				wait = maxPageWait
@@ -76,7 +76,7 @@ func newAuthAnswer(r *http.Request, st sourceStatus) *authAnswer {
 	if st.problem != nil {
 		a.Reason, a.NotServed = st.problem.message, st.problem == errNotServed
 	}
-	if !st.needsSignIn {
+	if !st.needsSignIn() {
 		a.Status, a.Method, a.BaseURL = "signed_in", st.method, baseURLOf(r)
 		switch {
 		case st.problem != nil:

@@ -180,14 +180,6 @@ func readRegular(path string, limit int64) ([]byte, fs.FileInfo, error) {
 	return b, info, err
 }
 
-// sameFile reports whether two looks at a path found the same file, unchanged. A nil look found none.
-func sameFile(a, b fs.FileInfo) bool {
-	if a == nil || b == nil {
-		return a == b
-	}
-	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size()
-}
-
 // check returns why the credentials can't be stored, and what to do about it; nil if they can.
 func (s *credentialStore) check() error {
 	n, err := s.reserve()
@@ -307,8 +299,18 @@ func (n *newFile) discard() {
 	}
 }
 
-// commit makes content the credential file. A crash at any instant leaves the old file or the new one, whole.
-func (n *newFile) commit(content []byte) error {
+// commit makes t the content of the credential file. It ends the use of n, also if it fails.
+func (n *newFile) commit(t *token) error {
+	defer n.discard()
+	content, err := t.fileContent()
+	if err != nil {
+		return err
+	}
+	return n.write(content)
+}
+
+// write makes content the credential file. A crash at any instant leaves the old file or the new one, whole.
+func (n *newFile) write(content []byte) error {
 	if n.f == nil {
 		return nil
 	}
@@ -335,22 +337,20 @@ func (s *credentialStore) save(t *token) error {
 	if stored, err := s.load(); err == nil {
 		t.members = stored.members
 	}
-	content, err := t.fileContent()
-	if err != nil {
-		return err
-	}
-	return s.write(content)
-}
-
-// signOut writes that nobody is signed in.
-func (s *credentialStore) signOut() error { return s.write([]byte("{}\n")) }
-
-func (s *credentialStore) write(content []byte) error {
 	n, err := s.reserve()
 	if err != nil {
 		return err
 	}
-	return n.commit(content)
+	return n.commit(t)
+}
+
+// signOut writes that nobody is signed in.
+func (s *credentialStore) signOut() error {
+	n, err := s.reserve()
+	if err != nil {
+		return err
+	}
+	return n.write([]byte("{}\n"))
 }
 
 // fileContent returns the credential file that holds t.

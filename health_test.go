@@ -284,7 +284,7 @@ func TestNotReadyOnceTheAccountIsNotServed(t *testing.T) {
 			got = append(got, readiness(t, h))
 			h.tokens.refused()
 		}
-		h.tokens.served()
+		h.tokens.accepted()
 		got = append(got, readiness(t, h))
 		want := []string{"200 ready ", "200 ready ", "503 not_ready qwen_oauth_unavailable", "200 ready "}
 		wantEqual(t, "readiness", want, got)
@@ -367,7 +367,7 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 // noteAnswer tells tokens how Qwen has answered.
 func noteAnswer(tokens tokenSource, ok bool) {
 	if ok {
-		tokens.served()
+		tokens.accepted()
 	} else {
 		tokens.refused()
 	}

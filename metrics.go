@@ -216,7 +216,7 @@ func (p *page) health(h *health) {
 	}
 	p.begin("qwen_proxy_token_refreshes_total", "counter", "Attempts to refresh the access token. refused is final, failed is tried again.")
 	for i, result := range refreshResults {
-		p.add(float64(st.refreshes[i]), "result", result)
+		p.add(float64(st.refreshes[i].Load()), "result", result)
 	}
 }
 

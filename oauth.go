@@ -82,8 +82,8 @@ var (
 	errSignInDenied  = &oauthError{code: "access_denied", final: true, text: "the sign-in was denied"}
 )
 
-// refused reports whether err is the server's last word: trying the same again is useless.
-func refused(err error) bool {
+// isFinal reports whether err is the server's last word: trying the same again is useless.
+func isFinal(err error) bool {
 	e, ok := errors.AsType[*oauthError](err)
 	return ok && e.final
 }
@@ -192,7 +192,7 @@ func (c *oauthClient) poll(ctx context.Context, d *deviceAuth) (*token, error) {
 		case ok && e.code == "slow_down":
 			interval += slowDownStep
 			pause = interval
-		case !refused(err) || e.code == "" && e.status == http.StatusBadRequest:
+		case !isFinal(err) || e.code == "" && e.status == http.StatusBadRequest:
 			// "On encountering a connection timeout, clients MUST unilaterally reduce their polling
 			// frequency before retrying" (RFC 8628 §3.5). An HTML page or a 502 is treated alike.
 			pause = min(2*pause, max(interval, 30*time.Second))
@@ -439,7 +439,7 @@ func (f *deviceFlow) run(ctx context.Context) {
 	auth, err := f.oauth.authorize(ctx)
 	logged := ""
 	for n := 0; err != nil && ctx.Err() == nil; n++ {
-		if refused(err) {
+		if isFinal(err) {
 			f.log.Error("Qwen refused to start a sign-in", "error", err)
 			f.set(ctx, &signIn{status: signInFailed, err: err, ended: time.Now()})
 			return

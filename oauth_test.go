@@ -334,8 +334,8 @@ func TestRefreshFailures(t *testing.T) {
 			if tok != nil || err == nil || requests != 1 {
 				t.Fatalf("got %v, %v after %d requests; want an error after 1", tok, err, requests)
 			}
-			if refused(err) != tt.refused || !strings.Contains(err.Error(), tt.text) || strings.Contains(err.Error(), "secret") {
-				t.Errorf("refused(%v) is %t, want %t and %q", err, refused(err), tt.refused, tt.text)
+			if isFinal(err) != tt.refused || !strings.Contains(err.Error(), tt.text) || strings.Contains(err.Error(), "secret") {
+				t.Errorf("isFinal(%v) is %t, want %t and %q", err, isFinal(err), tt.refused, tt.text)
 			}
 		})
 	}
@@ -349,7 +349,7 @@ func TestOAuthCallIsBounded(t *testing.T) {
 		})
 		begin := time.Now()
 		_, err := c.refresh(t.Context(), "refresh-secret")
-		if took := time.Since(begin); !errors.Is(err, context.DeadlineExceeded) || refused(err) || took != 25*time.Second {
+		if took := time.Since(begin); !errors.Is(err, context.DeadlineExceeded) || isFinal(err) || took != 25*time.Second {
 			t.Errorf("got %v after %v, want a timeout after 25s", err, took)
 		}
 	})
@@ -448,7 +448,7 @@ func TestUserCodeCannotDriveATerminal(t *testing.T) {
 func TestRefusalWithMistypedMembers(t *testing.T) {
 	for _, body := range []string{`{"error":"invalid_grant","error_description":["x"]}`, `{"error":{"code":"invalid_token"}}`} {
 		c := newTestOAuth(t, func(*http.Request) (int, string) { return 401, body })
-		if _, err := c.refresh(t.Context(), "refresh-secret"); !refused(err) {
+		if _, err := c.refresh(t.Context(), "refresh-secret"); !isFinal(err) {
 			t.Errorf("%s: %v is not taken for a refusal", body, err)
 		}
 	}

@@ -316,7 +316,7 @@ func (c *call) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, c.cause(err)
 	}
 	if res.StatusCode < 300 {
-		c.tokens.served()
+		c.tokens.accepted()
 	}
 	passed := *res // without trailers: net/http puts those of the upstream into res
 	passed.Trailer = nil

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -36,8 +35,8 @@ type tokenSource interface {
 	Token(ctx context.Context) (*token, error)
 	// Replace returns a token to use instead of rejected, to which Qwen has answered 401. Its error is as Token's.
 	Replace(ctx context.Context, rejected *token) (*token, error)
-	// served notes that Qwen has accepted a token.
-	served()
+	// accepted notes that Qwen has accepted a token.
+	accepted()
 	// refused notes that Qwen has answered 401 to the token that Replace returned. It returns the answer to the client.
 	refused() *apiError
 	// ready returns nil if a usable token is at hand, otherwise the error that a request would get.
@@ -52,12 +51,16 @@ type tokenSource interface {
 
 // A sourceStatus describes the credentials of a tokenSource at one time.
 type sourceStatus struct {
-	method      string                     // "oauth" or "api_key"
-	token       *token                     // nil if nobody is signed in
-	refreshes   [len(refreshResults)]int64 // how often each of refreshResults happened
-	problem     *apiError                  // what is wrong, even if requests are served for now; nil if nothing is
-	flow        *deviceFlow                // nil with an API key
-	needsSignIn bool                       // a sign-in solves the problem
+	method    string                             // "oauth" or "api_key"
+	token     *token                             // nil if nobody is signed in
+	problem   *apiError                          // what is wrong, even if requests are served for now; nil if nothing is
+	flow      *deviceFlow                        // nil with an API key
+	refreshes *[len(refreshResults)]atomic.Int64 // how often each of refreshResults happened; nil with an API key
+}
+
+// needsSignIn reports whether a sign-in solves the problem.
+func (st sourceStatus) needsSignIn() bool {
+	return st.flow != nil && st.problem != nil && st.problem.status == http.StatusUnauthorized
 }
 
 // newSource returns the source of the credentials that cfg names.
@@ -82,10 +85,8 @@ type oauthSource struct {
 	mu    sync.Mutex    // held while state is replaced
 	wake  chan struct{} // 1 slot: there may be something to do for run
 
-	fileMu sync.Mutex  // held while a change of the credential file is put into use, or a token is stored
-	seen   fs.FileInfo // the file at the last look, nil if there was none; guarded by fileMu
-	broken error       // why it could not be used then, nil if it could; guarded by fileMu
-	spent  sync.Map    // SHA-256 sums of the refresh tokens that this process has exchanged for others
+	fileMu sync.Mutex // held while a change of the credential file is put into use, or a token is stored
+
 	verdict
 	refreshes [len(refreshResults)]atomic.Int64
 }
@@ -94,12 +95,11 @@ type oauthSource struct {
 type authState struct {
 	token      *token        // nil if nobody is signed in
 	rejected   bool          // Qwen answered 401 to token
-	outdated   bool          // the file holds a token that token has replaced; a refresh writes it again
 	refreshing bool          // token is being renewed now
 	attempts   int           // failed attempts to renew token
 	failed     error         // why the last one failed
 	retryAt    time.Time     // the next one
-	refused    error         // why token can't be renewed at all; nil while it may be
+	final      error         // why token can't be renewed at all; nil while it may be
 	changed    chan struct{} // closed when another state has replaced this one
 }
 
@@ -117,18 +117,14 @@ func newOAuthSource(oauth *oauthClient, store *credentialStore, cfg *config, log
 	s := &oauthSource{
 		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log, wake: make(chan struct{}, 1),
 		flow:    deviceFlow{oauth: oauth, log: log, prompt: prompt, demo: cfg.demo},
-		verdict: verdict{answer: errNotServed, log: log},
+		verdict: verdict{refusal: errNotServed, success: time.Now(), log: log},
 	}
 	s.flow.complete = s.signedIn
 	s.flow.current.Store(&signIn{changed: make(chan struct{})})
 	if err := store.check(); err != nil {
 		log.Error("the credentials can't be stored", "error", err)
 	}
-	info, _ := os.Stat(store.path())
-	t, err := store.load()
-	if err == nil {
-		s.seen = info
-	} // else the first look tells of the error
+	t, _ := store.load() // readFile tells of the error
 	s.state.Store(&authState{token: s.prepare(t), changed: make(chan struct{})})
 	return s
 }
@@ -161,7 +157,7 @@ func (s *oauthSource) Token(ctx context.Context) (*token, error) {
 // Replace returns the token that has replaced rejected already, or a refreshed one. It does not refresh within a minute
 // after a fresh token was refused too.
 func (s *oauthSource) Replace(ctx context.Context, rejected *token) (*token, error) {
-	if s.refusedAgain() {
+	if s.refusedLately() {
 		return nil, errNotServed
 	}
 	if st := s.state.Load(); st.token == rejected && !st.rejected {
@@ -191,7 +187,7 @@ func (s *oauthSource) wait(ctx context.Context, not *token) (*token, error) {
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		case <-timeout.C:
-			return nil, unavailable(time.Second, errRenewing)
+			return nil, unavailable(time.Second, nil)
 		}
 	}
 }
@@ -210,8 +206,8 @@ func (s *oauthSource) problem(st *authState, now time.Time) *apiError {
 	case st.token == nil:
 		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in",
 			message: "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."}
-	case st.refused != nil:
-		return signInRefused(st.refused)
+	case st.final != nil:
+		return signInRefused(st.final)
 	case !st.refreshing && st.retryAt.After(now):
 		return unavailable(st.retryAt.Sub(now), st.failed)
 	}
@@ -234,33 +230,26 @@ func baseRefused(err error) *apiError {
 var errNotServed = &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "qwen_oauth_unavailable",
 	message: "Qwen's API does not serve this account: its free tier for sign-ins ended on 2026-04-15, and a fresh token was refused too. Set QWEN_API_KEY on the proxy to use an API key."}
 
-// Reasons why a token is not renewed now.
-var (
-	errRenewing     = errors.New("a token refresh is under way")
-	errNotStorable  = errors.New("the new token could not be stored") // so the refresh token was not spent
-	errFileUnusable = errors.New("the credential file can't be used") // and is left as it is
-)
+// errNotStorable says that the new token could not be stored, so the refresh token was not spent.
+var errNotStorable = errors.New("the new token could not be stored")
 
-// unavailable is the answer while a token can't be renewed for now, because of err.
+// unavailable is the answer while a token can't be renewed for now, because of err. A nil err means that it is being renewed.
 func unavailable(retryAfter time.Duration, err error) *apiError {
-	typ, why := typeNetwork, "and Qwen's sign-in server can't be reached to renew it. Try again; the proxy keeps trying."
+	typ, why := typeNetwork, "and Qwen's sign-in server can't be reached to renew it."
 	switch _, answered := errors.AsType[*oauthError](err); {
-	case errors.Is(err, errFileUnusable):
-		typ = typeConfiguration
-		why = "and it is not renewed because the new one could not be stored. Repair or delete " + credentialFile + " in QWEN_DIR; the proxy's log says what is wrong with it."
+	case err == nil:
+		why = "and is being renewed."
 	case errors.Is(err, errNotStorable):
 		typ = typeConfiguration
-		why = "and it is not renewed because the new one could not be stored. Make QWEN_DIR writable; the proxy's log says what is wrong with it."
+		why = "and is not renewed because the new one could not be stored; the proxy's log says why. Make QWEN_DIR writable. Repair or delete " +
+			credentialFile + " in it if that is broken."
 	case errors.Is(err, errLocked):
-		typ = typeServer
-		why = "and another process that shares QWEN_DIR holds " + lockFile + " to renew it. Try again; the proxy keeps trying."
-	case errors.Is(err, errRenewing):
-		why = "and is being renewed. Try again."
+		typ, why = typeServer, "and another process that shares QWEN_DIR holds "+lockFile+" to renew it."
 	case answered:
-		why = "and Qwen's sign-in server answers, but does not renew it now. Try again; the proxy keeps trying."
+		why = "and Qwen's sign-in server answers, but does not renew it now."
 	}
 	return &apiError{status: http.StatusServiceUnavailable, typ: typ, code: "token_refresh_failed", retryAfter: retryAfter, err: err,
-		message: "The proxy's access token has expired " + why}
+		message: "The proxy's access token has expired " + why + " Try again; the proxy keeps trying."}
 }
 
 // update replaces the state by a changed copy, and wakes those who wait for a change.
@@ -312,70 +301,61 @@ func (s *oauthSource) run(ctx, abort context.Context) {
 }
 
 func (s *oauthSource) files() []*watchedFile {
-	return []*watchedFile{{name: "the credential file", fallback: "it is left as it is until a sign-in is complete", read: s.readFile}}
+	if s.store.dir == "" {
+		return nil
+	}
+	return []*watchedFile{{name: "the credential file", fallback: "it is left as it is until a token is stored", read: s.readFile}}
 }
 
 // readFile puts into use what another process has done to the credential file. The error says why the file can't be used.
 func (s *oauthSource) readFile() error {
 	s.fileMu.Lock()
 	defer s.fileMu.Unlock()
-	if s.state.Load().refreshing {
-		return s.broken // a refresh reads the file itself
-	}
-	return s.look()
-}
-
-// look does what readFile does. The caller holds fileMu.
-func (s *oauthSource) look() error {
-	info, err := os.Stat(s.store.path())
-	if s.broken == nil && !unusable(err) && sameFile(info, s.seen) {
-		return nil
-	}
-	s.seen = info
-	t, err := s.store.load()
-	if unusable(err) {
-		s.broken = err
-		return err
-	}
-	if s.broken != nil {
-		s.broken = nil
-		s.update(func(st *authState) { st.retryAt = time.Time{} }) // a refresh may have waited for the file
-		s.wakeRun()
-	}
 	st, now := s.state.Load(), time.Now()
+	t, err := s.newest(st.token)
 	switch {
-	case err == nil && st.token != nil && !s.newer(t, st.token):
-		s.log.Warn("the credential file holds an older token again, as from a backup; it is written anew with the next refresh, which is due now")
-		s.update(func(st *authState) { st.outdated = true })
-		s.wakeRun()
-	case err == nil && (st.token == nil ||
+	case unusable(err):
+		return err
+	case st.refreshing, st.token == nil && t == nil:
+		// a refresh reads the file itself
+	case err != nil:
+		s.signedOut()
+	case t == st.token:
+		if !t.unstored {
+			return errors.New("the credential file has vanished; the token in memory stays in use, and the next refresh writes the file again")
+		}
+	case st.token == nil ||
 		t.access != st.token.access && (t.good(now) || !st.token.good(now)) ||
-		t.refresh != st.token.refresh && st.refused != nil):
+		t.refresh != st.token.refresh && st.final != nil:
 		s.setToken(t)
 		s.log.Info("another process has changed the credentials; using them", "token", t)
 		s.restart()
 		s.flow.end(signInComplete, errors.New("another process has signed in"))
-	case errors.Is(err, errSignedOut) && st.token != nil:
-		s.signedOut()
-	case errors.Is(err, fs.ErrNotExist) && st.token != nil:
-		s.log.Warn("the credential file has vanished; the token in memory stays in use, and the next refresh writes the file again", "file", s.store.path())
 	}
 	return nil
 }
 
-// newer reports whether t, from the credential file, is newer than current, the token in use. It is older if this process has
-// renewed it, or could not store a later one.
-func (s *oauthSource) newer(t, current *token) bool {
-	_, spent := s.spent.Load(sha256.Sum256([]byte(t.refresh)))
-	return !spent && !(current.unstored && t.obtained.Before(current.obtained))
+// newest returns the token to go on with: the one in the credential file, or current if there is no file, or only one that is
+// older than current, which could not be stored. The error is errSignedOut, or says why the file can't be used.
+func (s *oauthSource) newest(current *token) (*token, error) {
+	if current != nil && current.unstored {
+		if info, err := os.Stat(s.store.path()); err == nil && info.ModTime().Before(current.obtained) {
+			return current, nil
+		}
+	}
+	t, err := s.store.load()
+	if errors.Is(err, fs.ErrNotExist) {
+		return current, nil
+	}
+	return t, err
 }
 
 // signedOut drops the token, because the credential file says so, and starts a sign-in. It ends the one under way, whose link
 // is from before the logout.
 func (s *oauthSource) signedOut() {
+	s.flow.end(signInNone, errSignedOut) // first: a request that sees no token starts the next one
 	s.update(func(st *authState) { *st = authState{} })
 	s.log.Warn("signed out by another process")
-	s.flow.end(signInNone, errSignedOut)
 	s.flow.start()
 }
 
@@ -385,13 +365,16 @@ func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
 	defer lock.release()
 	s.fileMu.Lock()
 	defer s.fileMu.Unlock()
-	s.look() // a logout by the process that held the lock before ends the sign-in
+	st := s.state.Load()
+	if _, err := s.newest(st.token); errors.Is(err, errSignedOut) && st.token != nil {
+		s.signedOut() // by the process that held the lock before; this ends the sign-in
+	}
 	if reason := context.Cause(ctx); reason != nil && reason != errShuttingDown {
 		return false
 	}
 	s.stored(t, s.store.save(t))
 	s.setToken(t)
-	s.served() // it may be another account's
+	s.accepted() // it may be another account's
 	if t.baseErr != nil {
 		s.log.Error(baseRefused(t.baseErr).message)
 	}
@@ -402,15 +385,15 @@ func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
 func (s *oauthSource) due(now time.Time) time.Duration {
 	st := s.state.Load()
 	switch {
-	case st.token == nil || st.refused != nil:
+	case st.token == nil || st.final != nil:
 		return maxNap
-	case st.rejected || st.outdated:
+	case st.rejected:
 		return st.retryAt.Sub(now)
 	}
 	return max(st.token.refreshAt.Sub(now), st.retryAt.Sub(now))
 }
 
-// refresh renews the token once and puts the result into the state.
+// refresh renews the token once. If that fails, it notes why.
 func (s *oauthSource) refresh(ctx, abort context.Context) {
 	s.fileMu.Lock() // no other process's token comes into use from here on
 	if s.due(time.Now()) > 0 {
@@ -420,26 +403,23 @@ func (s *oauthSource) refresh(ctx, abort context.Context) {
 	old, lastErr := s.state.Load().token, s.state.Load().failed
 	s.update(func(st *authState) { st.refreshing = true })
 	s.fileMu.Unlock()
-	fresh, err := s.redeem(ctx, abort, old)
+	err := s.redeem(ctx, abort, old)
 	st := s.state.Load()
 	switch {
-	case fresh != nil && (st.token == old || st.token == fresh):
-		s.log.Info("token refreshed", "expires", fresh.expiry)
-		if st.token == old {
-			s.refreshes[refreshed].Add(1)
-			s.setToken(fresh)
-		}
-	case st.token != old: // a sign-in has been completed meanwhile, and counts
+	case st.token != old: // renewed, or a sign-in has been completed meanwhile
 	case errors.Is(err, errSignedOut):
 		s.signedOut()
-	case refused(err):
+	case isFinal(err):
 		s.refreshes[refreshRefused].Add(1)
-		s.update(func(st *authState) { st.refreshing, st.refused = false, err })
+		s.update(func(st *authState) { st.refreshing, st.final = false, err })
 		s.log.Error(signInRefused(err).message, "error", err)
 		s.flow.start()
 	default:
 		s.refreshes[refreshFailed].Add(1)
 		pause := backoff(st.attempts, maxRefreshPause)
+		if errors.Is(err, errNotStorable) {
+			pause = min(pause, maxNap) // as soon as a change of a file is to be noticed
+		}
 		s.update(func(st *authState) {
 			st.refreshing, st.failed, st.retryAt = false, err, time.Now().Add(pause)
 			st.attempts++
@@ -453,66 +433,57 @@ func (s *oauthSource) refresh(ctx, abort context.Context) {
 	}
 }
 
-// redeem exchanges the refresh token of current, the token in use, for a fresh token and stores that, with other processes
-// locked out. If one of them was faster, it returns that one's token. A token that it stores is in use before it returns.
-func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token, error) {
-	var theirs *token // another process's
-	faster := func() bool {
-		t, err := s.store.load()
-		if err == nil && t.access != current.access && t.good(time.Now()) && s.newer(t, current) {
-			theirs = t
+// redeem exchanges the refresh token of current, the token in use, for a fresh token and puts that into use, with other
+// processes locked out. If one of them was faster, it puts that one's token into use.
+func (s *oauthSource) redeem(ctx, abort context.Context, current *token) error {
+	// A refresh token is not spent while the next one can't be stored: at the next start it would be lost.
+	notStored := func(err error) error { return fmt.Errorf("%w: %w", errNotStorable, err) }
+	file, noRoom := s.store.reserve()
+	if noRoom == nil {
+		defer file.discard()
+		lock, err := s.store.lock(ctx, func() bool {
+			t, err := s.newest(current)
+			return err == nil && t.access != current.access && t.good(time.Now())
+		})
+		defer lock.release()
+		if err != nil && !errors.Is(err, errLocked) && ctx.Err() == nil {
+			return notStored(err)
+		} else if err != nil {
+			return err
 		}
-		return theirs != nil
-	}
-	lock, noRoom := s.store.lock(ctx, faster)
-	defer lock.release()
-	if errors.Is(noRoom, errLocked) || noRoom != nil && ctx.Err() != nil {
-		return nil, noRoom
-	}
-	if faster() {
-		return theirs, nil
+	} else if !current.unstored {
+		return notStored(noRoom)
 	}
 
-	// From here on a refresh token is at stake, so that only abort ends this. If the next one can't be stored, it is not
-	// spent: at the next start it would be lost.
-	var file *newFile
-	if noRoom == nil {
-		if file, noRoom = s.store.reserve(); noRoom == nil {
-			defer file.discard()
+	// From here on a refresh token is at stake, so that only abort ends this. All calls together take less time than others
+	// wait for the lock.
+	calls, cancel := context.WithTimeout(abort, oauthTimeout)
+	defer cancel()
+	var old, fresh *token
+	var err error
+	for {
+		t, fileErr := s.newest(current)
+		switch {
+		case err != nil && (fileErr != nil || t.refresh == old.refresh):
+			return err
+		case errors.Is(fileErr, errSignedOut):
+			return fileErr
+		case fileErr != nil:
+			return notStored(fileErr)
+		case t.access != current.access && t.good(time.Now()):
+			return s.use(t, current, nil) // another process was faster
+		case t.refresh == "":
+			return &oauthError{final: true, text: "there is no refresh token"}
 		}
-	}
-	old := current
-	stored, err := s.store.load()
-	switch {
-	case errors.Is(err, errSignedOut):
-		return nil, err
-	case unusable(err):
-		noRoom = fmt.Errorf("%w: %w", errFileUnusable, err)
-	case err == nil && stored.refresh != "" && s.newer(stored, current):
-		old = stored
-	}
-	if noRoom != nil && !current.unstored {
-		return nil, fmt.Errorf("%w: %w", errNotStorable, noRoom)
-	}
-	if old.refresh == "" {
-		return nil, &oauthError{final: true, text: "there is no refresh token"}
-	}
-	fresh, err := s.oauth.refresh(abort, old.refresh)
-	if refused(err) {
-		// A process that ignores the lock may have spent the token and stored the next one.
-		if t, loadErr := s.store.load(); loadErr == nil && t.refresh != old.refresh && s.newer(t, current) {
-			if t.good(time.Now()) {
-				return t, nil
-			}
-			old = t
-			fresh, err = s.oauth.refresh(abort, old.refresh)
+		old = t
+		fresh, err = s.oauth.refresh(calls, old.refresh)
+		if !isFinal(err) {
+			break
 		}
+		// A process that ignores the lock may have spent the refresh token and stored the next one.
 	}
 	if err != nil {
-		return nil, err
-	}
-	if fresh.refresh != "" && fresh.refresh != old.refresh {
-		s.spent.Store(sha256.Sum256([]byte(old.refresh)), nil)
+		return err
 	}
 	fresh.members = old.members
 	kept := old.fields()
@@ -522,21 +493,28 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token
 	if noRoom != nil {
 		fresh.unstored = true // as current is
 		s.log.Warn("the refreshed token is only kept in memory", "file", s.store.path(), "error", noRoom)
-		return fresh, nil
 	}
+	return s.use(fresh, current, file)
+}
+
+// use puts t into use in place of current. It stores t in file first, if that is not nil. A sign-in or logout that has
+// been completed meanwhile wins.
+func (s *oauthSource) use(t, current *token, file *newFile) error {
 	s.fileMu.Lock()
 	defer s.fileMu.Unlock()
 	if s.state.Load().token != current {
-		return fresh, nil // a sign-in has been completed and stored meanwhile
+		return nil
 	}
-	content, err := fresh.fileContent()
-	if err == nil {
-		err = file.commit(content)
+	if _, err := s.newest(current); errors.Is(err, errSignedOut) {
+		return err
 	}
-	s.stored(fresh, err)
+	if file != nil {
+		s.stored(t, file.commit(t))
+	}
 	s.refreshes[refreshed].Add(1)
-	s.setToken(fresh) // before anybody looks at the file and takes the token for another process's
-	return fresh, nil
+	s.setToken(t)
+	s.log.Info("token refreshed", "expires", t.expiry)
+	return nil
 }
 
 // stored notes and logs whether t was stored, which err says. The token is good all the same, until the process ends.
@@ -559,96 +537,86 @@ func (s *oauthSource) ready() *apiError {
 		return err
 	}
 	if !st.token.good(now) {
-		return unavailable(0, errRenewing)
+		return unavailable(0, nil)
 	}
 	return nil
 }
 
 func (s *oauthSource) status() sourceStatus {
 	st := s.state.Load()
-	status := sourceStatus{method: "oauth", token: st.token, problem: s.ready(), flow: &s.flow}
-	for i := range s.refreshes {
-		status.refreshes[i] = s.refreshes[i].Load()
-	}
+	status := sourceStatus{method: "oauth", token: st.token, problem: s.ready(), flow: &s.flow, refreshes: &s.refreshes}
 	if status.problem == nil {
 		if long, _ := s.refusing(); long {
 			status.problem = errNotServed // the server counts as ready again, but a sign-in would help
-		} else if st.refused != nil {
-			status.problem = signInRefused(st.refused) // the token is still good for a while
+		} else if st.final != nil {
+			status.problem = signInRefused(st.final) // the token is still good for a while
 		}
 	}
-	status.needsSignIn = status.problem != nil && status.problem.status == http.StatusUnauthorized
 	return status
 }
 
 // A verdict knows whether Qwen accepts the credentials. It is safe for concurrent use.
 type verdict struct {
-	answer *apiError // to clients if it does not
-	log    *slog.Logger
+	refusal *apiError // the answer to clients if it does not
+	log     *slog.Logger
 
-	mu    sync.Mutex // guards what follows
-	trial bool       // Qwen has not accepted them before, so the first 401 counts like a minute of them
-	since time.Time  // the first 401 to a fresh token or a key since Qwen accepted one; zero for none
-	fresh time.Time  // the last such 401
-	last  time.Time  // the last 401 to any token
+	mu      sync.Mutex // guards what follows
+	success time.Time  // when Qwen last accepted the credentials, or since when they are in use; zero for a key that it never accepted
+	fresh   time.Time  // the last 401 to a fresh token or a key since Qwen last accepted one; zero for none
+	last    time.Time  // the last 401 to any token
 }
 
-// served notes that Qwen has accepted the credentials.
-func (v *verdict) served() {
+// accepted notes that Qwen has accepted the credentials.
+func (v *verdict) accepted() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.trial, v.since = false, time.Time{}
+	v.success, v.fresh = time.Now(), time.Time{}
 }
 
-// reset forgets everything: there is a new key, which may be wrong.
+// reset forgets everything: there is a new key.
 func (v *verdict) reset() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.trial, v.since = true, time.Time{}
+	v.success, v.fresh = time.Time{}, time.Time{}
 }
 
-// restart counts the time of the 401s from now on: another process has stored a token, maybe of another account. The next 401
-// still leads to no refresh, which would lead to one by the other process, and so on.
+// restart gives a token that another process has stored a minute: it may be another account's. The next 401 still leads to no
+// refresh, which would lead to one by the other process, and so on.
 func (v *verdict) restart() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if !v.since.IsZero() {
-		v.since = time.Now()
-	}
+	v.success = time.Now()
 }
 
 // refused notes a 401 to a fresh token or a key, and logs the first. It returns the answer to the client.
 func (v *verdict) refused() *apiError {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	now := time.Now()
-	v.fresh, v.last = now, now
-	if v.since.IsZero() {
-		v.since = now
-		if v.trial {
-			v.since = now.Add(-refusalTime)
-		}
-		v.log.Error(v.answer.message)
+	if v.fresh.IsZero() {
+		v.log.Error(v.refusal.message)
 	}
-	return v.answer
+	v.fresh = time.Now()
+	v.last = v.fresh
+	return v.refusal
 }
 
-// refusedAgain reports whether a fresh token got a 401 within the last minute, and notes one more 401 if so.
-func (v *verdict) refusedAgain() bool {
+// refusedLately reports whether a fresh token got a 401 within the last minute, and notes one more 401 if so.
+func (v *verdict) refusedLately() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	again := !v.since.IsZero() && time.Since(v.fresh) < refusalTime
-	if again {
+	lately := time.Since(v.fresh) < refusalTime
+	if lately {
 		v.last = time.Now()
 	}
-	return again
+	return lately
 }
 
-// refusing reports whether Qwen has refused the credentials for a minute or longer, and whether also within the last minute.
+// refusing reports whether Qwen has refused the credentials without a success for a minute or longer, and whether also within
+// the last minute.
 func (v *verdict) refusing() (long, lately bool) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	long = !v.since.IsZero() && time.Since(v.since) >= refusalTime
+	long = !v.fresh.IsZero() && time.Since(v.success) >= refusalTime
 	return long, long && time.Since(v.last) < refusalTime
 }
 
@@ -663,7 +631,7 @@ type keySource struct {
 
 func newKeySource(cfg *config, log *slog.Logger) *keySource {
 	s := &keySource{file: cfg.apiKeyFile, base: keyBase(cfg), log: log}
-	s.verdict = verdict{trial: true, log: log, answer: &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
+	s.verdict = verdict{log: log, refusal: &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
 		message: fmt.Sprintf("Qwen refused the proxy's API key. A key only works with its own plan's base URL: check QWEN_API_KEY and API_BASE_URL. The base URL in use is %s.", s.base)}}
 	s.setKey(cfg.apiKey)
 	return s
@@ -681,7 +649,7 @@ func (s *keySource) Replace(context.Context, *token) (*token, error) { return ni
 // ready counts a key that was never accepted as refused at its first 401. Otherwise it is as an oauthSource's.
 func (s *keySource) ready() *apiError {
 	if _, lately := s.refusing(); lately {
-		return s.answer
+		return s.refusal
 	}
 	return nil
 }

@@ -324,6 +324,31 @@ func TestWaitersLeaveWithTheirContexts(t *testing.T) {
 
 func TestNobodyWaitsLongerThan30s(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
+			time.Sleep(20 * time.Second)
+			return 200, tokenAnswer(1, 3600)
+		})
+		lock := filepath.Join(s.cfg.qwenDir, lockFile)
+		leaveLock(t, lock, 0)
+		s.start()
+		time.AfterFunc(19*time.Second, func() { os.Remove(lock) }) // the refresh begins up to 2 s later
+		begin := time.Now()
+		_, err := s.Token(t.Context())
+		e, _ := errors.AsType[*apiError](err)
+		if e == nil || e.status != http.StatusServiceUnavailable || e.retryAfter <= 0 || time.Since(begin) != 30*time.Second {
+			t.Fatalf("got %v after %v, want a 503 with Retry-After after 30s", err, time.Since(begin))
+		}
+		if got := outcomeOf(func() (*token, error) { return s.Token(t.Context()) }); got.Got != "access-1" || got.Took < 9*time.Second || got.Took > 11*time.Second {
+			t.Errorf("got %v, want access-1 after about 10s", got)
+		}
+		s.wantAsked("refresh-0")
+	})
+}
+
+// TestALockCoversOneTimeout: a refused refresh is tried again with the refresh token of another process. Both calls together
+// end within 25 s, so that nobody who waits for the lock gives up.
+func TestALockCoversOneTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
 		var s *sourceTest
 		s = newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
 			if r.PostForm.Get("refresh_token") == "refresh-0" {
@@ -331,18 +356,34 @@ func TestNobodyWaitsLongerThan30s(t *testing.T) {
 				time.Sleep(20 * time.Second)
 				return 400, grantRefused
 			}
-			time.Sleep(20 * time.Second)
-			return 200, tokenAnswer(2, 3600)
+			<-r.Context().Done()
+			return 0, ""
 		})
 		s.start()
-		begin := time.Now()
-		_, err := s.Token(t.Context())
-		e, _ := errors.AsType[*apiError](err)
-		if e == nil || e.status != http.StatusServiceUnavailable || e.retryAfter <= 0 || time.Since(begin) != 30*time.Second {
-			t.Fatalf("got %v after %v, want a 503 with Retry-After after 30s", err, time.Since(begin))
-		}
-		s.want("access-2", 10*time.Second)
+		s.want("503 token_refresh_failed", 25*time.Second)
 		s.wantAsked("refresh-0", "refresh-1")
+	})
+}
+
+// TestALogoutWinsOverARefreshUnderWay has a logout give up waiting for the lock and write the file.
+func TestALogoutWinsOverARefreshUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s *sourceTest
+		s = newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
+			if r.PostForm.Has("refresh_token") {
+				s.write("{}")
+				return 200, tokenAnswer(1, 3600)
+			}
+			if r.PostForm.Has("grant_type") {
+				return 400, pendingAnswer
+			}
+			return 200, deviceAnswer(nil)
+		})
+		s.start()
+		s.want("401 not_signed_in", 0)
+		wantEqual(t, "the file after a logout", map[string]any{}, s.read())
+		s.wantAuth(signInPending)
+		s.wantAsked("refresh-0", "device")
 	})
 }
 
@@ -826,7 +867,7 @@ func TestAccountThatIsNotServed(t *testing.T) {
 			t.Errorf("ready after a minute: %v, want qwen_oauth_unavailable", err)
 		}
 		s.wantLogged("does not serve this account", 1)
-		s.served()
+		s.accepted()
 		if err := s.ready(); err != nil {
 			t.Errorf("not ready after a success: %v", err)
 		}
@@ -922,8 +963,8 @@ func TestSignInWinsOverARefreshUnderWay(t *testing.T) {
 				time.Sleep(time.Minute)
 				synctest.Wait()
 				s.want("access-1", 0)
-				if st := s.state.Load(); st.refused != nil || st.failed != nil {
-					t.Errorf("what became of the old refresh token counts for the new sign-in: %v, %v", st.refused, st.failed)
+				if st := s.state.Load(); st.final != nil || st.failed != nil {
+					t.Errorf("what became of the old refresh token counts for the new sign-in: %v, %v", st.final, st.failed)
 				}
 				if got := s.read()["access_token"]; got != "access-1" {
 					t.Errorf("stored access token %v, want the new sign-in's", got)
@@ -958,8 +999,8 @@ func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 	cfg, err := loadConfig(lookup(map[string]string{"QWEN_DIR": credentials(t)}))
 	fatalIf(t, err)
 	s := newSource(cfg, slog.New(slog.DiscardHandler), io.Discard).(*oauthSource)
-	last := time.Now().Add(-10 * time.Second)
-	s.verdict.since, s.verdict.fresh, s.verdict.last = time.Now().Add(-2*refusalTime), last, last
+	s.refused()
+	s.verdict.success = time.Now().Add(-2 * refusalTime)
 	if s.ready() == nil {
 		t.Fatal("ready though the account is not served")
 	}
@@ -973,7 +1014,7 @@ func TestATokenOfAnotherProcessIsTriedBeforeARefresh(t *testing.T) {
 	if err := s.ready(); err != nil {
 		t.Errorf("not ready, so that nobody will ever try the new token: %v", err)
 	}
-	if !s.verdict.refusedAgain() {
+	if !s.refusedLately() {
 		t.Error("the next 401 would start a refresh")
 	}
 }
@@ -1144,40 +1185,6 @@ func TestNoRefreshBesideAnUnusableFile(t *testing.T) {
 					t.Errorf("the file has refresh token %v", got)
 				}
 			})
-		})
-	}
-}
-
-// TestASpentRefreshTokenComesBack: a backup puts an old credential file in the place of a newer one.
-func TestASpentRefreshTokenComesBack(t *testing.T) {
-	for _, life := range []time.Duration{time.Hour, 20 * time.Minute} { // of the old token; it is still good when it comes back, or not
-		synctest.Test(t, func(t *testing.T) {
-			old := fileOf(0, life)
-			n := 0
-			s := newSourceTest(t, old, nil, func(r *http.Request) (int, string) {
-				if r.PostForm.Get("refresh_token") != fmt.Sprint("refresh-", n) {
-					return 400, grantRefused
-				}
-				n++
-				return 200, tokenAnswer(n, 3600)
-			})
-			s.start()
-			time.Sleep(life - 4*time.Minute + time.Second)
-			s.want("access-1", 0)
-			time.Sleep(2 * time.Minute)
-			if life < time.Hour {
-				time.Sleep(10 * time.Minute)
-			}
-			s.write(old)
-			time.Sleep(maxNap)
-			synctest.Wait()
-			s.want("access-2", 0)
-			s.wantAsked("refresh-0", "refresh-1")
-			if got := s.read()["refresh_token"]; got != "refresh-2" {
-				t.Errorf("the file has refresh token %v, want the newest", got)
-			}
-			time.Sleep(2 * time.Hour)
-			s.wantAsked("refresh-0", "refresh-1", "refresh-2", "refresh-3")
 		})
 	}
 }
