@@ -1,11 +1,9 @@
 package main
 
 import (
-	"math"
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 )
 
 func TestChat(t *testing.T) {
@@ -32,31 +30,19 @@ func TestChat(t *testing.T) {
 		{name: "the last message of the user", body: `"messages":[{"role":"user","content":"a"},{"role":"user","content":"b\n\n c"},{"role":"assistant","content":"d"}]`,
 			want: "This is qwen-go-proxy's stand-in for Qwen, not a model. You said: \"b\n\n c\"", finish: "stop"},
 		{name: "max_tokens", body: hi + `,"max_tokens":3`, want: "This is qwen-go-proxy's", finish: "length"},
-		{name: "max_completion_tokens", body: hi + `,"max_tokens":3,"max_completion_tokens":1`, want: "This", finish: "length"},
-		{name: "max_tokens enough", body: hi + `,"max_tokens":13`, want: hiAnswer, finish: "stop"},
 		{name: "stop", body: hi + `,"stop":" stand"`, want: "This is qwen-go-proxy's", finish: "stop"},
-		{name: "stops", body: hi + `,"stop":["not a","","-proxy","nowhere"]`, want: "This is qwen-go", finish: "stop"},
-		{name: "stop at once", body: hi + `,"stop":"This"`, want: "", finish: "stop"},
 		{name: "tool", body: hi + `,"tools":[` + weather + `,` + now + `]`,
 			finish: "tool_calls", tool: "weather", args: `{"city":"Hi there","days":1,"unit":"C"}`},
-		{name: "tool in other scripts", body: `"messages":[{"role":"user","content":"天气怎么样？今天在北京，明天在上海"}],"tools":[` + weather + `]`,
-			finish: "tool_calls", tool: "weather", args: `{"city":"天气怎么样？今天在北京，明天在上海","days":1,"unit":"C"}`},
 		{name: "named tool", body: hi + `,"tools":[` + weather + `,` + now + `],"tool_choice":{"type":"function","function":{"name":"now"}}`,
 			finish: "tool_calls", tool: "now", args: `{}`},
 		{name: "no tool wanted", body: hi + `,"tools":[` + weather + `],"tool_choice":"none"`, want: hiAnswer, finish: "stop"},
-		{name: "no tools", body: hi + `,"tools":[],"tool_choice":"auto"`, want: hiAnswer, finish: "stop"},
 		{name: "tool result", body: result + `,"tools":[` + weather + `]`,
 			want: `This is qwen-go-proxy's stand-in for Qwen, not a model. The tool answered: "20 °C"`, finish: "stop"},
 		{name: "thinking", body: hi + `,"enable_thinking":true`, want: hiAnswer, finish: "stop", thoughts: thought},
-		{name: "thinking before a call", body: hi + `,"enable_thinking":true,"tools":[` + now + `]`,
-			finish: "tool_calls", tool: "now", args: `{}`, thoughts: thought},
-		{name: "json_object", body: hi + `,"response_format":{"type":"json_object"}`,
-			want: `{"answer":"This is qwen-go-proxy's stand-in for Qwen, not a model. You said: \"Hi there\""}`, finish: "stop"},
 		{name: "json_schema", body: hi + `,"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"type":"object","required":["s","n","b","a","o","z","m"],
 			"properties":{"s":{"type":"string"},"n":{"type":"number"},"b":{"type":"boolean"},"a":{"type":"array"},"z":{"type":["null","string"]},
 			"o":{"type":"object","required":["e"],"properties":{"e":{"enum":[2]}}},"m":{"anyOf":[{"type":"integer"},{"type":"null"}]}}}}}`,
 			want: `{"a":[],"b":true,"m":1,"n":1,"o":{"e":2},"s":"Hi there","z":null}`, finish: "stop"},
-		{name: "json_schema that is none", body: hi + `,"response_format":{"type":"json_schema","json_schema":{"schema":true}}`, want: `{}`, finish: "stop"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			s := newStandIn()
@@ -116,84 +102,4 @@ func chatEvents(t testing.TB, stream string) []object {
 		chunks = append(chunks, parseObject(t, data))
 	}
 	return chunks
-}
-
-func TestChatShape(t *testing.T) {
-	c := newClient(t, newStandIn())
-	c.signIn()
-	resp, body := c.do("POST", "/v1/chat/completions", "application/json",
-		`{"model":"qwen3-coder-plus","messages":[{"role":"user","content":"one two"}],"max_tokens":2,"n":2}`)
-	answer := parseObject(t, body)
-	id, _ := answer["id"].(string)
-	created, _ := answer["created"].(float64)
-	if !strings.HasPrefix(id, "chatcmpl-") || math.Abs(float64(time.Now().Unix())-created) > 60 || resp.Header.Get("X-Request-Id") == "" {
-		t.Errorf("id %q, created %v, header %v", id, created, resp.Header)
-	}
-	delete(answer, "id")
-	delete(answer, "created")
-	choice := func(i float64) object {
-		return object{"index": i, "finish_reason": "length", "message": object{"role": "assistant", "content": "This is"}}
-	}
-	wantEqual(t, "completion", object{
-		"object": "chat.completion", "model": "qwen3-coder-plus", "choices": []any{choice(0), choice(1)},
-		"usage": object{"prompt_tokens": 2.0, "completion_tokens": 4.0, "total_tokens": 6.0},
-	}, answer)
-}
-
-func TestStreamShape(t *testing.T) {
-	s := newStandIn()
-	s.wordDelay = 0
-	c := newClient(t, s)
-	c.signIn()
-	post := func(body string) []object {
-		_, stream := c.do("POST", "/v1/chat/completions", "application/json", body)
-		chunks := chatEvents(t, stream)
-		id := chunks[0]["id"]
-		for i, chunk := range chunks {
-			wantEqual(t, "id", id, chunk["id"])
-			wantEqual(t, "object and model", []any{"chat.completion.chunk", "m"}, []any{chunk["object"], chunk["model"]})
-			chunks[i] = object{"choices": chunk["choices"]}
-			if usage, ok := chunk["usage"]; ok {
-				chunks[i]["usage"] = usage
-			}
-		}
-		return chunks
-	}
-	choice := func(index float64, delta object, finish any) []any {
-		return []any{object{"index": index, "delta": delta, "finish_reason": finish}}
-	}
-
-	wantEqual(t, "text with usage", []object{
-		{"choices": choice(0, object{"role": "assistant", "content": ""}, nil), "usage": nil},
-		{"choices": choice(0, object{"content": "This"}, nil), "usage": nil},
-		{"choices": choice(0, object{"content": " is"}, nil), "usage": nil},
-		{"choices": choice(0, object{}, "length"), "usage": nil},
-		{"choices": []any{}, "usage": object{"prompt_tokens": 1.0, "completion_tokens": 2.0, "total_tokens": 3.0}},
-	}, post(`{"model":"m","messages":[{"role":"user","content":"Hi"}],"max_tokens":2,"stream":true,"stream_options":{"include_usage":true}}`))
-
-	wantEqual(t, "two choices", []object{
-		{"choices": choice(0, object{"role": "assistant", "content": ""}, nil)},
-		{"choices": choice(1, object{"role": "assistant", "content": ""}, nil)},
-		{"choices": choice(0, object{"content": "This"}, nil)},
-		{"choices": choice(1, object{"content": "This"}, nil)},
-		{"choices": choice(0, object{}, "length")},
-		{"choices": choice(1, object{}, "length")},
-	}, post(`{"model":"m","messages":[{"role":"user","content":"Hi"}],"max_tokens":1,"n":2,"stream":true}`))
-
-	chunks := post(`{"model":"m","messages":[{"role":"user","content":"Hi"}],"stream":true,"tools":[{"type":"function",
-		"function":{"name":"f","parameters":{"type":"object","required":["a"],"properties":{"a":{"type":"string"}}}}}]}`)
-	call := dig(chunks[1], "choices", 0, "delta", "tool_calls", 0)
-	if id, _ := dig(call, "id").(string); !strings.HasPrefix(id, "call_") {
-		t.Errorf("tool call %v has no id", call)
-	} else {
-		delete(call.(object), "id")
-	}
-	wantEqual(t, "tool call", []object{
-		{"choices": choice(0, object{"role": "assistant", "content": ""}, nil)},
-		{"choices": choice(0, object{"tool_calls": []any{object{"index": 0.0, "type": "function",
-			"function": object{"name": "f", "arguments": ""}}}}, nil)},
-		{"choices": choice(0, object{"tool_calls": []any{object{"index": 0.0, "function": object{"arguments": `{"a":"Hi`}}}}, nil)},
-		{"choices": choice(0, object{"tool_calls": []any{object{"index": 0.0, "function": object{"arguments": `"}`}}}}, nil)},
-		{"choices": choice(0, object{}, "tool_calls")},
-	}, chunks)
 }

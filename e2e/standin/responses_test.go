@@ -59,9 +59,6 @@ func TestResponses(t *testing.T) {
 	}{
 		{"text", `"input":"Hi"`, "completed", []any{message(hi, "completed")},
 			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
-		{"null members", `"input":"Hi","instructions":null,"max_output_tokens":null,"tools":null,"tool_choice":null,"text":null,"stream":null`,
-			"completed", []any{message(hi, "completed")},
-			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
 		{"messages and parts", `"instructions":"Be brief.","input":[{"role":"user","content":[{"type":"input_text","text":"Hi"},{"type":"input_image","image_url":"x"}]}]`,
 			"completed", []any{message(hi+" Images sent along: 1.", "completed")},
 			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
@@ -72,16 +69,9 @@ func TestResponses(t *testing.T) {
 				"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
 		{"call", `"input":"Hi",` + now, "completed", []any{call},
 			"output_item.added function_call_arguments.delta function_call_arguments.done output_item.done"},
-		{"named call", `"input":"Hi",` + now + `,"tool_choice":{"type":"function","name":"now"}`, "completed", []any{call},
-			"output_item.added function_call_arguments.delta function_call_arguments.done output_item.done"},
-		{"no call wanted", `"input":"Hi",` + now + `,"tool_choice":"none"`, "completed", []any{message(hi, "completed")},
-			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
 		{"output of a call", `"input":[{"role":"user","content":"Hi"},{"type":"function_call","call_id":"c","name":"now","arguments":"{}"},` +
 			`{"type":"function_call_output","call_id":"c","output":"noon"}],` + now, "completed",
 			[]any{message(`This is qwen-go-proxy's stand-in for Qwen, not a model. The tool answered: "noon"`, "completed")},
-			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
-		{"json_schema", `"input":"Hi","text":{"format":{"type":"json_schema","name":"x","schema":{"type":"object","required":["s"],"properties":{"s":{"type":"string"}}}}}`,
-			"completed", []any{message(`{"s":"Hi"}`, "completed")},
 			"output_item.added content_part.added output_text.delta output_text.done content_part.done output_item.done"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
