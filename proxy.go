@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"crypto/tls"
@@ -217,8 +218,7 @@ type call struct {
 	cancel context.CancelCauseFunc
 	tried  attempt
 
-	silence  *time.Timer // cuts the call off; it runs while the call waits for Qwen
-	answered atomic.Bool // the answer's header has come
+	silence *time.Timer // cuts the call off; it runs while the call waits for Qwen
 }
 
 // do sends the request to Qwen and its answer to the client, or returns why there is none.
@@ -226,14 +226,8 @@ func (c *call) do(r *http.Request) error {
 	c.x.called = true
 	c.ctx, c.cancel = context.WithCancelCause(httptrace.WithClientTrace(r.Context(), c.tried.trace()))
 	defer c.cancel(nil)
-	c.silence = time.AfterFunc(c.cfg.upstreamTimeout, func() {
-		if c.answered.Load() {
-			c.cancel(errStreamIdle)
-		} else {
-			c.cancel(errUpstreamTimeout)
-		}
-	})
-	defer c.silence.Stop()
+	c.silence = time.AfterFunc(c.cfg.upstreamTimeout, func() { c.cancel(errUpstreamTimeout) })
+	defer func() { c.silence.Stop() }()
 	defer c.out.stop()
 	r = r.WithContext(c.ctx)
 	r.Header = forwardedHeaders(r.Header)
@@ -456,7 +450,7 @@ var allowedResponseHeaders = []string{
 // as it is, or translated; an error of OpenAI's shape as it is; of anything else an error that says so.
 func (c *call) modifyResponse(res *http.Response) error {
 	c.silence.Stop()
-	c.answered.Store(true)
+	c.silence = time.AfterFunc(c.cfg.idleTimeout, func() { c.cancel(errStreamIdle) })
 	c.body.answerBegan()
 	// RFC 9112 §6.3, rule 8: nothing but the connection's end tells the answer's.
 	delimited := res.ProtoMajor == 1 && res.ContentLength < 0 && len(res.TransferEncoding) == 0
@@ -555,36 +549,28 @@ func (c *call) passError(res *http.Response) error {
 	text, err := io.ReadAll(io.LimitReader(res.Body, maxErrorBody+1))
 	late.Stop()
 	if err != nil {
-		err = c.cause(err)
+		err = c.cause(err) // the status is an answer all the same
 	}
-	whole := err == nil && len(text) <= maxErrorBody // if not, the status is an answer all the same
 	detail, ok := openAIError(text)
-	compressed := isCompressed(res.Header)
-	if compressed {
+	if isCompressed(res.Header) {
 		detail, ok = "(compressed)", true
+	} else {
+		res.Header["Content-Type"] = valueJSON
 	}
-	quoted := c.tokenIn(text)
-	if whole && ok && !quoted {
-		c.x.fail(&apiError{status: status, typ: categoryOf(status), message: "Qwen answered " + clip(c.token.redact(res.Status+" "+detail), 150)})
-		if !compressed {
-			res.Header["Content-Type"] = valueJSON
-			res.Header.Del("Content-Encoding")
-		}
+	detail = clip(c.token.redact(res.Status+" "+detail), 150)
+	if ok && err == nil && len(text) <= maxErrorBody && !c.tokenIn(text) {
+		c.x.fail(&apiError{status: status, typ: categoryOf(status), message: "Qwen answered " + detail})
 		setBody(res, net.Buffers{text})
 		return nil
 	}
-	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error", err: err,
-		message: fmt.Sprintf("Qwen answered with status %d and something other than an error of its API. Try again; if it lasts, check API_BASE_URL on the proxy.", status)}
-	switch {
-	case quoted:
-		e.message = fmt.Sprintf("Qwen answered with status %d and an error that quotes the proxy's own credentials, so it is not passed on. The proxy's log has its type and code.", status)
-		e.err = fmt.Errorf("its type and code: %q", clip(c.token.redact(detail), 150))
-	case status == http.StatusNotFound && c.path == "/responses":
-		e.code = "endpoint_not_found"
-		e.message = `The API behind the proxy has no /responses. Use /v1/chat/completions; in n8n's OpenAI nodes turn off "Use Responses API".`
-	case status == http.StatusNotFound:
+	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error", err: cmp.Or(err, errors.New(detail)),
+		message: fmt.Sprintf("Qwen answered with status %d and something that can't be passed on, such as a gateway's page. Try again; if it lasts, check API_BASE_URL on the proxy, and the proxy's log.", status)}
+	if status == http.StatusNotFound {
 		e.code = "endpoint_not_found"
 		e.message = fmt.Sprintf("The API behind the proxy has no %s. Check API_BASE_URL on the proxy.", c.path)
+		if c.path == "/responses" {
+			e.message = `The API behind the proxy has no /responses. Use /v1/chat/completions; in n8n's OpenAI nodes turn off "Use Responses API".`
+		}
 	}
 	c.x.fail(e)
 	res.Header["Content-Type"] = valueJSON
