@@ -280,7 +280,7 @@ func TestAuthHEADStartsNothing(t *testing.T) {
 func TestAuthOfTheProgram(t *testing.T) {
 	t.Parallel()
 	qwen := newStandIn()
-	qwen.approveAfter, qwen.interval = time.Hour, time.Second
+	qwen.approveAfter = time.Hour
 	server := httptest.NewServer(qwen)
 	t.Cleanup(server.Close)
 	p := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": server.URL})

@@ -30,7 +30,7 @@ func demoCommand(ctx context.Context, cfg *config, stdout, stderr io.Writer) int
 	cfg.demo = true
 	cfg.qwenDir = ""
 	cfg.oauthBase = &url.URL{Scheme: "http", Host: ln.Addr().String()}
-	return serve(ctx, cfg, stdout, stderr)
+	return serveCommand(ctx, cfg, stdout, stderr)
 }
 
 // greetDemo says what to try with the demo at url.
@@ -73,7 +73,6 @@ const (
 type standIn struct {
 	http.ServeMux
 	approveAfter time.Duration // a sign-in approves itself after this
-	interval     time.Duration // between polls, in whole seconds
 	wordDelay    time.Duration // pause between the words of a stream
 
 	mu      sync.Mutex                // guards all below
@@ -91,7 +90,7 @@ type standInSignIn struct {
 // newStandIn returns a standIn with the settings of the demo command.
 func newStandIn() *standIn {
 	s := &standIn{
-		approveAfter: demoApproval, interval: time.Second, wordDelay: 40 * time.Millisecond,
+		approveAfter: demoApproval, wordDelay: 40 * time.Millisecond,
 		signIns: map[string]*standInSignIn{}, tokens: map[string]bool{},
 	}
 	s.HandleFunc("POST /api/v1/oauth2/device/code", s.authorizeDevice)
@@ -107,15 +106,8 @@ func newStandIn() *standIn {
 // object is any JSON object.
 type object = map[string]any
 
-// writeStandIn answers with v as JSON.
-func writeStandIn(w http.ResponseWriter, status int, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(v) // nobody is told if the client has left
-}
-
 func standInError(w http.ResponseWriter, status int, code, message string) {
-	writeStandIn(w, status, object{"error": object{"message": message, "type": "stand_in_error", "param": nil, "code": code}})
+	writeJSON(w, status, object{"error": object{"message": message, "type": "stand_in_error", "param": nil, "code": code}})
 }
 
 // authorizeDevice answers a device authorization request, RFC 8628 §3.1.
@@ -125,8 +117,8 @@ func (s *standIn) authorizeDevice(w http.ResponseWriter, r *http.Request) {
 	s.signIns[deviceCode] = &standInSignIn{userCode: userCode, issued: time.Now()}
 	s.mu.Unlock()
 	page := "http://" + r.Host + "/authorize"
-	writeStandIn(w, http.StatusOK, object{
-		"device_code": deviceCode, "user_code": userCode, "expires_in": 900, "interval": int(s.interval.Seconds()),
+	writeJSON(w, http.StatusOK, object{
+		"device_code": deviceCode, "user_code": userCode, "expires_in": 900, "interval": 1,
 		"verification_uri": page, "verification_uri_complete": page + "?user_code=" + userCode + "&client=qwen-code",
 	})
 }
@@ -144,13 +136,13 @@ func (s *standIn) token(w http.ResponseWriter, r *http.Request) {
 		refusal = "invalid_grant"
 	}
 	if refusal != "" {
-		writeStandIn(w, http.StatusBadRequest, object{"error": refusal})
+		writeJSON(w, http.StatusBadRequest, object{"error": refusal})
 		return
 	}
 	delete(s.signIns, r.PostFormValue("device_code"))
 	access, refresh := rand.Text(), rand.Text()
 	s.tokens[access], s.tokens[refresh] = true, true
-	writeStandIn(w, http.StatusOK, object{
+	writeJSON(w, http.StatusOK, object{
 		"access_token": access, "refresh_token": refresh, "token_type": "Bearer", "expires_in": 3600, "resource_url": "http://" + r.Host,
 	})
 }
@@ -208,7 +200,7 @@ func (s *standIn) page(w http.ResponseWriter, r *http.Request) {
 	s.mu.Unlock()
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'")
-	_ = standInTemplate.Execute(w, object{"UserCode": userCode, "State": state, "ApproveAfter": s.approveAfter}) // as in writeStandIn
+	_ = standInTemplate.Execute(w, object{"UserCode": userCode, "State": state, "ApproveAfter": s.approveAfter}) // a client that has left needs no page
 }
 
 // A standInChat is a chat completion request: the members that the stand-in heeds.
@@ -251,15 +243,16 @@ func (s *standIn) chat(w http.ResponseWriter, r *http.Request) {
 		standInError(w, status, "provoked", fmt.Sprintf("The model %s fails with status %d.", c.Model, status))
 		return
 	}
-	message, finish, usage := c.answer()
+	message, finish, usage := c.reply()
+	breaks := c.Model == standInBreaks
 	answer := object{"id": "chatcmpl-" + rand.Text(), "object": "chat.completion", "created": time.Now().Unix(), "model": c.Model}
 	if !c.Stream {
-		if c.Model == standInBreaks {
+		if breaks {
 			panic(http.ErrAbortHandler)
 		}
 		answer["choices"] = []object{{"index": 0, "message": message, "finish_reason": finish}}
 		answer["usage"] = usage
-		writeStandIn(w, http.StatusOK, answer)
+		writeJSON(w, http.StatusOK, answer)
 		return
 	}
 	w.Header().Set("Content-Type", "text/event-stream;charset=UTF-8")
@@ -278,13 +271,13 @@ func (s *standIn) chat(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	for i, delta := range deltas {
-		if c.Model == standInBreaks && i == 3 {
+		if breaks && i == 3 {
 			break
 		}
 		send(object{"index": 0, "delta": delta, "finish_reason": nil})
 		time.Sleep(s.wordDelay)
 	}
-	if c.Model == standInBreaks {
+	if breaks {
 		panic(http.ErrAbortHandler)
 	}
 	send(object{"index": 0, "delta": object{}, "finish_reason": finish})
@@ -295,10 +288,10 @@ func (s *standIn) chat(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprint(w, "data: [DONE]\n\n")
 }
 
-// answer returns the message that answers c, its finish_reason and usage, where words count for tokens. If the user spoke last
+// reply returns the message that answers c, its finish_reason and usage, where words count for tokens. If the user spoke last
 // and there are tools, it is a call of the first one, with what the user said as each required argument. Otherwise it is a text
 // that repeats what the user said, or what the tool answered.
-func (c *standInChat) answer() (message object, finish string, usage object) {
+func (c *standInChat) reply() (message object, finish string, usage object) {
 	role, said, last, prompt := "", "", "", 0
 	for _, m := range c.Messages {
 		role, last = m.Role, contentText(m.Content)

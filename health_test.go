@@ -130,7 +130,7 @@ func TestHealthDetailedCounts(t *testing.T) {
 // TestHealthAndModelsStartNothing: monitors ask often, and every sign-in that nobody completes is one too many.
 func TestHealthAndModelsStartNothing(t *testing.T) {
 	qwen := newStandIn()
-	qwen.approveAfter, qwen.interval = time.Hour, time.Hour
+	qwen.approveAfter = time.Hour
 	server := httptest.NewServer(qwen)
 	t.Cleanup(server.Close)
 	dir := t.TempDir()

@@ -60,7 +60,7 @@ func main() {
 	// signal would pass on to the browser that login starts.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // a second signal kills at once, except a server: see serve
+	context.AfterFunc(ctx, stop) // a second signal kills at once, except a server: see serveCommand
 	os.Exit(run(ctx, os.Args[1:], os.LookupEnv, ".env", os.Stdout, os.Stderr))
 }
 
@@ -85,7 +85,7 @@ func allBut(names ...string) func(string) bool {
 func commands() []command {
 	noBrowser := false
 	return []command{
-		{name: "serve", summary: "serve the proxy; this is the default", run: serve, serves: true, reads: allBut(), help: `
+		{name: "serve", summary: "serve the proxy; this is the default", run: serveCommand, serves: true, reads: allBut(), help: `
 It needs an API key in QWEN_API_KEY, or a Qwen account: without a key and a sign-in it prints a link to sign in with.
 Environment variables configure it, and a file .env in the working directory. docs/configuration.md lists all settings.`},
 		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&noBrowser),

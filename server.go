@@ -31,8 +31,8 @@ const ballast = 8 << 20
 // withoutBallast returns a figure of the Go runtime, in bytes, less the ballast that it includes. The array takes no memory.
 func withoutBallast(n uint64) uint64 { return max(n, ballast) - ballast }
 
-// serve runs the server until ctx ends and returns the exit status. It is the command of the same name.
-func serve(ctx context.Context, cfg *config, _, stderr io.Writer) int {
+// serveCommand runs the server until ctx ends and returns the exit status.
+func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 	heap := make([]byte, ballast)
 	defer runtime.KeepAlive(heap)
 	m := newMetrics()
@@ -73,7 +73,7 @@ func serve(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		DisableGeneralOptionsHandler: true,
 	}
-	serve := srv.Serve
+	accept := srv.Serve
 	if cfg.tls {
 		cert := &servedCertificate{certFile: cfg.certFile, keyFile: cfg.keyFile}
 		if err := cert.read(); err != nil {
@@ -82,28 +82,14 @@ func serve(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 		}
 		files = append(files, &watchedFile{name: "the certificate", fallback: "the last one stays in use", read: cert.read})
 		srv.TLSConfig = cert.tlsConfig()
-		serve = func(ln net.Listener) error { return srv.ServeTLS(ln, "", "") }
+		accept = func(ln net.Listener) error { return srv.ServeTLS(ln, "", "") }
 	}
 
-	url := serverURL(cfg, ln.Addr())
-	switch {
-	case cfg.demo:
-		greetDemo(out, cfg, url)
-	case cfg.greet:
-		greet(out, cfg, url, tokens)
-	case cfg.port == 0:
-		fmt.Fprintf(out, "Listening on %s\n", url)
-	}
-	log.Info("listening", "address", ln.Addr().String(), "url", url, "version", version().Version)
-	if cfg.envFile != "" {
-		log.Info("settings were read from a file; the environment wins", "file", cfg.envFile)
-	}
-	warn(cfg, log, ln.Addr())
-
+	announce(out, log, cfg, ln.Addr(), tokens)
 	running, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
-	served, tokensDone := make(chan error, 1), make(chan struct{})
-	go func() { served <- serve(ln) }()
+	failed, tokensDone := make(chan error, 1), make(chan struct{})
+	go func() { failed <- accept(ln) }()
 	go func() {
 		defer close(tokensDone)
 		tokens.run(running, abort)
@@ -112,10 +98,12 @@ func serve(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 	if err := notifyManager(cfg, "READY=1"); err != nil {
 		log.Warn("the service manager can't be notified of the server's state", "NOTIFY_SOCKET", cfg.notifySocket, "error", err)
 	}
-	go h.watch(ctx, func(status string) { notifyManager(cfg, "STATUS="+cmp.Or(status, "Serving at "+url)) })
+	go h.watch(ctx, func(status string) {
+		notifyManager(cfg, "STATUS="+cmp.Or(status, "Serving at "+serverURL(cfg, ln.Addr())))
+	})
 
 	select {
-	case err = <-served:
+	case err = <-failed:
 	case <-ctx.Done():
 		h.stopping.Store(true)
 		go func() {
@@ -237,6 +225,31 @@ func serverURL(cfg *config, a net.Addr) string {
 	return scheme + "://" + net.JoinHostPort(host, strconv.Itoa(tcp.Port))
 }
 
+// announce says where the server listens, and warns of what is allowed but may not be meant.
+func announce(out io.Writer, log *slog.Logger, cfg *config, a net.Addr, tokens tokenSource) {
+	base := serverURL(cfg, a)
+	switch {
+	case cfg.demo:
+		greetDemo(out, cfg, base)
+	case cfg.greet:
+		greet(out, cfg, base, tokens)
+	case cfg.port == 0:
+		fmt.Fprintf(out, "Listening on %s\n", base)
+	}
+	log.Info("listening", "address", a.String(), "url", base, "version", version().Version)
+	if cfg.envFile != "" {
+		log.Info("settings were read from a file; the environment wins", "file", cfg.envFile)
+	}
+	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() && !cfg.demo {
+		log.Warn("anyone who can reach this address can spend this account: set PROXY_API_KEYS, or SERVER_HOST=127.0.0.1", "address", a.String())
+	}
+	for _, u := range []*url.URL{cfg.apiBase, cfg.oauthBase} {
+		if u != nil && u.Scheme == "http" && !isLoopback(u.Hostname()) {
+			log.Warn("credentials go over the network unencrypted: use https", "url", u.String())
+		}
+	}
+}
+
 // greet tells the user at a terminal what to do with the server at url.
 func greet(out io.Writer, cfg *config, url string, tokens tokenSource) {
 	listens, baseURL, key := url, url+"/v1", "any text"
@@ -257,18 +270,6 @@ func greet(out io.Writer, cfg *config, url string, tokens tokenSource) {
 		fmt.Fprintf(out, "  Sign in   at %s/auth, or set QWEN_API_KEY\n", url)
 	}
 	fmt.Fprint(out, "  Stop      Ctrl-C; twice to cut off what is under way\n\n")
-}
-
-// warn logs what is allowed but may not be meant.
-func warn(cfg *config, log *slog.Logger, a net.Addr) {
-	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() && !cfg.demo {
-		log.Warn("anyone who can reach this address can spend this account: set PROXY_API_KEYS, or SERVER_HOST=127.0.0.1", "address", a.String())
-	}
-	for _, u := range []*url.URL{cfg.apiBase, cfg.oauthBase} {
-		if u != nil && u.Scheme == "http" && !isLoopback(u.Hostname()) {
-			log.Warn("credentials go over the network unencrypted: use https", "url", u.String())
-		}
-	}
 }
 
 // A servedCertificate is the pair of files that TLS_CERT_FILE and TLS_KEY_FILE name, as last read without error.

@@ -45,7 +45,7 @@ func (c *terminal) wait(t *testing.T) (int, string) {
 // qwenEnv starts a stand-in that approves nothing by itself, and returns an environment that leads there.
 func qwenEnv(t *testing.T) (*standIn, map[string]string) {
 	qwen := newStandIn()
-	qwen.approveAfter, qwen.interval = time.Hour, time.Second
+	qwen.approveAfter = time.Hour
 	srv := httptest.NewServer(qwen)
 	t.Cleanup(srv.Close)
 	return qwen, map[string]string{"QWEN_OAUTH_BASE_URL": srv.URL, "QWEN_DIR": filepath.Join(t.TempDir(), "qwen"), "SERVER_HOST": "127.0.0.1", "SERVER_PORT": "1"}
