@@ -75,13 +75,13 @@ func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 	}
 	accept := srv.Serve
 	if cfg.tls {
-		cert := &servedCertificate{certFile: cfg.certFile, keyFile: cfg.keyFile}
+		tlsConfig, cert := followCertificate(cfg)
 		if err := cert.read(); err != nil {
 			fmt.Fprintf(out, "qwen-go-proxy: %v\n", err)
 			return 1
 		}
-		files = append(files, &watchedFile{name: "the certificate", fallback: "the last one stays in use", read: cert.read})
-		srv.TLSConfig = cert.tlsConfig()
+		files = append(files, cert)
+		srv.TLSConfig = tlsConfig
 		accept = func(ln net.Listener) error { return srv.ServeTLS(ln, "", "") }
 	}
 
@@ -272,22 +272,17 @@ func greet(out io.Writer, cfg *config, url string, tokens tokenSource) {
 	fmt.Fprint(out, "  Stop      Ctrl-C; twice to cut off what is under way\n\n")
 }
 
-// A servedCertificate is the pair of files that TLS_CERT_FILE and TLS_KEY_FILE name, as last read without error.
-type servedCertificate struct {
-	certFile, keyFile string
-	current           atomic.Pointer[tls.Certificate]
-}
-
-func (c *servedCertificate) read() error {
-	pair, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
-	if err == nil {
-		c.current.Store(&pair)
+// followCertificate returns the TLS configuration for TLS_CERT_FILE and TLS_KEY_FILE, and the pair of files to watch. Handshakes
+// use what was last read without error, so the caller reads the pair first.
+func followCertificate(cfg *config) (*tls.Config, *watchedFile) {
+	var current atomic.Pointer[tls.Certificate]
+	read := func() error {
+		pair, err := tls.LoadX509KeyPair(cfg.certFile, cfg.keyFile)
+		if err == nil {
+			current.Store(&pair)
+		}
+		return err
 	}
-	return err
-}
-
-// tlsConfig returns a configuration that serves c as it is at each handshake.
-func (c *servedCertificate) tlsConfig() *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS12,
 		CipherSuites: []uint16{ // for TLS 1.2; all those of 1.3 are AEAD
@@ -295,8 +290,8 @@ func (c *servedCertificate) tlsConfig() *tls.Config {
 			tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
 			tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
 		},
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.current.Load(), nil },
-	}
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return current.Load(), nil },
+	}, &watchedFile{name: "the certificate", fallback: "the last one stays in use", read: read}
 }
 
 // fileInterval is how often the server reads the files that may change.

@@ -50,9 +50,8 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 	writeFile(t, broken, "-----BEGIN CERT")
 	synctest.Test(t, func(t *testing.T) {
 		var log logBuffer
-		cert := &servedCertificate{certFile: filepath.Join(dir, "cert.pem"), keyFile: filepath.Join(dir, "key.pem")}
-		serving := cert.tlsConfig()
-		files := []*watchedFile{{name: "the certificate", read: cert.read}}
+		cfg := &config{certFile: filepath.Join(dir, "cert.pem"), keyFile: filepath.Join(dir, "key.pem")}
+		serving, cert := followCertificate(cfg)
 		for _, tt := range []struct {
 			name      string
 			cert, key string // put in place
@@ -85,13 +84,13 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 				before = served()
 			}
 			if tt.cert != "" {
-				copyFile(t, cert.certFile, tt.cert, time.Now())
+				copyFile(t, cfg.certFile, tt.cert, time.Now())
 			}
 			if tt.key != "" {
-				copyFile(t, cert.keyFile, tt.key, time.Now())
+				copyFile(t, cfg.keyFile, tt.key, time.Now())
 			}
 			if before == "" {
-				go watchFiles(t.Context(), newLogger(&config{}, &log), 5*time.Second, files)
+				go watchFiles(t.Context(), newLogger(&config{}, &log), 5*time.Second, []*watchedFile{cert})
 				synctest.Wait()
 				time.Sleep(time.Second) // no change comes while a file is read
 			} else {
