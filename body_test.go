@@ -215,66 +215,6 @@ func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
 	}
 }
 
-func TestAnAnnouncedLengthReservesNothing(t *testing.T) {
-	b := testBodies(32<<20, 1<<30)
-	for _, come := range []int{1, 5000, 100000} {
-		r, w := io.Pipe()
-		req := httptest.NewRequest("POST", "/", r)
-		req.ContentLength = 32 << 20
-		var reading sync.WaitGroup
-		reading.Go(func() {
-			if _, err := b.read(&discard{http.Header{}}, req); err == nil {
-				t.Error("a body that broke off was taken")
-			}
-		})
-		w.Write(bytes.Repeat([]byte("x"), come))
-		wantHeld(t, b, 1, int64(2*come+perRequest+16<<10))
-		w.CloseWithError(io.ErrUnexpectedEOF)
-		reading.Wait()
-		wantHeld(t, b, 0, 0)
-	}
-}
-
-// A deadlineWriter notes the read deadline.
-type deadlineWriter struct {
-	discard
-	moves    int
-	deadline time.Time
-}
-
-func (d *deadlineWriter) SetReadDeadline(t time.Time) error {
-	d.moves++
-	d.deadline = t
-	return nil
-}
-
-func TestADeadlineEndsWithItsBody(t *testing.T) {
-	b := testBodies(1<<20, 1<<30)
-	for _, tt := range []struct {
-		name    string
-		version int
-		body    io.Reader
-		moves   int
-		left    bool
-	}{
-		{"whole", 1, strings.NewReader("{}"), 1, false},
-		{"whole, HTTP/2", 2, strings.NewReader("{}"), 2, false},
-		{"broken", 1, iotest.ErrReader(io.ErrUnexpectedEOF), 0, false}, // the exchange's own stays
-		{"broken late", 1, io.MultiReader(strings.NewReader(strings.Repeat("x", 5000)), iotest.ErrReader(io.ErrUnexpectedEOF)), 1, true},
-		{"broken, HTTP/2", 2, iotest.ErrReader(io.ErrUnexpectedEOF), 2, false},
-	} {
-		w := &deadlineWriter{discard: discard{http.Header{}}}
-		r := httptest.NewRequest("POST", "/", tt.body)
-		r.ProtoMajor = tt.version
-		if body, err := b.read(w, r); err == nil {
-			body.release()
-		}
-		if left := !w.deadline.IsZero(); left != tt.left || w.moves != tt.moves {
-			t.Errorf("%s: the deadline moved %d times, and one is left: %t; want %d, %t", tt.name, w.moves, left, tt.moves, tt.left)
-		}
-	}
-}
-
 // TestEveryWayOutGivesTheMemoryBack: whatever ends a request, and whoever still reads its body.
 func TestEveryWayOutGivesTheMemoryBack(t *testing.T) {
 	t.Parallel()
@@ -386,9 +326,9 @@ func TestASlowBodyPassesWhileItComes(t *testing.T) {
 		want int
 		took time.Duration
 	}{
-		{"1.6 MB in seven minutes", slowBody{pieces: 400, size: readQuantum, pause: 1100 * time.Millisecond}, 200, 440 * time.Second},
+		{"1.6 MB in seven minutes", slowBody{pieces: 400, size: readQuantum, pause: 1100 * time.Millisecond}, 200, 500 * time.Second},
 		{"a large one that comes as slowly", slowBody{pieces: 5000, size: readQuantum, pause: 1100 * time.Millisecond}, 408, 532 * time.Second},
-		{"each piece at the last moment", slowBody{pieces: 10, size: readQuantum, pause: 29 * time.Second}, 200, 290 * time.Second},
+		{"each piece at the last moment", slowBody{pieces: 10, size: readQuantum, pause: 29 * time.Second}, 200, 350 * time.Second},
 		{"one that stops", slowBody{pieces: 2500, size: readQuantum, end: time.Hour}, 408, 30 * time.Second},
 		{"a drip", slowBody{pieces: 1000, size: 10, pause: time.Second}, 408, 30 * time.Second},
 	} {
@@ -396,6 +336,7 @@ func TestASlowBodyPassesWhileItComes(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) {
 					io.Copy(io.Discard, r.Body)
+					time.Sleep(time.Minute) // no deadline is left over from the body
 					answerJSON(w, 200, "{}")
 				})
 				started := time.Now()

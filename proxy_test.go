@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"compress/gzip"
 	"context"
 	"fmt"
 	"io"
@@ -15,7 +14,6 @@ import (
 	"net/http/httputil"
 	"net/textproto"
 	"net/url"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -111,6 +109,11 @@ func inBubble(t *testing.T, env map[string]string, api http.HandlerFunc) *bubble
 	return b
 }
 
+// testInBubble runs f as a subtest in a synctest bubble.
+func testInBubble(t *testing.T, name string, f func(t *testing.T)) {
+	t.Run(name, func(t *testing.T) { synctest.Test(t, f) })
+}
+
 func (b *bubble) post(t *testing.T, path, body string) *http.Response {
 	t.Helper()
 	res, err := b.client.Post("http://proxy"+path, "application/json", strings.NewReader(body))
@@ -144,7 +147,7 @@ func TestTheModelIsSplicedIn(t *testing.T) {
 		b, _ := io.ReadAll(r.Body)
 		got = string(b)
 		answerJSON(w, 200, "{}")
-	}, map[string]string{"DEFAULT_MODEL": "qwen-x", "MODEL_ALIASES": "gpt-4o=qwen-y"})
+	}, map[string]string{"DEFAULT_MODEL": "fast", "MODEL_ALIASES": "gpt-4o=qwen-y, fast=qwen-x"})
 	for _, tt := range []struct{ in, want string }{
 		{`{"messages":[]}`, `{"model":"qwen-x","messages":[]}`},
 		{" {\n \"messages\" : [ ] }\n", " {\"model\":\"qwen-x\",\n \"messages\" : [ ] }\n"},
@@ -154,33 +157,15 @@ func TestTheModelIsSplicedIn(t *testing.T) {
 		{`{"model":"other","messages":[]}`, `{"model":"other","messages":[]}`},
 		{`{"model":"gpt-4o","messages":[]}`, `{"model":"qwen-y","messages":[]}`},
 		{`{"model":"gpt\u002d4o","messages":[]}`, `{"model":"qwen-y","messages":[]}`},
+		{`{"messages":[],"model":"fast"}`, `{"messages":[],"model":"qwen-x"}`},
 		{`{"messages":[{"model":""}]}`, `{"model":"qwen-x","messages":[{"model":""}]}`},
 		{`{"Model":"","messages":[]}`, `{"model":"qwen-x","Model":"","messages":[]}`},
 	} {
 		p.post("/v1/chat/completions", tt.in)
 		wantEqual(t, tt.in, tt.want, got)
 	}
-	if p.post("/v1/responses", `{}`); got != `{"model":"qwen-x"}` {
-		t.Errorf("an empty object became %s", got)
-	}
-}
-
-func TestTheDefaultModelMayBeAnAlias(t *testing.T) {
-	var got string
-	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
-		b, _ := io.ReadAll(r.Body)
-		got = string(b)
-		answerJSON(w, 200, "{}")
-	}, map[string]string{"DEFAULT_MODEL": "fast", "MODEL_ALIASES": "gpt-4o=qwen-y, fast=qwen-x"})
-	for _, tt := range []struct{ in, want string }{
-		{`{"messages":[]}`, `{"model":"qwen-x","messages":[]}`},
-		{`{"messages":[],"model":null}`, `{"messages":[],"model":"qwen-x"}`},
-		{`{"messages":[],"model":"fast"}`, `{"messages":[],"model":"qwen-x"}`},
-	} {
-		if p.post("/v1/chat/completions", tt.in); got != tt.want {
-			t.Errorf("%s became %s, want %s", tt.in, got, tt.want)
-		}
-	}
+	p.post("/v1/responses", `{}`)
+	wantEqual(t, "an empty object", `{"model":"qwen-x"}`, got)
 	if _, body := p.get("/v1/models"); !strings.Contains(body, `"qwen-x"`) || !strings.Contains(body, `"fast"`) {
 		t.Errorf("the models lack qwen-x or fast: %s", body)
 	}
@@ -236,21 +221,14 @@ func TestACompressedRequestIsRefused(t *testing.T) {
 		calls.Add(1)
 		answerJSON(w, 200, "{}")
 	}, nil)
-	var packed bytes.Buffer
-	gz := gzip.NewWriter(&packed)
-	io.WriteString(gz, `{"messages":[]}`)
-	gz.Close()
-	send := func(body io.Reader, codings ...string) (*http.Response, string) {
-		req, _ := http.NewRequest("POST", p.url+"/v1/chat/completions", body)
-		req.Header["Content-Encoding"] = codings
-		res, err := http.DefaultClient.Do(req)
-		fatalIf(t, err)
-		defer res.Body.Close()
-		text, _ := io.ReadAll(res.Body)
-		return res, string(text)
+	send := func(body string, codings ...string) (*http.Response, string) {
+		return p.send("POST", "/v1/chat/completions", func(r *http.Request) {
+			r.Body, r.ContentLength = io.NopCloser(strings.NewReader(body)), int64(len(body))
+			r.Header["Content-Encoding"] = codings
+		})
 	}
 	for _, codings := range [][]string{{"gzip"}, {"identity, gzip"}, {"identity", "br"}, {"zstd"}} {
-		res, body := send(bytes.NewReader(packed.Bytes()), codings...)
+		res, body := send(gzipped(`{"messages":[]}`), codings...)
 		if e := wantError(t, res, body, 415, typeInvalidRequest, "compressed_body"); !strings.Contains(e.Error.Message, "Send it uncompressed") {
 			t.Errorf("%q: message %q", codings, e.Error.Message)
 		}
@@ -259,7 +237,7 @@ func TestACompressedRequestIsRefused(t *testing.T) {
 		t.Errorf("%d compressed requests reached the API", n)
 	}
 	for _, coding := range []string{"identity", "Identity", ""} {
-		if res, body := send(strings.NewReader(`{"messages":[]}`), coding); res.StatusCode != 200 {
+		if res, body := send(`{"messages":[]}`, coding); res.StatusCode != 200 {
 			t.Errorf("%q: %s %s", coding, res.Status, body)
 		}
 	}
@@ -365,11 +343,7 @@ func TestRequestIDs(t *testing.T) {
 		"a": true, "A.b_c-9": true, strings.Repeat("x", 128): true,
 		"": false, strings.Repeat("x", 129): false, "a b": false, "a\tb": false, "é": false, `"}`: false,
 	} {
-		req, _ := http.NewRequest("GET", p.url+"/health", nil)
-		req.Header.Set("X-Request-ID", id)
-		res, err := http.DefaultClient.Do(req)
-		fatalIf(t, err)
-		res.Body.Close()
+		res, _ := p.send("GET", "/health", header("X-Request-ID", id))
 		got := res.Header.Get("X-Request-ID")
 		if keep != (got == id) || got != requestID(&http.Request{Header: http.Header{"X-Request-Id": {got}}}) {
 			t.Errorf("X-Request-ID %q became %q", id, got)
@@ -385,11 +359,7 @@ func TestEventsPassAsTheyCome(t *testing.T) {
 			sse(w, e)
 		}
 	}, nil)
-	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"stream":true,"messages":[]}`))
-	if err != nil {
-		t.Fatal(err) // the headers come before the first event, or this would hang
-	}
-	defer res.Body.Close()
+	res := p.open("/v1/chat/completions", `{"stream":true,"messages":[]}`) // the headers come before the first event, or this would hang
 	buf := make([]byte, 1000)
 	for _, e := range []string{"data: 1\n\n", ": comment\n\n", "data: half", " a line\n", "\n", "event: x\r\ndata: \xff\r\n\r\n", "data: [DONE]\n\n"} {
 		next <- e
@@ -415,11 +385,9 @@ func TestAPackedStreamPassesAsItComes(t *testing.T) {
 		sse(w, "5678")
 	}, nil)
 	defer close(release)
-	req, err := http.NewRequest(http.MethodPost, p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
-	fatalIf(t, err)
+	req, _ := http.NewRequest(http.MethodPost, p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
 	req.Header.Set("Accept-Encoding", "gzip") // else the client unpacks
-	client := &http.Client{Timeout: 5 * time.Second}
-	res, err := client.Do(req)
+	res, err := http.DefaultClient.Do(req)
 	fatalIf(t, err)
 	defer res.Body.Close()
 	first := make([]byte, 4)
@@ -462,6 +430,8 @@ func TestAClientThatLeavesEndsTheUpstreamRequest(t *testing.T) {
 
 func TestUpstreamAnswersThatAreNoneOfItsAPI(t *testing.T) {
 	const html = "<html><body>Gateway</body></html>"
+	var answer http.HandlerFunc
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { answer(w, r) }, nil)
 	openAI := `{"error":{"message":"no such model","type":"invalid_request_error","param":null,"code":"model_not_found"},"request_id":"q-1"}`
 	for _, tt := range []struct {
 		name, path  string
@@ -491,7 +461,7 @@ func TestUpstreamAnswersThatAreNoneOfItsAPI(t *testing.T) {
 		{"OpenAI's error for a text completion", "completions", 404, "application/json", openAI, "", 404, "", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+			answer = func(w http.ResponseWriter, r *http.Request) {
 				if tt.contentType != "" {
 					w.Header().Set("Content-Type", tt.contentType)
 				}
@@ -501,12 +471,8 @@ func TestUpstreamAnswersThatAreNoneOfItsAPI(t *testing.T) {
 				w.Header().Set("X-Request-ID", "qwen-9")
 				w.WriteHeader(tt.status)
 				io.WriteString(w, tt.body)
-			}, nil)
-			request := map[string]string{"completions": `{"prompt":"x"}`, "embeddings": `{"input":"x"}`}[tt.path]
-			if request == "" {
-				request = `{"messages":[]}`
 			}
-			res, body := p.post("/v1/"+tt.path, request)
+			res, body := p.send("POST", "/v1/"+tt.path, nil)
 			if tt.code == "" {
 				if res.StatusCode != tt.want || body != tt.body {
 					t.Errorf("got %s %s", res.Status, body)
@@ -592,17 +558,11 @@ func TestA401OfAnAPIKeySaysWhatBelongsTogether(t *testing.T) {
 }
 
 func TestAResourceURLOfAnotherHostIsRefused(t *testing.T) {
-	dir := t.TempDir()
-	content := fmt.Sprintf(`{"access_token":"t","refresh_token":"r","token_type":"Bearer","resource_url":"evil.example","expiry_date":%d}`, time.Now().Add(time.Hour).UnixMilli())
-	writeFile(t, filepath.Join(dir, credentialFile), content)
-	p := start(t, map[string]string{"QWEN_DIR": dir})
+	p := start(t, map[string]string{"QWEN_DIR": credentials(t, "evil.example")})
 	res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
 	e := wantError(t, res, body, 500, typeConfiguration, "resource_url_refused")
 	if !strings.Contains(e.Error.Message, "API_BASE_URL") {
 		t.Errorf("message %q", e.Error.Message)
-	}
-	if res, _ := p.get("/health/ready"); res.StatusCode != 503 {
-		t.Errorf("ready: %s", res.Status)
 	}
 }
 
@@ -611,178 +571,113 @@ func TestTimeouts(t *testing.T) {
 		io.ReadAll(r.Body)
 		<-r.Context().Done()
 	}
-	t.Run("UPSTREAM_TIMEOUT", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			b := inBubble(t, map[string]string{"UPSTREAM_TIMEOUT": "2m"}, hang)
-			begin := time.Now()
-			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
-			body, _ := io.ReadAll(res.Body)
-			wantError(t, res, string(body), 504, typeNetwork, "upstream_timeout")
-			if d := time.Since(begin).Round(time.Millisecond); d != 2*time.Minute {
-				t.Errorf("took %v", d)
+	testInBubble(t, "UPSTREAM_TIMEOUT", func(t *testing.T) {
+		b := inBubble(t, map[string]string{"UPSTREAM_TIMEOUT": "2m"}, hang)
+		begin := time.Now()
+		res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+		body, _ := io.ReadAll(res.Body)
+		wantError(t, res, string(body), 504, typeNetwork, "upstream_timeout")
+		if d := time.Since(begin).Round(time.Millisecond); d != 2*time.Minute {
+			t.Errorf("took %v", d)
+		}
+	})
+	testInBubble(t, "STREAM_IDLE_TIMEOUT", func(t *testing.T) {
+		b := inBubble(t, map[string]string{"STREAM_IDLE_TIMEOUT": "1m", "SSE_KEEPALIVE": "0"}, func(w http.ResponseWriter, r *http.Request) {
+			for range 5 {
+				sse(w, "data: x\n\n")
+				time.Sleep(59 * time.Second)
+			}
+			<-r.Context().Done()
+		})
+		begin := time.Now()
+		res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+		body, err := io.ReadAll(res.Body)
+		if err == nil || !strings.HasPrefix(string(body), strings.Repeat("data: x\n\n", 5)+"\n\ndata: {\"error\"") || !strings.Contains(string(body), "upstream_idle") {
+			t.Errorf("got %q, %v", body, err)
+		}
+		if d := time.Since(begin).Round(time.Second); d != 4*59*time.Second+time.Minute {
+			t.Errorf("took %v", d)
+		}
+	})
+	testInBubble(t, "STREAM_IDLE_TIMEOUT of an answer that is no stream", func(t *testing.T) {
+		b := inBubble(t, map[string]string{"STREAM_IDLE_TIMEOUT": "1m"}, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			w.Header().Set("Content-Length", "100")
+			w.WriteHeader(200)
+			http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		})
+		res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+		body, _ := io.ReadAll(res.Body)
+		wantError(t, res, string(body), 504, typeStreaming, "upstream_idle")
+	})
+	testInBubble(t, "SSE_KEEPALIVE", func(t *testing.T) {
+		b := inBubble(t, map[string]string{"SSE_KEEPALIVE": "15s"}, func(w http.ResponseWriter, r *http.Request) {
+			sse(w)
+			time.Sleep(31 * time.Second)
+			sse(w, "data: 1\n\n")
+			time.Sleep(14 * time.Second)
+			sse(w, "data: 2\n\ndata: ")
+			time.Sleep(61 * time.Second) // within an event nothing may come
+			sse(w, "3\n\n")
+			time.Sleep(16 * time.Second)
+			sse(w, "data: [DONE]\n\n")
+		})
+		res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+		body, err := io.ReadAll(res.Body)
+		const ka = ": keep-alive\n\n"
+		want := ka + ka + "data: 1\n\ndata: 2\n\ndata: 3\n\n" + ka + "data: [DONE]\n\n"
+		if diff := cmp.Diff(want, string(body)); diff != "" || err != nil {
+			t.Errorf("%v (-want +got):\n%s", err, diff)
+		}
+	})
+	testInBubble(t, "a stream longer than every timeout lives", func(t *testing.T) {
+		b := inBubble(t, map[string]string{"WRITE_TIMEOUT": "30s", "READ_TIMEOUT": "30s", "UPSTREAM_TIMEOUT": "1m"}, func(w http.ResponseWriter, r *http.Request) {
+			for range 360 {
+				sse(w, "data: x\n\n")
+				time.Sleep(10 * time.Second)
 			}
 		})
+		res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
+		body, err := io.ReadAll(res.Body)
+		if err != nil || string(body) != strings.Repeat("data: x\n\n", 360) {
+			t.Errorf("%d bytes, %v", len(body), err)
+		}
 	})
-	t.Run("STREAM_IDLE_TIMEOUT", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			b := inBubble(t, map[string]string{"STREAM_IDLE_TIMEOUT": "1m", "SSE_KEEPALIVE": "0"}, func(w http.ResponseWriter, r *http.Request) {
-				for range 5 {
-					sse(w, "data: x\n\n")
-					time.Sleep(59 * time.Second)
-				}
-				<-r.Context().Done()
-			})
-			begin := time.Now()
-			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
-			body, err := io.ReadAll(res.Body)
-			if err == nil || !strings.HasPrefix(string(body), strings.Repeat("data: x\n\n", 5)+"\n\ndata: {\"error\"") || !strings.Contains(string(body), "upstream_idle") {
-				t.Errorf("got %q, %v", body, err)
+	testInBubble(t, "a client that takes nothing for WRITE_TIMEOUT does not", func(t *testing.T) {
+		ended := make(chan time.Time, 1)
+		// No keep-alives: a goroutine that waits for a mutex would stop the bubble's clock.
+		b := inBubble(t, map[string]string{"WRITE_TIMEOUT": "30s", "SSE_KEEPALIVE": "0"}, func(w http.ResponseWriter, r *http.Request) {
+			io.ReadAll(r.Body)
+			for r.Context().Err() == nil {
+				sse(w, "data: x\n\n")
+				time.Sleep(time.Second)
 			}
-			if d := time.Since(begin).Round(time.Second); d != 4*59*time.Second+time.Minute {
-				t.Errorf("took %v", d)
-			}
+			ended <- time.Now()
 		})
+		c := b.dial()
+		defer c.Close()
+		io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 15\r\n\r\n{\"messages\":[]}")
+		if _, err := io.ReadAtLeast(c, make([]byte, 1000), 500); err != nil {
+			t.Fatal(err)
+		}
+		stopped := time.Now() // from here on nothing is read, and a pipe has no buffer
+		if d := (<-ended).Sub(stopped); d < 30*time.Second || d > 34*time.Second {
+			t.Errorf("the upstream request ended after %v", d)
+		}
 	})
-	t.Run("STREAM_IDLE_TIMEOUT of an answer that is no stream", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			b := inBubble(t, map[string]string{"STREAM_IDLE_TIMEOUT": "1m"}, func(w http.ResponseWriter, r *http.Request) {
-				w.Header().Set("Content-Type", "application/json")
-				w.Header().Set("Content-Length", "100")
-				w.WriteHeader(200)
-				http.NewResponseController(w).Flush()
-				<-r.Context().Done()
-			})
-			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
-			body, _ := io.ReadAll(res.Body)
-			wantError(t, res, string(body), 504, typeStreaming, "upstream_idle")
-		})
-	})
-	t.Run("SSE_KEEPALIVE", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			b := inBubble(t, map[string]string{"SSE_KEEPALIVE": "15s"}, func(w http.ResponseWriter, r *http.Request) {
-				sse(w)
-				time.Sleep(31 * time.Second)
-				sse(w, "data: 1\n\n")
-				time.Sleep(14 * time.Second)
-				sse(w, "data: 2\n\ndata: ")
-				time.Sleep(61 * time.Second) // within an event nothing may come
-				sse(w, "3\n\n")
-				time.Sleep(16 * time.Second)
-				sse(w, "data: [DONE]\n\n")
-			})
-			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
-			body, err := io.ReadAll(res.Body)
-			const ka = ": keep-alive\n\n"
-			want := ka + ka + "data: 1\n\ndata: 2\n\ndata: 3\n\n" + ka + "data: [DONE]\n\n"
-			if diff := cmp.Diff(want, string(body)); diff != "" || err != nil {
-				t.Errorf("%v (-want +got):\n%s", err, diff)
-			}
-		})
-	})
-	t.Run("a stream longer than every timeout lives", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			b := inBubble(t, map[string]string{"WRITE_TIMEOUT": "30s", "READ_TIMEOUT": "30s", "UPSTREAM_TIMEOUT": "1m"}, func(w http.ResponseWriter, r *http.Request) {
-				for range 360 {
-					sse(w, "data: x\n\n")
-					time.Sleep(10 * time.Second)
-				}
-			})
-			res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
-			body, err := io.ReadAll(res.Body)
-			if err != nil || string(body) != strings.Repeat("data: x\n\n", 360) {
-				t.Errorf("%d bytes, %v", len(body), err)
-			}
-		})
-	})
-	t.Run("a client that takes nothing for WRITE_TIMEOUT does not", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			ended := make(chan time.Time, 1)
-			// No keep-alives: a goroutine that waits for a mutex would stop the bubble's clock.
-			b := inBubble(t, map[string]string{"WRITE_TIMEOUT": "30s", "SSE_KEEPALIVE": "0"}, func(w http.ResponseWriter, r *http.Request) {
-				io.ReadAll(r.Body)
-				for r.Context().Err() == nil {
-					sse(w, "data: x\n\n")
-					time.Sleep(time.Second)
-				}
-				ended <- time.Now()
-			})
-			c := b.dial()
-			defer c.Close()
+	testInBubble(t, "a kept-alive connection is good after WRITE_TIMEOUT", func(t *testing.T) {
+		b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") })
+		c := b.dial()
+		defer c.Close()
+		br := bufio.NewReader(c)
+		for range 3 {
 			io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 15\r\n\r\n{\"messages\":[]}")
-			if _, err := io.ReadAtLeast(c, make([]byte, 1000), 500); err != nil {
-				t.Fatal(err)
-			}
-			stopped := time.Now() // from here on nothing is read, and a pipe has no buffer
-			if d := (<-ended).Sub(stopped); d < 30*time.Second || d > 34*time.Second {
-				t.Errorf("the upstream request ended after %v", d)
-			}
-		})
-	})
-	t.Run("a body that drips gets a 408", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			b := inBubble(t, map[string]string{"READ_TIMEOUT": "10s"}, hang)
-			c := b.dial()
-			begin := time.Now()
-			io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 100000\r\n\r\n")
-			var drip sync.WaitGroup
-			defer drip.Wait()
-			defer c.Close()
-			drip.Go(func() {
-				for {
-					if _, err := io.WriteString(c, " "); err != nil {
-						return
-					}
-					time.Sleep(time.Second)
-				}
-			})
-			res, err := http.ReadResponse(bufio.NewReader(c), nil)
+			res, err := http.ReadResponse(br, nil)
 			fatalIf(t, err)
-			body, _ := io.ReadAll(res.Body)
-			wantError(t, res, string(body), 408, typeInvalidRequest, "request_timeout")
-			if d := time.Since(begin); d != 10*time.Second || !res.Close {
-				t.Errorf("after %v, close %v", d, res.Close)
-			}
-		})
-	})
-	t.Run("a slow body that goes on passes", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			b := inBubble(t, map[string]string{"READ_TIMEOUT": "10s"}, func(w http.ResponseWriter, r *http.Request) {
-				n, _ := io.Copy(io.Discard, r.Body)
-				time.Sleep(time.Minute) // no deadline is left over from the body
-				answerJSON(w, 200, fmt.Sprintf(`{"got":%d}`, n))
-			})
-			r, w := io.Pipe()
-			go func() {
-				io.WriteString(w, `{"model":"m","messages":[],"x":"`)
-				for range 100 {
-					io.WriteString(w, strings.Repeat("x", 1000))
-					time.Sleep(time.Second)
-				}
-				io.WriteString(w, `"}`)
-				w.Close()
-			}()
-			res, err := b.client.Post("http://proxy/v1/chat/completions", "application/json", r)
-			fatalIf(t, err)
-			defer res.Body.Close()
-			if body, _ := io.ReadAll(res.Body); string(body) != `{"got":100034}` {
-				t.Errorf("got %s %s", res.Status, body)
-			}
-		})
-	})
-	t.Run("a kept-alive connection is good after WRITE_TIMEOUT", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") })
-			c := b.dial()
-			defer c.Close()
-			br := bufio.NewReader(c)
-			for range 3 {
-				io.WriteString(c, "POST /v1/chat/completions HTTP/1.1\r\nHost: proxy\r\nContent-Length: 15\r\n\r\n{\"messages\":[]}")
-				res, err := http.ReadResponse(br, nil)
-				fatalIf(t, err)
-				io.Copy(io.Discard, res.Body)
-				time.Sleep(time.Minute)
-			}
-		})
+			io.Copy(io.Discard, res.Body)
+			time.Sleep(time.Minute)
+		}
 	})
 }
 
