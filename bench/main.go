@@ -1,40 +1,45 @@
 //go:build linux
 
-// Bench compares what qwen-go-proxy costs with what other reverse proxies cost, on Linux:
+// Bench measures what qwen-go-proxy costs beside other reverse proxies, on Linux:
 //
 //	go run . [-quick] [-rounds n] [-duration d] [-only names] [-what names] [-upstream plain|tls1|tls2] [-svg file] [-proxy [name=]file]…
 //
-// It builds the qwen-go-proxy in the directory above, or takes the builds that -proxy names, and runs each as it is by default:
-// the access log at info level to a file, the limiter on. Beside it run a bare httputil.ReverseProxy that is tuned and does nothing but
-// forward ("bare"), a second copy of it ("bare-2"), and nginx, HAProxy and Caddy where they are installed, configured to keep connections open and to pass streams on
-// at once; "direct" is the load without a program between. nginx writes an access log too, the others write none. All stand
-// before the same upstream, a process of its own, and under the same load, which comes from this process over raw connections. Every byte of
-// every answer is checked.
+// It builds the qwen-go-proxy in the directory above, or takes the builds that -proxy names. Each runs with its default settings: the
+// access log at info level goes to a file, and the limiter is on. Beside it run:
 //
-// What is measured (-what):
+//	bare      a tuned httputil.ReverseProxy that only forwards
+//	bare-2    a second copy of it
+//	nginx, haproxy, caddy
+//	          if they are installed, configured to keep connections open and to pass streams on at once. nginx writes an
+//	          access log, the other two do not
+//	direct    the load without a proxy
 //
-//	2k, 100k  CPU time a request whose body has 2 KB or 100 KB and whose answer has 1 KB of JSON, from 32 keep-alive clients of
-//	          which each sends its next request when it has the answer; requests a second and latencies under that load. It
-//	          takes all the machine has, upstream and clients too, so the requests a second say less than the CPU time.
-//	sse       CPU time an event of 200 bytes, of 64 streams with an event every 10 ms each, and how old events are when they arrive:
-//	          they carry the time at which the upstream sent them, by the clock that all processes share.
-//	burst     how many writes the program makes of an event where 100 events arrive together.
-//	stalled   how old events are when they arrive over 5,000 streams, without and with one client that does not read.
-//	streams   memory a stream while 10,000 (-streams) are open and have brought events: growth over the idle process, RSS of one process,
-//	          the sum of PSS of several. Each stream goes on to its end afterwards, and has to be complete.
-//	          nginx takes most of that memory at its start already.
-//	start     time from the start until GET /health is answered, of the others until they take a connection; size of the
-//	          executable alone; memory 0.3 s later.
+// All stand before the same upstream, which is a process of its own. All get the same load, which comes from this process over raw
+// connections. Every byte of every answer is checked.
 //
-// CPU time is user's and system's, of all processes of a program and of nothing else. It is taken in short slices (-duration),
-// after a warm-up of 0.3 s, and in several rounds (-rounds). In a round the programs take turns, in every second one in the
-// opposite order, so that a machine that is busy with something else, or changes its clock rate, is so for all. Each figure is the median over the
-// rounds, with the quartiles beside it: half of the rounds were between them. A ratio is the median of the ratios within each
-// round, since what disturbs both cancels out there; it says more than the figures it is made of. The programs start anew in each round, and
-// for the memory start by themselves, in three rounds at most.
+// The measurements (-what):
 //
-// The two copies of the bare proxy are the same program, so what their ratio is off from 1 is the machine's doing. A run where it is off by
-// more than 3 %, or whose load average at the start is above 0.5, says that its figures can't be believed.
+//	2k, 100k  CPU time per request with a body of 2 KB or 100 KB and an answer of 1 KB of JSON. Each of 32 keep-alive clients sends
+//	          its next request when it has the answer. This load takes the whole machine, upstream and clients included, so the
+//	          requests per second say less than the CPU time.
+//	sse       CPU time per event of 200 bytes, over 64 streams with an event every 10 ms each. Also the age of events on arrival:
+//	          each carries the time at which the upstream sent it, by the clock that all processes share.
+//	burst     writes per event when 100 events arrive together.
+//	stalled   age of events on arrival over 5,000 streams, without and with one client that does not read.
+//	streams   memory per stream while 10,000 (-streams) are open and have brought events: growth over the idle process, RSS for one
+//	          process, the sum of PSS for several. Afterwards each stream goes on to its end and must be complete. nginx takes
+//	          most of this memory when it starts.
+//	start     time from the start until GET /health is answered; for the others, until they take a connection. Also the size of the
+//	          executable, and the memory 0.3 s later.
+//
+// CPU time is user and system time of all processes of a program. It is taken in short slices (-duration), after a warm-up of 0.3 s,
+// in several rounds (-rounds). In a round the programs take turns, and every second round runs in the opposite order: whatever else keeps
+// the machine busy hits all of them. A figure is the median over the rounds, with the quartiles beside it. A ratio is the
+// median of the ratios within each round. It says more than the figures themselves, because what disturbs both programs cancels out. The
+// programs start anew in each round. For the memory they start by themselves, in at most three rounds.
+//
+// The two copies of the bare proxy are the same program, so the difference between them comes from the machine. If they differ by more than
+// 3 %, or if the load average at the start is above 0.5, the run says that its figures can't be believed.
 //
 // -svg writes a bar chart of the CPU time of a 2 KB request and of the memory of a stream.
 //
@@ -208,17 +213,17 @@ type comparison struct {
 func compare(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	quick := flags.Bool("quick", false, "under 90 seconds: 2 rounds of 700ms and 1,000 streams, where other flags do not say otherwise")
+	quick := flags.Bool("quick", false, "under 90 seconds: 2 rounds of 700ms and 1,000 streams, unless other flags are set")
 	c := &comparison{results: results{}, stderr: stderr}
 	flags.IntVar(&c.rounds, "rounds", 8, "how often everything is measured")
 	flags.DurationVar(&c.duration, "duration", 2*time.Second, "length of one slice")
 	flags.IntVar(&c.streams, "streams", 10_000, "streams that are open while memory is measured")
 	flags.StringVar(&c.mode, "upstream", "plain", "what the upstream speaks: plain (HTTP/1.1), tls1 (HTTP/1.1 over TLS) or tls2 (HTTP/2 over TLS)")
-	only := flags.String("only", "", "programs to run beside qwen-go-proxy: bare (its copy goes with it), nginx, haproxy, caddy, direct, comma-separated; those of -proxy run always")
+	only := flags.String("only", "", "programs to run beside qwen-go-proxy, comma-separated: bare (with its copy), nginx, haproxy, caddy, direct")
 	svg := flags.String("svg", "", "`file` to write a bar chart to")
 	what := flags.String("what", "", "what to measure: 2k, 100k, sse, burst, stalled, streams, start, comma-separated")
-	source := flags.String("source", "..", "directory of the qwen-go-proxy to build where there is no -proxy")
-	flags.Func("proxy", "`[name=]file`, a build of qwen-go-proxy; may be repeated, and the first is what the others are compared with", func(s string) error {
+	source := flags.String("source", "..", "directory of the qwen-go-proxy to build if there is no -proxy")
+	flags.Func("proxy", "`[name=]file`, a build of qwen-go-proxy; may be repeated. The others are compared with the first", func(s string) error {
 		name, file, ok := strings.Cut(s, "=")
 		if !ok {
 			name, file = filepath.Base(s), s
