@@ -4,7 +4,6 @@ import (
 	"context"
 	"io"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -112,90 +111,39 @@ func TestAccessKeys(t *testing.T) {
 	}
 }
 
+// TestAccessByRoute asks for every route, with /v1 and without.
 func TestAccessByRoute(t *testing.T) {
 	var calls atomic.Int64
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		calls.Add(1)
-		w.Header().Set("Content-Type", "application/json")
-		io.WriteString(w, `{"choices":[{"index":0,"message":{"role":"assistant","content":"x"},"finish_reason":"stop"}]}`)
+		answerJSON(w, 200, `{"choices":[{"index":0,"message":{"role":"assistant","content":"x"},"finish_reason":"stop"}]}`)
 	}, map[string]string{"PROXY_API_KEYS": "key-1"})
-	const proxied = 1 // calls of Qwen
-	for _, tt := range []struct {
-		route  string
-		closed bool
-		calls  int64
-	}{
-		{route: "GET /"},
-		{route: "GET /health"},
-		{route: "HEAD /health"},
-		{route: "GET /health/ready"},
-		{route: "GET /health/detailed", closed: true},
-		{route: "HEAD /health/detailed", closed: true},
-		{route: "GET /auth", closed: true},
-		{route: "GET /v1/models", closed: true},
-		{route: "HEAD /v1/models", closed: true},
-		{route: "GET /v1/models/coder-model", closed: true},
-		{route: "GET /models", closed: true},
-		{route: "GET /models/coder-model", closed: true},
-		{"POST /v1/chat/completions", true, proxied},
-		{"POST /v1//chat/completions", true, proxied},
-		{"POST //v1/chat/completions", true, proxied},
-		{"POST /chat/completions", true, proxied},
-		{"POST /v1/completions", true, proxied},
-		{"POST /completions", true, proxied},
-		{"POST /v1/embeddings", true, proxied},
-		{"POST /embeddings", true, proxied},
-		{"POST /v1/responses", true, proxied},
-		{"POST /responses", true, proxied},
-	} {
-		t.Run(tt.route, func(t *testing.T) {
-			method, path, _ := strings.Cut(tt.route, " ")
-			calls.Store(0)
-			for name, set := range map[string]func(*http.Request){"no": nil, "a wrong": header("Authorization", "Bearer key-2")} {
-				want := http.StatusOK
-				if tt.closed {
-					want = http.StatusUnauthorized
-				}
-				if res, body := p.send(method, path, set); res.StatusCode != want {
-					t.Errorf("with %s key: %s %s, want %d", name, res.Status, body, want)
-				}
-			}
-			if n := calls.Load(); n != 0 {
-				t.Errorf("%d requests reached Qwen without a key", n)
-			}
-			if res, body := p.send(method, path, header("Authorization", "Bearer key-1")); res.StatusCode != http.StatusOK {
-				t.Errorf("with the key: %s %s", res.Status, body)
-			}
-			if n := calls.Load(); n != tt.calls {
-				t.Errorf("%d requests reached Qwen with the key, want %d", n, tt.calls)
-			}
-		})
-	}
-}
-
-func TestAccessIsOpenWithoutKeys(t *testing.T) {
-	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "{}") }, nil)
-	for name, set := range map[string]func(*http.Request){
-		"nothing":    nil,
-		"some key":   header("Authorization", "Bearer whatever"),
-		"some Basic": func(r *http.Request) { r.SetBasicAuth("a", "b") },
-	} {
-		for _, route := range []string{"GET /v1/models", "GET /health/detailed", "POST /v1/chat/completions"} {
-			method, path, _ := strings.Cut(route, " ")
-			if res, body := p.send(method, path, set); res.StatusCode != http.StatusOK {
-				t.Errorf("%s with %s: %s %s", route, name, res.Status, body)
-			}
+	open := map[string]bool{"/": true, "/health": true, "/health/ready": true}
+	routes := []string{"POST /v1//chat/completions", "POST //v1/chat/completions", "HEAD /health/detailed", "HEAD /v1/models"}
+	for _, route := range endpoints(t) {
+		route = strings.Replace(route, "{id}", "coder-model", 1)
+		if routes = append(routes, route); strings.Contains(route, " /v1/") {
+			routes = append(routes, strings.Replace(route, " /v1/", " /", 1))
 		}
 	}
-}
-
-func TestAccessKeysOfAFile(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "keys")
-	writeFile(t, file, "# n8n\r\nkey-1\r\n")
-	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test", "PROXY_API_KEYS_FILE": file})
-	for key, want := range map[string]int{"key-1": http.StatusOK, "# n8n": http.StatusUnauthorized, "n8n": http.StatusUnauthorized, "sk-test": http.StatusUnauthorized} {
-		if res, body := p.send("GET", "/v1/models", header("X-Api-Key", key)); res.StatusCode != want {
-			t.Errorf("key %q: %s %s, want %d", key, res.Status, body, want)
+	for _, route := range routes {
+		method, path, _ := strings.Cut(route, " ")
+		want := http.StatusUnauthorized
+		if open[path] {
+			want = http.StatusOK
+		}
+		for name, set := range map[string]func(*http.Request){"no": nil, "a wrong": header("Authorization", "Bearer key-2")} {
+			if res, body := p.send(method, path, set); res.StatusCode != want {
+				t.Errorf("%s with %s key: %s %s, want %d", route, name, res.Status, body, want)
+			}
+		}
+		if n := calls.Swap(0); n != 0 {
+			t.Errorf("%s: %d requests reached Qwen without a key", route, n)
+		}
+		res, body := p.send(method, path, header("Authorization", "Bearer key-1"))
+		proxied := method == "POST" && !strings.Contains(path, "/messages") // which takes an API key
+		if calls.Swap(0) == 1 != proxied || (res.StatusCode == 200) != (proxied || method != "POST") {
+			t.Errorf("%s with the key: %s %s", route, res.Status, body)
 		}
 	}
 }
@@ -470,24 +418,32 @@ func FuzzForwardedFor(f *testing.F) {
 
 func TestTheLimiterCountsByKeyOrAddress(t *testing.T) {
 	api := func(w http.ResponseWriter, r *http.Request) {}
-	limits := map[string]string{"RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "2"}
-	take := func(p *program, set func(*http.Request)) int {
-		res, _ := p.send("GET", "/v1/models", set)
-		return res.StatusCode
-	}
-	t.Run("by key", func(t *testing.T) {
-		env := maps.Clone(limits)
-		env["PROXY_API_KEYS"] = "key-1,key-2"
-		p := startWith(t, api, env)
+	for _, tt := range []struct {
+		name, setting, value string
+		header, scheme       string
+		from                 []string
+		want                 []int
+	}{
+		{"by key", "PROXY_API_KEYS", "key-1,key-2", "Authorization", "Bearer ",
+			[]string{"key-1", "key-1", "key-1", "key-2", "wrong-1", "wrong-2", "wrong-3", "key-2"}, []int{200, 200, 429, 200, 401, 401, 429, 200}},
+		{"by address behind a trusted proxy", "TRUSTED_PROXIES", "127.0.0.1, ::1", "X-Forwarded-For", "",
+			[]string{"198.51.100.1", "6.6.6.6, 198.51.100.1", "7.7.7.7, 198.51.100.1", "198.51.100.2"}, []int{200, 200, 429, 200}},
+		{"X-Forwarded-For of anybody counts for nothing", "LOG_LEVEL", "info", "X-Forwarded-For", "",
+			[]string{"198.51.100.1", "198.51.100.2", "198.51.100.3"}, []int{200, 200, 429}},
+	} {
+		p := startWith(t, api, map[string]string{"RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "2", tt.setting: tt.value})
 		var got []int
-		for _, key := range []string{"key-1", "key-1", "key-1", "key-2", "wrong-1", "wrong-2", "wrong-3", "key-2"} {
-			got = append(got, take(p, header("Authorization", "Bearer "+key)))
+		for _, from := range tt.from {
+			res, _ := p.send("GET", "/v1/models", header(tt.header, tt.scheme+from))
+			got = append(got, res.StatusCode)
 		}
-		wantEqual(t, "statuses", []int{200, 200, 429, 200, 401, 401, 429, 200}, got)
-	})
+		wantEqual(t, tt.name, tt.want, got)
+		if tt.setting == "TRUSTED_PROXIES" {
+			p.stderr.await(t, `"client":"198.51.100.2"`)
+		}
+	}
 	t.Run("guesses count on every route that needs a key", func(t *testing.T) {
-		env := maps.Clone(limits)
-		env["PROXY_API_KEYS"] = "key-1"
+		env := map[string]string{"RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "2", "PROXY_API_KEYS": "key-1"}
 		for _, route := range []string{"GET /metrics", "GET /health/detailed", "GET /auth", "GET /v1/models", "POST /v1/chat/completions", "GET /nowhere"} {
 			method, path, _ := strings.Cut(route, " ")
 			p := startWith(t, api, env)
@@ -506,25 +462,6 @@ func TestTheLimiterCountsByKeyOrAddress(t *testing.T) {
 			}
 		}
 	})
-	t.Run("by address behind a trusted proxy", func(t *testing.T) {
-		env := maps.Clone(limits)
-		env["TRUSTED_PROXIES"] = "127.0.0.1, ::1"
-		p := startWith(t, api, env)
-		var got []int
-		for _, from := range []string{"198.51.100.1", "6.6.6.6, 198.51.100.1", "7.7.7.7, 198.51.100.1", "198.51.100.2"} {
-			got = append(got, take(p, header("X-Forwarded-For", from)))
-		}
-		wantEqual(t, "statuses", []int{200, 200, 429, 200}, got)
-		p.stderr.await(t, `"client":"198.51.100.2"`)
-	})
-	t.Run("X-Forwarded-For of anybody counts for nothing", func(t *testing.T) {
-		p := startWith(t, api, limits)
-		var got []int
-		for _, from := range []string{"198.51.100.1", "198.51.100.2", "198.51.100.3"} {
-			got = append(got, take(p, header("X-Forwarded-For", from)))
-		}
-		wantEqual(t, "statuses", []int{200, 200, 429}, got)
-	})
 }
 
 func TestTheFileOfTheProxysKeysIsFollowed(t *testing.T) {
@@ -539,7 +476,7 @@ func TestTheFileOfTheProxysKeysIsFollowed(t *testing.T) {
 		res, _ := p.send("GET", "/v1/models", header("X-Api-Key", key))
 		return res.StatusCode
 	}
-	if status("old") != 200 || status("new") != 401 {
+	if status("old") != 200 || status("new") != 401 || status("# ours") != 401 || status("ours") != 401 {
 		t.Error("the file's keys are not in use")
 	}
 	write("new\n")

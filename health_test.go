@@ -103,30 +103,6 @@ func TestHealthDetailed(t *testing.T) {
 	}
 }
 
-func TestHealthDetailedCounts(t *testing.T) {
-	release := make(chan struct{})
-	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "text/event-stream")
-		io.WriteString(w, "data: 1\n\n")
-		http.NewResponseController(w).Flush()
-		<-release
-	}, map[string]string{"RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "1"})
-	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":[]}`))
-	fatalIf(t, err)
-	defer res.Body.Close()
-	limited, body := p.get("/v1/models")
-	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, "rate_limit_exceeded")
-	want := map[string]any{"total": 3.0, "in_flight": 2.0, "open_streams": 1.0, "rate_limited": 1.0, "upstream_errors": 0.0}
-	wantEqual(t, "while a stream is open", want, p.detailed(nil)["requests"])
-	close(release)
-	if _, err := io.ReadAll(res.Body); err != nil {
-		t.Fatal(err)
-	}
-	p.stderr.await(t, `("path":"/v1/chat/completions")`) // logged once it is over
-	want = map[string]any{"total": 4.0, "in_flight": 1.0, "open_streams": 0.0, "rate_limited": 1.0, "upstream_errors": 0.0}
-	wantEqual(t, "after it", want, p.detailed(nil)["requests"])
-}
-
 // TestHealthAndModelsStartNothing: monitors ask often, and every sign-in that nobody completes is one too many.
 func TestHealthAndModelsStartNothing(t *testing.T) {
 	qwen := newStandIn()

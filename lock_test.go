@@ -115,14 +115,6 @@ func TestLockErrorsOfTheFileSystemAreNotWaitedFor(t *testing.T) {
 	}
 }
 
-func TestStoreLockMakesTheDirectory(t *testing.T) {
-	store := &credentialStore{dir: filepath.Join(t.TempDir(), "a", "b")}
-	l, err := store.lock(t.Context(), never)
-	fatalIf(t, err)
-	wantLockAlone(t, filepath.Join(store.dir, lockFile), l.id)
-	l.release()
-}
-
 func TestLockIsKeptAndReleasedOnlyWhileOurs(t *testing.T) {
 	for _, tt := range []struct {
 		name            string
@@ -284,18 +276,6 @@ func TestLockOfAHolderWhoseClockIsWrong(t *testing.T) {
 			})
 		})
 	}
-}
-
-func TestYoungLockIsLeftAlone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		path := filepath.Join(t.TempDir(), lockFile)
-		leaveLock(t, path, 11*time.Second) // as old as this it is broken by old versions of Qwen Code
-		l, err := acquireLock(t.Context(), path, &lockWatch{}, never)
-		if l != nil || !errors.Is(err, errLocked) {
-			t.Errorf("got %v, %v; want errLocked", l, err)
-		}
-		wantLockAlone(t, path, "another's")
-	})
 }
 
 func TestLockThatIsHeldForever(t *testing.T) {

@@ -19,6 +19,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"qwen-go-proxy/e2e/testkit"
 )
 
 // A scrape is a page of /metrics: the value of each sample, by its name and labels as they stand there.
@@ -115,36 +117,6 @@ func parsePage(text string) (scrape, error) {
 	return s, nil
 }
 
-func TestParsePageIsStrict(t *testing.T) {
-	const help = "# HELP a_total text\n# TYPE a_total counter\n"
-	const histogram = "# HELP h text\n# TYPE h histogram\n"
-	for _, tt := range []struct {
-		page string
-		ok   bool
-	}{
-		{help + "a_total 1\n", true},
-		{help + "a_total{x=\"1\"} 1\na_total{x=\"\\\"\\\\\"} 1\n", true},
-		{histogram + "h_bucket{le=\"1\"} 1\nh_bucket{le=\"+Inf\"} 2\nh_sum{} 1\nh_count{} 2\n", false}, // {} is not how we write none
-		{histogram + "h_bucket{r=\"/\",le=\"1\"} 1\nh_bucket{r=\"/\",le=\"+Inf\"} 2\nh_sum{r=\"/\"} 1\nh_count{r=\"/\"} 2\n", true},
-		{histogram + "h_bucket{r=\"/\",le=\"1\"} 1\nh_bucket{r=\"/\",le=\"+Inf\"} 2\nh_sum{r=\"/\"} 1\nh_count{r=\"/\"} 3\n", false},
-		{histogram + "h_bucket{r=\"/\",le=\"2\"} 1\nh_bucket{r=\"/\",le=\"1\"} 1\n", false},
-		{histogram + "h_bucket{r=\"/\",le=\"1\"} 1\nh_sum{r=\"/\"} 1\nh_count{r=\"/\"} 1\n", false},
-		{help + "a_total 1\na_total 1\n", false},
-		{"a_total 1\n", false},
-		{help + "b_total 1\n", false},
-		{"# TYPE a_total counter\na_total 1\n", false},
-		{help + "a_total 1\n" + help, false},
-		{help + "a_total x\n", false},
-		{help + "a_total{x=\"\"\"} 1\n", false},
-		{help + "a_total 1", false},
-		{"# HELP a text\n# TYPE a counter\na 1\n", false},
-	} {
-		if _, err := parsePage(tt.page); (err == nil) != tt.ok {
-			t.Errorf("%v for\n%s", err, tt.page)
-		}
-	}
-}
-
 // metrics asks for /metrics and reads the page.
 func (p *program) metrics() scrape {
 	p.t.Helper()
@@ -153,9 +125,19 @@ func (p *program) metrics() scrape {
 		p.t.Errorf("status %s, Content-Type %q", res.Status, got)
 	}
 	s, err := parsePage(body)
-	if err != nil {
-		p.t.Fatalf("%v in\n%s", err, body)
+	if err != nil || strings.Contains(body, "good-token") {
+		p.t.Fatalf("%v, or a secret, in\n%s", err, body)
 	}
+	return s
+}
+
+// metrics is what /metrics says in the bubble.
+func (b *bubble) metrics(t *testing.T) scrape {
+	t.Helper()
+	_, text, err := testkit.Ask(t, b.client, "GET", "http://proxy/metrics", nil)
+	fatalIf(t, err)
+	s, err := parsePage(text)
+	fatalIf(t, err)
 	return s
 }
 
@@ -243,12 +225,7 @@ func TestMetricsOfTime(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		res, err := b.client.Get("http://proxy/metrics")
-		fatalIf(t, err)
-		defer res.Body.Close()
-		text, _ := io.ReadAll(res.Body)
-		got, err := parsePage(string(text))
-		fatalIf(t, err)
+		got := b.metrics(t)
 		for family, h := range map[string]struct {
 			took     float64
 			smallest string // of the bounds that hold took
@@ -272,61 +249,33 @@ func TestMetricsOfTime(t *testing.T) {
 	})
 }
 
-// TestHistogramBounds: a bucket holds its bound, as le says, and what is above them all is in the last. The label is one
-// that has everything to escape.
-func TestHistogramBounds(t *testing.T) {
-	var h histogram
-	for _, bound := range bounds {
-		d := time.Duration(bound * float64(time.Second))
-		h.observe(d)
-		h.observe(d + 1)
-	}
-	var p page
-	p.begin("h", "histogram", "text")
-	p.histogram(&h, "a\"b\\c\nd")
-	got, err := parsePage(p.String())
-	if err != nil {
-		t.Fatalf("%v in\n%s", err, &p)
-	}
-	const label = `{route="a\"b\\c\nd"`
-	all := float64(2 * len(bounds))
-	want := map[string]float64{label + `,le="+Inf"}`: all}
-	for i, bound := range bounds {
-		want[fmt.Sprintf(`%s,le="%v"}`, label, bound)] = float64(2*i + 1)
-	}
-	wantEqual(t, "buckets", want, got.of("h_bucket"))
-	if n := got["h_count"+label+"}"]; n != all {
-		t.Errorf("count %v, want %v", n, all)
-	}
-}
-
-func TestMetricsOfWhatIsOpen(t *testing.T) {
+// TestWhatIsOpenIsCounted asks /metrics and /health/detailed, while a stream is open and after it.
+func TestWhatIsOpenIsCounted(t *testing.T) {
 	release := make(chan struct{})
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
 		sse(w, "data: 1\n\n")
 		<-release
 	}, map[string]string{"RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "1"})
-	gauges := func() map[string]float64 {
-		all, some := p.metrics(), map[string]float64{}
-		for _, name := range []string{"qwen_proxy_requests_in_flight", "qwen_proxy_open_streams", "qwen_proxy_rate_limited_total", "qwen_proxy_upstream_requests_total", "qwen_proxy_ready"} {
-			some[strings.TrimPrefix(name, "qwen_proxy_")] = all[name]
+	want := func(when string, total, inFlight, streams, upstream float64) {
+		t.Helper()
+		detailed := map[string]any{"total": total, "in_flight": inFlight, "open_streams": streams, "rate_limited": 1.0, "upstream_errors": 0.0}
+		wantEqual(t, "/health/detailed "+when, detailed, p.detailed(nil)["requests"])
+		got := p.metrics()
+		for name, n := range map[string]float64{"requests_in_flight": inFlight, "open_streams": streams, "rate_limited_total": 1, "upstream_requests_total": upstream, "ready": 1} {
+			if got["qwen_proxy_"+name] != n {
+				t.Errorf("%s: %s is %v, want %v", when, name, got["qwen_proxy_"+name], n)
+			}
 		}
-		return some
 	}
-	res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(ordinaryChat))
-	fatalIf(t, err)
-	defer res.Body.Close()
+	res := p.open("/v1/chat/completions", ordinaryChat)
 	limited, body := p.get("/v1/models")
 	wantError(t, limited, body, http.StatusTooManyRequests, typeRateLimit, "rate_limit_exceeded")
-	want := map[string]float64{"requests_in_flight": 2, "open_streams": 1, "rate_limited_total": 1, "upstream_requests_total": 0, "ready": 1}
-	wantEqual(t, "while a stream is open", want, gauges())
+	want("while a stream is open", 3, 2, 1, 0)
 	close(release)
-	if _, err := io.ReadAll(res.Body); err != nil {
-		t.Fatal(err)
-	}
+	_, err := io.ReadAll(res.Body)
+	fatalIf(t, err)
 	p.ended("/v1/chat/completions", 1)
-	want = map[string]float64{"requests_in_flight": 1, "open_streams": 0, "rate_limited_total": 1, "upstream_requests_total": 1, "ready": 1}
-	wantEqual(t, "after it", want, gauges())
+	want("after it", 5, 1, 0, 1)
 }
 
 func TestMetricsOfUpstreamErrors(t *testing.T) {
@@ -353,10 +302,7 @@ func TestMetricsOfUpstreamErrors(t *testing.T) {
 		}
 	}, map[string]string{"QWEN_API_KEY": "sk-test"})
 	for _, what := range []string{"fine", "400", "401", "403", "404", "429", "499", "500", "503", "page", "unreachable", "broken"} {
-		res, err := http.Post(p.url+"/v1/chat/completions", "application/json", strings.NewReader(`{"messages":["`+what+`"]}`))
-		fatalIf(t, err)
-		io.Copy(io.Discard, res.Body) // a broken one ends in an error
-		res.Body.Close()
+		io.Copy(io.Discard, p.open("/v1/chat/completions", `{"messages":["`+what+`"]}`).Body) // a broken one ends in an error
 	}
 	p.post("/v1/chat/completions", `{"messages":`) // goes nowhere
 	ctx, cancel := context.WithCancel(t.Context())
@@ -387,10 +333,8 @@ func TestMetricsOfUpstreamErrors(t *testing.T) {
 	if n := p.detailed(nil)["requests"].(map[string]any)["upstream_errors"]; n != 11.0 {
 		t.Errorf("/health/detailed counts %v upstream errors, want 11", n)
 	}
-	for series := range got {
-		if strings.HasPrefix(series, "qwen_proxy_token_") {
-			t.Errorf("%s, with an API key", series)
-		}
+	if n := len(got.of("qwen_proxy_token_expiry_timestamp_seconds")) + len(got.of("qwen_proxy_token_refreshes_total")); n != 0 {
+		t.Errorf("%d series of tokens, with an API key", n)
 	}
 }
 
@@ -484,29 +428,6 @@ func TestMetricsOfTheProcess(t *testing.T) {
 	}
 }
 
-func TestMetricsNeedAKeyAndHaveNoLimit(t *testing.T) {
-	p := startWith(t, nil, map[string]string{"PROXY_API_KEYS": "s3cret", "RATE_LIMIT_RPS": "0.001", "RATE_LIMIT_BURST": "1"})
-	res, body := p.get("/metrics")
-	wantError(t, res, body, http.StatusUnauthorized, typeAuthentication, "invalid_api_key")
-	for _, method := range []string{"GET", "HEAD", "GET"} {
-		req, _ := http.NewRequest(method, p.url+"/metrics", nil)
-		req.Header.Set("Authorization", "Bearer s3cret") // as Prometheus' authorization setting has it
-		res, err := http.DefaultClient.Do(req)
-		fatalIf(t, err)
-		b, err := io.ReadAll(res.Body)
-		res.Body.Close()
-		if err != nil || res.StatusCode != http.StatusOK || res.Header.Get("X-RateLimit-Limit") != "" {
-			t.Errorf("%s: %v %s %v", method, err, res.Status, res.Header)
-		}
-		if (method == "HEAD") != (len(b) == 0) {
-			t.Errorf("%s: %d bytes", method, len(b))
-		}
-		if strings.Contains(string(b), "s3cret") || strings.Contains(string(b), "good-token") {
-			t.Errorf("a secret in\n%s", b)
-		}
-	}
-}
-
 // TestDeployedFilesNameMetricsThatExist: a dashboard that asks for another shows nothing, and an alert never fires.
 func TestDeployedFilesNameMetricsThatExist(t *testing.T) {
 	if runtime.GOOS != "linux" {
@@ -553,22 +474,6 @@ func metricsHandler(t testing.TB, m *metrics) http.Handler {
 
 const chatPath = "/v1/chat/completions"
 
-// endedExchange is a request that has been answered, for what counts it.
-func endedExchange(m *metrics) *exchange {
-	m.register(chatPath)
-	start := time.Now()
-	return &exchange{answerWriter{status: http.StatusOK}, record{route: chatPath, start: start, firstByte: start.Add(700 * time.Millisecond), called: true}}
-}
-
-func TestCountingDoesNotAllocate(t *testing.T) {
-	m := newMetrics()
-	x, failed := endedExchange(m), endedExchange(m)
-	failed.err = errStreamIdle
-	if n := testing.AllocsPerRun(100, func() { m.ended(x, 2*time.Second); m.ended(failed, time.Hour) }); n != 0 {
-		t.Errorf("%v allocations", n)
-	}
-}
-
 // TestMetricsBlameQwenForNothingOfOurs: neither a client that left, nor a shutdown, nor a defect of the proxy is Qwen's failure.
 func TestMetricsBlameQwenForNothingOfOurs(t *testing.T) {
 	m := newMetrics()
@@ -605,12 +510,7 @@ func TestTheFirstByteIsQwens(t *testing.T) {
 		if n := strings.Count(b.log.String(), `"first_byte_ms":7000`); n != 2 || strings.Count(b.log.String(), "first_byte_ms") != 2 {
 			t.Errorf("want 7000 ms twice:\n%s", b.log)
 		}
-		res, err := b.client.Get("http://proxy/metrics")
-		fatalIf(t, err)
-		defer res.Body.Close()
-		text, _ := io.ReadAll(res.Body)
-		got, err := parsePage(string(text))
-		fatalIf(t, err)
+		got := b.metrics(t)
 		want := map[string]float64{`{route="/v1/chat/completions"}`: 7, `{route="/v1/completions"}`: 7}
 		wantEqual(t, "sums", want, got.of("qwen_proxy_time_to_first_byte_seconds_sum"))
 	})
