@@ -2,9 +2,9 @@
 #
 #   docker build -t qwen-go-proxy .
 #
-# needs BuildKit, which Docker has by default since version 23; podman and buildah build it too, with --format docker,
-# since OCI's format knows no HEALTHCHECK. The version comes from .git. Without .git, in an unpacked archive or a linked work
-# tree, it is "dev": --build-arg VERSION=, COMMIT= and DATE= set it, and the image's labels.
+# This needs BuildKit, which Docker uses by default since version 23. podman and buildah build it too, with --format docker, because
+# the OCI format has no HEALTHCHECK. The version comes from .git. Without .git, in an unpacked archive or a linked work tree, the
+# version is "dev". --build-arg VERSION=, COMMIT= and DATE= set the version and the image's labels.
 
 FROM --platform=$BUILDPLATFORM golang:1.26 AS build
 WORKDIR /src
@@ -32,11 +32,11 @@ LABEL org.opencontainers.image.title="qwen-go-proxy" \
       org.opencontainers.image.revision="$COMMIT" \
       org.opencontainers.image.created="$DATE"
 COPY --from=build /out/qwen-go-proxy /qwen-go-proxy
-# A new volume takes its owner from this directory.
+# A new volume gets its owner from this directory.
 COPY --from=build --chown=65532:65532 /out/data /data
 VOLUME /data
 ENV QWEN_DIR=/data
-# By number, so that Kubernetes can see that it is not root.
+# A number, so that Kubernetes can see that it is not root.
 USER 65532:65532
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=6s --start-period=10s CMD ["/qwen-go-proxy", "healthcheck"]
