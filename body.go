@@ -317,7 +317,6 @@ func (b *buffer) release() {
 type member struct {
 	name       int // the index of the name's opening quote
 	start, end int // the value, without the white space around it
-	next       int // the index of the next member's name, or of the closing brace
 }
 
 // of returns the value of m in data; nil if it is not there.
@@ -337,7 +336,7 @@ func (m member) of(data []byte) []byte {
 func findMembers(data []byte, names ...string) ([]member, error) {
 	i := skipSpace(data, 0)
 	if byteAt(data, i) != '{' {
-		return nil, notObject(data, i)
+		return nil, badJSON("want a JSON object: UTF-8 text that begins with {, without a byte order mark")
 	}
 	found := make([]member, len(names))
 	i = skipSpace(data, i+1)
@@ -360,7 +359,6 @@ func findMembers(data []byte, names ...string) ([]member, error) {
 		} else if byteAt(data, i) != '}' {
 			return nil, unexpected(data, i)
 		}
-		m.next = i
 		for k, name := range names {
 			if !spells(data[m.name+1:nameEnd-1], name) {
 				continue
@@ -468,19 +466,6 @@ func byteAt(data []byte, i int) byte {
 		return data[i]
 	}
 	return 0
-}
-
-// notObject returns the error for data, whose first byte that is not white space is at i and begins no object.
-func notObject(data []byte, i int) error {
-	switch {
-	case i == len(data):
-		return badJSON("the body is empty")
-	case bytes.HasPrefix(data, []byte("\xEF\xBB\xBF")): // RFC 8259 §8.1: "MUST NOT add a byte order mark"
-		return badJSON("the body starts with a byte order mark: send UTF-8 without one")
-	case data[i] == '[':
-		return badJSON("want a JSON object, got an array")
-	}
-	return badJSON("want a JSON object, which begins with {")
 }
 
 // unexpected returns the error for the byte at i, or for the end of data there.

@@ -52,8 +52,8 @@ func promptToChat(body *requestBody) error {
 			return invalidRequest(p.name, "unsupported_parameter",
 				"%s is not supported, because a chat endpoint serves text completions here. Leave it out.", p.name)
 		}
-		from, to := m.name, m.next
-		if m.name > prompt.name { // it may be the last: the comma before it goes
+		from, to := m.name, skipSpace(body.data, m.end)+1 // with the comma behind it
+		if m.name > prompt.name {                         // it may be the last: the comma before it goes
 			from, to = bytes.LastIndexByte(body.data[:m.name], ','), m.end
 		}
 		for ; from < to; from++ {

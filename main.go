@@ -233,14 +233,14 @@ var version = sync.OnceValue(func() versionInfo {
 		if v.Version == "" && info.Main.Version != "(devel)" {
 			v.Version = info.Main.Version
 		}
-		setting := func(key string) string {
-			i := slices.IndexFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == key })
-			if i < 0 {
-				return ""
+		for _, s := range info.Settings {
+			switch s.Key {
+			case "vcs.revision":
+				v.Commit = cmp.Or(v.Commit, s.Value)
+			case "vcs.time":
+				v.Date = cmp.Or(v.Date, s.Value)
 			}
-			return info.Settings[i].Value
 		}
-		v.Commit, v.Date = cmp.Or(v.Commit, setting("vcs.revision")), cmp.Or(v.Date, setting("vcs.time"))
 	}
 	v.Version, v.Commit, v.Date = cmp.Or(v.Version, "dev"), cmp.Or(v.Commit, "unknown"), cmp.Or(v.Date, "unknown")
 	return v

@@ -105,15 +105,36 @@ func (c *copyBuffers) Get() []byte {
 
 func (c *copyBuffers) Put(b []byte) { c.pool.Put((*[16 << 10]byte)(b)) }
 
-// forward returns the handler that proxies requests to path below the API's base URL. Their body must have the member
-// required, unless that is "".
+// forward returns the handler that proxies requests to path below the API's base URL. Their body must have the member required,
+// unless that is "". A text completion, whose member is prompt, is translated to a chat completion. All that can fail before the
+// call fails before anything goes to Qwen.
 func (p *proxy) forward(path, required string) handler {
-	return func(x *exchange, r *http.Request) error { return p.proxyRequest(x, r, path, required) }
-}
-
-// completions handles text completions. They go to the chat endpoint, translated.
-func (p *proxy) completions(x *exchange, r *http.Request) error {
-	return p.proxyRequest(x, r, "/chat/completions", "prompt")
+	return func(x *exchange, r *http.Request) error {
+		body, err := p.bodies.read(x, r)
+		if err != nil {
+			return err
+		}
+		c := &call{proxy: p, x: x, path: path, body: body, out: streamWriter{exchange: x}, whole: buffer{memory: p.bodies.memory}}
+		defer c.body.release()
+		defer c.whole.release()
+		member := required
+		if required == "prompt" {
+			if err := promptToChat(body); err != nil {
+				return err
+			}
+			c.completion, member = true, "messages"
+		}
+		if err := p.prepare(body, member); err != nil {
+			return err
+		}
+		if c.token, err = p.tokens.Token(r.Context()); err != nil {
+			return err
+		}
+		if c.token.baseErr != nil {
+			return baseRefused(c.token.baseErr)
+		}
+		return c.do(r)
+	}
 }
 
 // messages returns the handler that proxies requests to path of the Anthropic-compatible interface.
@@ -125,33 +146,6 @@ func (p *proxy) messages(path string) handler {
 		return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "endpoint_not_found",
 			message: "Qwen has an Anthropic-compatible interface for API keys alone. Use /v1/chat/completions, or set QWEN_API_KEY on the proxy."}
 	}
-}
-
-// proxyRequest reads the request, gets a token for it, and sends it to path. All that can fail here fails before anything goes to Qwen.
-func (p *proxy) proxyRequest(x *exchange, r *http.Request, path, required string) error {
-	body, err := p.bodies.read(x, r)
-	if err != nil {
-		return err
-	}
-	c := &call{proxy: p, x: x, path: path, body: body, out: streamWriter{exchange: x}, whole: buffer{memory: p.bodies.memory}}
-	defer c.body.release()
-	defer c.whole.release()
-	if required == "prompt" {
-		if err := promptToChat(body); err != nil {
-			return err
-		}
-		c.completion, required = true, "messages"
-	}
-	if err := p.prepare(body, required); err != nil {
-		return err
-	}
-	if c.token, err = p.tokens.Token(r.Context()); err != nil {
-		return err
-	}
-	if c.token.baseErr != nil {
-		return baseRefused(c.token.baseErr)
-	}
-	return c.do(r)
 }
 
 // prepare checks what the proxy has to know of a body, and puts in the model if it names none, or an alias. All other bytes stay

@@ -44,7 +44,7 @@ type server struct {
 func newRoutes(p *proxy, models *models, tokens tokenSource, h *health) []route {
 	return []route{
 		{"POST", "/v1/chat/completions", limited, p.forward("/chat/completions", "messages")},
-		{"POST", "/v1/completions", limited, p.completions},
+		{"POST", "/v1/completions", limited, p.forward("/chat/completions", "prompt")},
 		{"POST", "/v1/embeddings", limited, p.forward("/embeddings", "input")},
 		{"POST", "/v1/responses", limited, p.forward("/responses", "")},
 		{"POST", "/v1/messages", limited, p.messages("/messages")},
@@ -236,8 +236,12 @@ func (s *server) noRoute(_ *exchange, r *http.Request) error {
 		}
 	}
 	if len(allow) == 0 {
+		var list []string
+		for _, rt := range s.routes {
+			list = append(list, rt.method+" "+rt.path)
+		}
 		return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "unknown_url",
-			message: fmt.Sprintf("There is no %s.", clip(r.URL.Path, 100)), hint: "The proxy has " + s.endpoints() + "."}
+			message: fmt.Sprintf("There is no %s.", clip(r.URL.Path, 100)), hint: "The proxy has " + strings.Join(list, ", ") + "."}
 	}
 	message := fmt.Sprintf("Method %s is not allowed here. Use %s.", clip(r.Method, 20), strings.Join(allow, " or "))
 	if allow[0] == http.MethodGet {
@@ -245,21 +249,4 @@ func (s *server) noRoute(_ *exchange, r *http.Request) error {
 	}
 	return &apiError{status: http.StatusMethodNotAllowed, typ: typeInvalidRequest, code: "method_not_allowed", message: message,
 		header: http.Header{"Allow": {strings.Join(allow, ", ")}}}
-}
-
-// endpoints lists the routes for the 404 message.
-func (s *server) endpoints() string {
-	var list strings.Builder
-	method := ""
-	for _, rt := range s.routes {
-		if list.Len() > 0 {
-			list.WriteString(", ")
-		}
-		if rt.method != method {
-			method = rt.method
-			list.WriteString(method + " ")
-		}
-		list.WriteString(rt.path)
-	}
-	return list.String()
 }
