@@ -43,19 +43,6 @@ func TestAuthStates(t *testing.T) {
 			"message": "Open verification_uri_complete in a browser and check that it shows user_code."}
 	}
 	link := `href="https://chat.qwen.ai/authorize?user_code=WDJB-MJHT" target="_blank" rel="noopener noreferrer"`
-	// answering returns an OAuth server's answers to a device authorization, a poll and a refresh.
-	answering := func(device, poll, refresh string) oauthFunc {
-		return func(r *http.Request) (int, string) {
-			body := map[string]string{"": device, deviceGrant: poll, "refresh_token": refresh}[r.PostForm.Get("grant_type")]
-			switch {
-			case body == "":
-				return 0, ""
-			case strings.HasPrefix(body, `{"error"`):
-				return 400, body
-			}
-			return 200, body
-		}
-	}
 	for _, tt := range []struct {
 		name   string
 		life   time.Duration // of the token in the credential file; 0 for no file
@@ -119,48 +106,46 @@ func TestAuthStates(t *testing.T) {
 			before: func(s *sourceTest) { s.refused() }, want: pending(errNotServed.message, time.Minute),
 			page: []string{`<p class="note">Qwen&#39;s API does not serve this account`, "Set QWEN_API_KEY", "sign in with another Qwen account", link, live}},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				file := ""
-				if tt.life > 0 {
-					file = fileOf(0, tt.life)
-				}
-				s := newSourceTest(t, file, nil, tt.serve)
-				if !tt.idle {
-					s.start()
-				}
-				if tt.before != nil {
-					tt.before(s)
-				}
-				time.Sleep(tt.after)
-				synctest.Wait()
-				target := "/auth"
-				if tt.watch {
-					target = "/auth?watch"
-				}
-				page := s.askAuth(http.MethodGet, target, browserAccept)
-				wantPage(t, page, tt.page, tt.not)
+		testInBubble(t, tt.name, func(t *testing.T) {
+			file := ""
+			if tt.life > 0 {
+				file = fileOf(0, tt.life)
+			}
+			s := newSourceTest(t, file, nil, tt.serve)
+			if !tt.idle {
+				s.start()
+			}
+			if tt.before != nil {
+				tt.before(s)
+			}
+			time.Sleep(tt.after)
+			synctest.Wait()
+			target := "/auth"
+			if tt.watch {
+				target = "/auth?watch"
+			}
+			page := s.askAuth(http.MethodGet, target, browserAccept)
+			wantPage(t, page, tt.page, tt.not)
 
-				synctest.Wait()
-				watched := s.askAuth(http.MethodGet, "/auth?watch", "*/*")
-				var got map[string]any
-				fatalIf(t, json.Unmarshal(watched.Body.Bytes(), &got))
-				if diff := cmp.Diff(tt.want, got); diff != "" || watched.Code != http.StatusOK {
-					t.Errorf("/auth?watch: status %d (-want +got):\n%s", watched.Code, diff)
+			synctest.Wait()
+			watched := s.askAuth(http.MethodGet, "/auth?watch", "*/*")
+			var got map[string]any
+			fatalIf(t, json.Unmarshal(watched.Body.Bytes(), &got))
+			if diff := cmp.Diff(tt.want, got); diff != "" || watched.Code != http.StatusOK {
+				t.Errorf("/auth?watch: status %d (-want +got):\n%s", watched.Code, diff)
+			}
+			if again := s.askAuth(http.MethodGet, "/auth?watch", browserAccept); again.Body.String() != page.Body.String() {
+				t.Errorf("the page with ?watch is another (-want +got):\n%s", cmp.Diff(page.Body.String(), again.Body.String()))
+			}
+			device := 0
+			for _, request := range s.asked() {
+				if request.What == "device" {
+					device++
 				}
-				if again := s.askAuth(http.MethodGet, "/auth?watch", browserAccept); again.Body.String() != page.Body.String() {
-					t.Errorf("the page with ?watch is another (-want +got):\n%s", cmp.Diff(page.Body.String(), again.Body.String()))
-				}
-				device := 0
-				for _, request := range s.asked() {
-					if request.What == "device" {
-						device++
-					}
-				}
-				if device != tt.device {
-					t.Errorf("%d sign-ins were started, want %d", device, tt.device)
-				}
-			})
+			}
+			if device != tt.device {
+				t.Errorf("%d sign-ins were started, want %d", device, tt.device)
+			}
 		})
 	}
 }
@@ -207,19 +192,6 @@ func wantPage(t *testing.T, w *httptest.ResponseRecorder, parts, not []string) {
 	}
 }
 
-func TestAuthWithAnAPIKey(t *testing.T) {
-	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"})
-	_, body := p.send("GET", "/auth", header("Accept", browserAccept))
-	for _, part := range []string{">No sign-in needed</h1>", ">" + p.url + "/v1</code>"} {
-		if !strings.Contains(body, part) {
-			t.Errorf("%q is not in the page:\n%s", part, body)
-		}
-	}
-	_, body = p.get("/auth")
-	want := `{"status":"signed_in","method":"api_key","message":"The proxy uses an API key. No sign-in is needed.","base_url":"` + p.url + `/v1"}` + "\n"
-	wantEqual(t, "as JSON", want, body)
-}
-
 func TestAuthPageIsQuickWhereQwenHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
@@ -232,18 +204,17 @@ func TestAuthPageIsQuickWhereQwenHangs(t *testing.T) {
 		if took := time.Since(begin); took != maxPageWait {
 			t.Errorf("the page came after %v, want %v", took, maxPageWait)
 		}
+		begin = time.Now()
+		if status, _ := s.getAuth(); status != http.StatusServiceUnavailable || time.Since(begin) != maxSignInWait {
+			t.Errorf("JSON: %d after %v, want 503 after %v", status, time.Since(begin), maxSignInWait)
+		}
 	})
 }
 
 func TestAuthEscapesForeignText(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const hostile = `"'><script>alert(1)</script>&lt;{{.}}`
-		s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
-			if r.PostForm.Has("grant_type") {
-				return 400, pendingAnswer
-			}
-			return 200, deviceAnswer(map[string]any{"user_code": hostile, "verification_uri_complete": "https://chat.qwen.ai/?" + hostile})
-		})
+		s := newSourceTest(t, "", nil, answering(deviceAnswer(map[string]any{"user_code": hostile, "verification_uri_complete": "https://chat.qwen.ai/?" + hostile}), pendingAnswer, ""))
 		s.start()
 		r := httptest.NewRequest(http.MethodGet, "/auth", nil)
 		r.Header.Set("Accept", browserAccept)
@@ -254,25 +225,6 @@ func TestAuthEscapesForeignText(t *testing.T) {
 		const escaped = "&#34;&#39;&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;lt;{{.}}"
 		wantPage(t, w, []string{`<strong class="code">` + escaped + "</strong>", "on <strong>" + escaped + "</strong>",
 			`href="https://chat.qwen.ai/?%22%27%3e%3cscript%3ealert%281%29%3c/script%3e&amp;lt;%7b%7b.%7d%7d"`}, []string{"<script>alert"})
-	})
-}
-
-func TestAuthHEADStartsNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
-			if r.PostForm.Has("grant_type") {
-				return 400, `{"error":"access_denied"}`
-			}
-			return 200, deviceAnswer(nil)
-		})
-		s.start()
-		time.Sleep(time.Minute)
-		for _, accept := range []string{"*/*", browserAccept} {
-			if w := s.askAuth(http.MethodHead, "/auth", accept); w.Code != http.StatusOK {
-				t.Errorf("HEAD with Accept %s: %d", accept, w.Code)
-			}
-		}
-		s.wantAsked("device")
 	})
 }
 
@@ -315,24 +267,17 @@ func TestAuthOfTheProgram(t *testing.T) {
 		t.Errorf("HEAD has a body: %q", body)
 	}
 
-	for _, tt := range []struct {
-		site string
-		ok   bool
-	}{{"cross-site", false}, {"same-site", false}, {"same-origin", true}, {"none", true}} {
-		for _, path := range []string{"/auth?watch", "/auth"} {
-			if tt.ok && path == "/auth" {
-				continue
-			}
-			res, body := p.send("GET", path, func(r *http.Request) {
-				r.Header.Set("Accept", browserAccept)
-				r.Header.Set("Sec-Fetch-Site", tt.site)
-			})
-			if tt.ok {
-				want(1, body, ">Sign-in denied</h1>")
-			} else {
-				wantError(t, res, body, http.StatusForbidden, typeAuthentication, "cross_origin")
-				want(1, "")
-			}
+	for _, request := range []string{"cross-site /auth", "same-site /auth?watch", "same-origin /auth?watch", "none /auth?watch"} {
+		site, path, _ := strings.Cut(request, " ")
+		res, body := p.send("GET", path, func(r *http.Request) {
+			r.Header.Set("Accept", browserAccept)
+			r.Header.Set("Sec-Fetch-Site", site)
+		})
+		if strings.HasSuffix(site, "-site") {
+			wantError(t, res, body, http.StatusForbidden, typeAuthentication, "cross_origin")
+			want(1, "")
+		} else {
+			want(1, body, ">Sign-in denied</h1>")
 		}
 	}
 
@@ -346,15 +291,16 @@ func TestAuthOfTheProgram(t *testing.T) {
 // TestAuthIsAPageForBrowsers: text/html in Accept is enough.
 func TestAuthIsAPageForBrowsers(t *testing.T) {
 	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"})
-	for accept, want := range map[string]string{
-		browserAccept:                       "text/html; charset=utf-8",
-		"application/json;q=0.5, text/html": "text/html; charset=utf-8",
-		"*/*":                               "application/json",
-		"application/json, text/plain, */*": "application/json",
+	for accept, page := range map[string]bool{
+		browserAccept: true, "application/json;q=0.5, text/html": true, "*/*": false, "application/json, text/plain, */*": false,
 	} {
-		res, _ := p.send("GET", "/auth", header("Accept", accept))
-		if got := res.Header.Get("Content-Type"); got != want {
-			t.Errorf("Accept %q: %s, want %s", accept, got, want)
+		res, body := p.send("GET", "/auth", header("Accept", accept))
+		want := `{"status":"signed_in","method":"api_key","message":"The proxy uses an API key. No sign-in is needed.","base_url":"` + p.url + `/v1"}` + "\n"
+		if page != (res.Header.Get("Content-Type") == "text/html; charset=utf-8") || !page && body != want {
+			t.Errorf("Accept %q: %v %s", accept, res.Header, body)
+		}
+		if page && (!strings.Contains(body, ">No sign-in needed</h1>") || !strings.Contains(body, ">"+p.url+"/v1</code>")) {
+			t.Errorf("Accept %q: the page is\n%s", accept, body)
 		}
 	}
 }

@@ -17,7 +17,6 @@ import (
 	"sync"
 	"testing"
 	"testing/iotest"
-	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -332,29 +331,27 @@ func TestASlowBodyPassesWhileItComes(t *testing.T) {
 		{"one that stops", slowBody{pieces: 2500, size: readQuantum, end: time.Hour}, 408, 30 * time.Second},
 		{"a drip", slowBody{pieces: 1000, size: 10, pause: time.Second}, 408, 30 * time.Second},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) {
-					io.Copy(io.Discard, r.Body)
-					time.Sleep(time.Minute) // no deadline is left over from the body
-					answerJSON(w, 200, "{}")
-				})
-				started := time.Now()
-				ctx, stop := context.WithCancel(t.Context())
-				defer stop()
-				tt.body.ctx = ctx
-				req, err := http.NewRequestWithContext(ctx, "POST", "http://proxy/v1/chat/completions", &tt.body)
-				fatalIf(t, err)
-				res, err := b.client.Do(req)
-				fatalIf(t, err)
-				defer res.Body.Close()
-				if body, _ := io.ReadAll(res.Body); res.StatusCode != tt.want {
-					t.Errorf("%s %s, want %d", res.Status, body, tt.want)
-				}
-				if took := time.Since(started).Round(time.Second); took != tt.took {
-					t.Errorf("it took %v, want %v", took, tt.took)
-				}
+		testInBubble(t, tt.name, func(t *testing.T) {
+			b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				time.Sleep(time.Minute) // no deadline is left over from the body
+				answerJSON(w, 200, "{}")
 			})
+			started := time.Now()
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			tt.body.ctx = ctx
+			req, err := http.NewRequestWithContext(ctx, "POST", "http://proxy/v1/chat/completions", &tt.body)
+			fatalIf(t, err)
+			res, err := b.client.Do(req)
+			fatalIf(t, err)
+			defer res.Body.Close()
+			if body, _ := io.ReadAll(res.Body); res.StatusCode != tt.want {
+				t.Errorf("%s %s, want %d", res.Status, body, tt.want)
+			}
+			if took := time.Since(started).Round(time.Second); took != tt.took {
+				t.Errorf("it took %v, want %v", took, tt.took)
+			}
 		})
 	}
 }

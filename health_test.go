@@ -245,28 +245,6 @@ func TestNotReadyWhileShuttingDown(t *testing.T) {
 	wantEqual(t, "before and after", []string{"200 ready ", "503 not_ready shutting_down"}, []string{before, readiness(t, h)})
 }
 
-// TestNotReadyOnceTheAccountIsNotServed: one 401 to a fresh token may pass, a minute of nothing else does not.
-func TestNotReadyOnceTheAccountIsNotServed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		cfg, err := loadConfig(lookup(nil))
-		fatalIf(t, err)
-		store := &credentialStore{dir: t.TempDir()}
-		fatalIf(t, store.save(&token{access: "good-token", refresh: "refresh-1", expiry: time.Now().Add(time.Hour)}))
-		h := &health{tokens: newOAuthSource(newOAuthClient(cfg), store, cfg, slog.New(slog.DiscardHandler), io.Discard), metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
-		got := []string{readiness(t, h)}
-		h.tokens.refused()
-		for range 2 {
-			time.Sleep(refusalTime - time.Nanosecond)
-			got = append(got, readiness(t, h))
-			h.tokens.refused()
-		}
-		h.tokens.accepted()
-		got = append(got, readiness(t, h))
-		want := []string{"200 ready ", "200 ready ", "503 not_ready qwen_oauth_unavailable", "200 ready "}
-		wantEqual(t, "readiness", want, got)
-	})
-}
-
 // TestProbesDoNotFillTheLog: they come every few seconds for months.
 func TestProbesDoNotFillTheLog(t *testing.T) {
 	t.Parallel()

@@ -127,24 +127,22 @@ func TestLockIsKeptAndReleasedOnlyWhileOurs(t *testing.T) {
 		}, true, false},
 		{"replaced by another's", func(t *testing.T, path string) { leaveLock(t, path, 0) }, false, true},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				path := filepath.Join(t.TempDir(), lockFile)
-				l := acquire(t, path)
-				tt.change(t, path)
-				before := readLock(t, path)
-				time.Sleep(lockBeat)
-				synctest.Wait()
-				if got := readLock(t, path); (got == l.id) != tt.kept || !tt.kept && got != before {
-					t.Errorf("the file holds %q; ours is %q, it held %q", got, l.id, before)
-				}
-				l.release()
-				want := ""
-				if tt.untouched {
-					want = before
-				}
-				wantLockAlone(t, path, want)
-			})
+		testInBubble(t, tt.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), lockFile)
+			l := acquire(t, path)
+			tt.change(t, path)
+			before := readLock(t, path)
+			time.Sleep(lockBeat)
+			synctest.Wait()
+			if got := readLock(t, path); (got == l.id) != tt.kept || !tt.kept && got != before {
+				t.Errorf("the file holds %q; ours is %q, it held %q", got, l.id, before)
+			}
+			l.release()
+			want := ""
+			if tt.untouched {
+				want = before
+			}
+			wantLockAlone(t, path, want)
 		})
 	}
 }
@@ -218,26 +216,24 @@ func TestLeftLock(t *testing.T) {
 		{"ours, new", mine, 0, 10 * time.Second, 12 * time.Second},
 		{"ours, from the future", mine, -time.Hour, 10 * time.Second, 12 * time.Second},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				store := &credentialStore{dir: t.TempDir()}
-				path := filepath.Join(store.dir, lockFile)
-				writeFile(t, path, tt.id)
-				setAge(t, path, tt.age)
-				started := time.Now()
-				l, err := store.lock(t.Context(), never)
-				for errors.Is(err, errLocked) && time.Since(started) < 2*time.Minute {
-					time.Sleep(time.Second) // as the token source does
-					l, err = store.lock(t.Context(), never)
-				}
-				fatalIf(t, err)
-				if took := time.Since(started); took < tt.min || took > tt.max {
-					t.Errorf("taken over after %v, want %v to %v", took, tt.min, tt.max)
-				}
-				wantLockAlone(t, path, l.id)
-				l.release()
-				wantLockAlone(t, path, "")
-			})
+		testInBubble(t, tt.name, func(t *testing.T) {
+			store := &credentialStore{dir: t.TempDir()}
+			path := filepath.Join(store.dir, lockFile)
+			writeFile(t, path, tt.id)
+			setAge(t, path, tt.age)
+			started := time.Now()
+			l, err := store.lock(t.Context(), never)
+			for errors.Is(err, errLocked) && time.Since(started) < 2*time.Minute {
+				time.Sleep(time.Second) // as the token source does
+				l, err = store.lock(t.Context(), never)
+			}
+			fatalIf(t, err)
+			if took := time.Since(started); took < tt.min || took > tt.max {
+				t.Errorf("taken over after %v, want %v to %v", took, tt.min, tt.max)
+			}
+			wantLockAlone(t, path, l.id)
+			l.release()
+			wantLockAlone(t, path, "")
 		})
 	}
 }
@@ -321,22 +317,20 @@ func TestLockWaitEndsEarly(t *testing.T) {
 			return acquireLock(ctx, path, &lockWatch{}, never)
 		}, quit},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				path := filepath.Join(t.TempDir(), lockFile)
-				leaveLock(t, path, 0)
-				started := time.Now()
-				ctx, cancel := context.WithCancelCause(t.Context())
-				defer cancel(nil)
-				l, err := tt.wait(ctx, cancel, path)
-				if l != nil || err != tt.err {
-					t.Errorf("got %v, %v; want %v", l, err, tt.err)
-				}
-				if took := time.Since(started); took < time.Second || took > 2*time.Second {
-					t.Errorf("took %v, want little more than 1 s", took)
-				}
-				wantLockAlone(t, path, "another's")
-			})
+		testInBubble(t, tt.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), lockFile)
+			leaveLock(t, path, 0)
+			started := time.Now()
+			ctx, cancel := context.WithCancelCause(t.Context())
+			defer cancel(nil)
+			l, err := tt.wait(ctx, cancel, path)
+			if l != nil || err != tt.err {
+				t.Errorf("got %v, %v; want %v", l, err, tt.err)
+			}
+			if took := time.Since(started); took < time.Second || took > 2*time.Second {
+				t.Errorf("took %v, want little more than 1 s", took)
+			}
+			wantLockAlone(t, path, "another's")
 		})
 	}
 }

@@ -81,6 +81,20 @@ const (
 	grantRefused  = `{"error":"invalid_grant","error_description":"it is spent"}`
 )
 
+// answering returns an OAuth server's answers to a device authorization, a poll and a refresh; "" breaks the connection.
+func answering(device, poll, refresh string) oauthFunc {
+	return func(r *http.Request) (int, string) {
+		body := map[string]string{"": device, deviceGrant: poll, "refresh_token": refresh}[r.PostForm.Get("grant_type")]
+		switch {
+		case body == "":
+			return 0, ""
+		case strings.HasPrefix(body, `{"error"`):
+			return 400, body
+		}
+		return 200, body
+	}
+}
+
 func TestSignInSendsPKCE(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var forms []url.Values
@@ -166,6 +180,9 @@ func TestAuthorize(t *testing.T) {
 		{name: "link of 4 KB", body: deviceAnswer(map[string]any{"verification_uri_complete": "https://chat.qwen.ai/" + strings.Repeat("a", 4000)}), err: "verification_uri"},
 		{name: "escape sequence in user_code", body: deviceAnswer(map[string]any{"user_code": "WDJB\x1b[2J"}), err: "user_code"},
 		{name: "newline in user_code", body: deviceAnswer(map[string]any{"user_code": "WDJB\nopen https://evil.example/"}), err: "user_code"},
+		{name: "a CSI in user_code", body: deviceAnswer(map[string]any{"user_code": "WDJB\u009b2J"}), err: "user_code"},
+		{name: "right to left in user_code", body: deviceAnswer(map[string]any{"user_code": "WDJB\u202eMJHT"}), err: "user_code"},
+		{name: "a line separator in user_code", body: deviceAnswer(map[string]any{"user_code": "WDJB\u2028MJHT"}), err: "user_code"},
 		{name: "no user_code", body: deviceAnswer(map[string]any{"user_code": nil}), err: "user_code"},
 		{name: "user_code of 4 KB", body: deviceAnswer(map[string]any{"user_code": strings.Repeat("A", 4000)}), err: "user_code"},
 		{name: "no device_code", body: deviceAnswer(map[string]any{"device_code": nil}), err: "device_code"},
@@ -179,32 +196,30 @@ func TestAuthorize(t *testing.T) {
 		{name: "more than 1 MiB", body: deviceAnswer(nil) + strings.Repeat(" ", 1<<20), err: "more than 1048576 bytes"},
 		{name: "broken connection", status: -1, err: "connection refused"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				requests := 0
-				c := newTestOAuth(t, func(*http.Request) (int, string) {
-					requests++
-					switch tt.status {
-					case 0:
-						return 200, tt.body
-					case -1:
-						return 0, ""
-					}
-					return tt.status, tt.body
-				})
-				d, err := c.authorize(t.Context())
-				if requests != 1 {
-					t.Errorf("%d requests, want 1", requests)
+		testInBubble(t, tt.name, func(t *testing.T) {
+			requests := 0
+			c := newTestOAuth(t, func(*http.Request) (int, string) {
+				requests++
+				switch tt.status {
+				case 0:
+					return 200, tt.body
+				case -1:
+					return 0, ""
 				}
-				if err != nil || tt.err != "" {
-					if err == nil || tt.err == "" || !strings.Contains(err.Error(), tt.err) || strings.Contains(err.Error(), "device-secret") {
-						t.Errorf("error %v, want one with %q in it", err, tt.err)
-					}
-					return
-				}
-				got := device{d.verificationURI, d.verificationURIComplete, time.Until(d.expires), d.interval}
-				wantEqual(t, "device", tt.want, got)
+				return tt.status, tt.body
 			})
+			d, err := c.authorize(t.Context())
+			if requests != 1 {
+				t.Errorf("%d requests, want 1", requests)
+			}
+			if err != nil || tt.err != "" {
+				if err == nil || tt.err == "" || !strings.Contains(err.Error(), tt.err) || strings.Contains(err.Error(), "device-secret") {
+					t.Errorf("error %v, want one with %q in it", err, tt.err)
+				}
+				return
+			}
+			got := device{d.verificationURI, d.verificationURIComplete, time.Until(d.expires), d.interval}
+			wantEqual(t, "device", tt.want, got)
 		})
 	}
 }
@@ -247,49 +262,26 @@ func TestPoll(t *testing.T) {
 		{"token that is none", []answer{{200, `{"access_token":""}`}, granted}, []int{5, 15}, ""},
 		{"trouble after slow_down", []answer{slowDown, {}, pending, granted}, []int{5, 15, 35, 45}, ""},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				begin := time.Now()
-				var asked []int
-				c := newTestOAuth(t, func(*http.Request) (int, string) {
-					a := tt.answers[min(len(asked), len(tt.answers)-1)]
-					asked = append(asked, int(time.Since(begin).Seconds()))
-					return a.status, a.body
-				})
-				d := &deviceAuth{deviceCode: "device-secret", verifier: "verifier-secret", interval: 5 * time.Second, expires: wallClock().Add(90 * time.Second)}
-				tok, err := c.poll(t.Context(), d)
-				wantEqual(t, "poll times", tt.want, asked)
-				if tt.err == "" {
-					if err != nil || tok.access != "access-1" || tok.refresh != "refresh-1" {
-						t.Errorf("got %v, %v; want a token", tok, err)
-					}
-					return
-				}
-				if e, ok := errors.AsType[*oauthError](err); tok != nil || !ok || e.code != tt.err {
-					t.Errorf("error %v, want %s", err, tt.err)
-				}
+		testInBubble(t, tt.name, func(t *testing.T) {
+			begin := time.Now()
+			var asked []int
+			c := newTestOAuth(t, func(*http.Request) (int, string) {
+				a := tt.answers[min(len(asked), len(tt.answers)-1)]
+				asked = append(asked, int(time.Since(begin).Seconds()))
+				return a.status, a.body
 			})
-		})
-	}
-}
-
-func TestPollEndsWithItsContext(t *testing.T) {
-	cause := errors.New("shutting down")
-	for name, after := range map[string]time.Duration{"between polls": 7 * time.Second, "during a poll": 11 * time.Second} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				c := newTestOAuth(t, func(r *http.Request) (int, string) {
-					sleep(r.Context(), 2*time.Second)
-					return 400, pendingAnswer
-				})
-				ctx, cancel := context.WithTimeoutCause(t.Context(), after, cause)
-				defer cancel()
-				begin := time.Now()
-				_, err := c.poll(ctx, &deviceAuth{interval: 4 * time.Second, expires: wallClock().Add(time.Hour)})
-				if took := time.Since(begin); err != cause || took != after {
-					t.Errorf("got %v after %v, want %v after %v", err, took, cause, after)
+			d := &deviceAuth{deviceCode: "device-secret", verifier: "verifier-secret", interval: 5 * time.Second, expires: wallClock().Add(90 * time.Second)}
+			tok, err := c.poll(t.Context(), d)
+			wantEqual(t, "poll times", tt.want, asked)
+			if tt.err == "" {
+				if err != nil || tok.access != "access-1" || tok.refresh != "refresh-1" {
+					t.Errorf("got %v, %v; want a token", tok, err)
 				}
-			})
+				return
+			}
+			if e, ok := errors.AsType[*oauthError](err); tok != nil || !ok || e.code != tt.err {
+				t.Errorf("error %v, want %s", err, tt.err)
+			}
 		})
 	}
 }
@@ -307,6 +299,8 @@ func TestRefreshFailures(t *testing.T) {
 		{"400 in JSON", 400, `{"code":"InvalidParameter"}`, true, "400"},
 		{"200 with an error", 200, grantRefused, true, "invalid_grant"},
 		{"200 with an error and a token", 200, `{"error":"invalid_grant","access_token":"access-secret"}`, true, "invalid_grant"},
+		{"a mistyped description", 401, `{"error":"invalid_grant","error_description":["x"]}`, true, "invalid_grant"},
+		{"an error that is an object", 401, `{"error":{"code":"invalid_token"}}`, true, "401"},
 		{"invalid_client with 403", 403, `{"error":"invalid_client"}`, true, "invalid_client"},
 		{"temporarily_unavailable with 400", 400, `{"error":"temporarily_unavailable"}`, false, "temporarily_unavailable"},
 		{"server_error with 400", 400, `{"error":"server_error"}`, false, "server_error"},
@@ -341,50 +335,24 @@ func TestRefreshFailures(t *testing.T) {
 	}
 }
 
-func TestOAuthCallIsBounded(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := newTestOAuth(t, func(r *http.Request) (int, string) {
-			<-r.Context().Done()
-			return 200, tokenAnswer(1, 3600)
-		})
-		begin := time.Now()
-		_, err := c.refresh(t.Context(), "refresh-secret")
-		if took := time.Since(begin); !errors.Is(err, context.DeadlineExceeded) || isFinal(err) || took != 25*time.Second {
-			t.Errorf("got %v after %v, want a timeout after 25s", err, took)
-		}
-	})
-}
-
 func TestTokenLife(t *testing.T) {
-	for expiresIn, want := range map[string]time.Duration{
-		`7200`:     2 * time.Hour,
-		`"7200"`:   2 * time.Hour,
-		`7.2e3`:    2 * time.Hour,
-		`90.5`:     90*time.Second + 500*time.Millisecond,
-		`0.25`:     time.Second,
-		`1e18`:     366 * 24 * time.Hour,
-		`"1e18"`:   366 * 24 * time.Hour,
-		`1e999`:    time.Hour,
-		`0`:        time.Hour,
-		`-1`:       time.Hour,
-		`null`:     time.Hour,
-		`""`:       time.Hour,
-		`"soon"`:   time.Hour,
-		`{"in":1}`: time.Hour,
-		`true`:     time.Hour,
+	for want, values := range map[time.Duration]string{
+		2 * time.Hour:                  `7200 "7200" 7.2e3`,
+		90*time.Second + time.Second/2: `90.5`,
+		time.Second:                    `0.25`,
+		366 * 24 * time.Hour:           `1e18 "1e18"`,
+		time.Hour:                      `1e999 0 -1 null "" "soon" {"in":1} true`,
 	} {
-		t.Run(expiresIn, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				c := newTestOAuth(t, func(*http.Request) (int, string) {
-					return 200, `{"access_token":"access-1","expires_in":` + expiresIn + `}`
-				})
+		for expiresIn := range strings.FieldsSeq(values) {
+			testInBubble(t, expiresIn, func(t *testing.T) {
+				c := newTestOAuth(t, answering("", "", `{"access_token":"access-1","expires_in":`+expiresIn+`}`))
 				tok, err := c.refresh(t.Context(), "refresh-secret")
 				fatalIf(t, err)
 				if got := time.Until(tok.expiry); got != want {
 					t.Errorf("life %v, want %v", got, want)
 				}
 			})
-		})
+		}
 	}
 }
 
@@ -434,24 +402,6 @@ func FuzzTokenAnswer(f *testing.F) {
 			t.Errorf("expiry %v, want one between %v and %v", tok.expiry, low, high)
 		}
 	})
-}
-
-func TestUserCodeCannotDriveATerminal(t *testing.T) {
-	for _, code := range []string{"WDJB\u009b2J", "WDJB\u202eMJHT", "WDJB\u2028MJHT"} { // CSI, right-to-left, a line separator
-		c := newTestOAuth(t, func(*http.Request) (int, string) { return 200, deviceAnswer(map[string]any{"user_code": code}) })
-		if d, err := c.authorize(t.Context()); err == nil {
-			t.Errorf("%q would be shown", d.userCode)
-		}
-	}
-}
-
-func TestRefusalWithMistypedMembers(t *testing.T) {
-	for _, body := range []string{`{"error":"invalid_grant","error_description":["x"]}`, `{"error":{"code":"invalid_token"}}`} {
-		c := newTestOAuth(t, func(*http.Request) (int, string) { return 401, body })
-		if _, err := c.refresh(t.Context(), "refresh-secret"); !isFinal(err) {
-			t.Errorf("%s: %v is not taken for a refusal", body, err)
-		}
-	}
 }
 
 func TestErrorsHideWhatTheServerRepeats(t *testing.T) {

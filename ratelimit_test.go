@@ -14,7 +14,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 	"unsafe"
 
@@ -306,29 +305,27 @@ func TestLimit(t *testing.T) {
 		})
 	}
 
-	t.Run("limited", func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) {
-			h := byAddress(newRateLimiter(0.4, 2))
-			start := time.Now().Unix()
-			at := func(seconds int64) string { return strconv.FormatInt(start+seconds, 10) }
-			got := []response{
-				serve(h, "192.0.2.1:1000"),
-				serve(h, "192.0.2.1:2000"),
-				serve(h, "192.0.2.1:3000"),
-				serve(h, "192.0.2.2:1000"),
-			}
-			time.Sleep(2500 * time.Millisecond)
-			got = append(got, serve(h, "192.0.2.1:1000"))
-			want := []response{
-				{200, "0.4", "1", at(3), "", "passed"}, // 2.5 s
-				{200, "0.4", "0", at(5), "", "passed"},
-				{429, "0.4", "0", at(5), "3", "rate_limit_error rate_limit_exceeded: Too many requests: this proxy allows " +
-					"each client 0.4 a second. Try again in 3 s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST."},
-				{200, "0.4", "1", at(3), "", "passed"},
-				{200, "0.4", "0", at(8), "", "passed"}, // 7.5 s
-			}
-			wantEqual(t, "responses", want, got)
-		})
+	testInBubble(t, "limited", func(t *testing.T) {
+		h := byAddress(newRateLimiter(0.4, 2))
+		start := time.Now().Unix()
+		at := func(seconds int64) string { return strconv.FormatInt(start+seconds, 10) }
+		got := []response{
+			serve(h, "192.0.2.1:1000"),
+			serve(h, "192.0.2.1:2000"),
+			serve(h, "192.0.2.1:3000"),
+			serve(h, "192.0.2.2:1000"),
+		}
+		time.Sleep(2500 * time.Millisecond)
+		got = append(got, serve(h, "192.0.2.1:1000"))
+		want := []response{
+			{200, "0.4", "1", at(3), "", "passed"}, // 2.5 s
+			{200, "0.4", "0", at(5), "", "passed"},
+			{429, "0.4", "0", at(5), "3", "rate_limit_error rate_limit_exceeded: Too many requests: this proxy allows " +
+				"each client 0.4 a second. Try again in 3 s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST."},
+			{200, "0.4", "1", at(3), "", "passed"},
+			{200, "0.4", "0", at(8), "", "passed"}, // 7.5 s
+		}
+		wantEqual(t, "responses", want, got)
 	})
 
 	t.Run("a rate of 0 is no limit", func(t *testing.T) {

@@ -85,28 +85,26 @@ func TestASlowAnswerIsNotWaitedForWithoutEnd(t *testing.T) {
 		{"one that is none", "chat/completions", drip(200, "", "<html>"), 502, "bad_upstream_answer", maxWait},
 		{"one to translate", "completions", drip(200, "", `{"a":1`), 504, "upstream_timeout", 7 * time.Minute},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				b := inBubble(t, map[string]string{"UPSTREAM_TIMEOUT": "2m", "STREAM_IDLE_TIMEOUT": "5m"}, tt.api)
-				began := time.Now()
-				request := `{"messages":[]}`
-				if tt.path == "completions" {
-					request = `{"prompt":"x"}`
+		testInBubble(t, tt.name, func(t *testing.T) {
+			b := inBubble(t, map[string]string{"UPSTREAM_TIMEOUT": "2m", "STREAM_IDLE_TIMEOUT": "5m"}, tt.api)
+			began := time.Now()
+			request := `{"messages":[]}`
+			if tt.path == "completions" {
+				request = `{"prompt":"x"}`
+			}
+			res := b.post(t, "/v1/"+tt.path, request)
+			if took := time.Since(began).Round(time.Second); took > tt.after || res.StatusCode != tt.status {
+				t.Errorf("%s after %v, want %d after %v", res.Status, took, tt.status, tt.after)
+			}
+			if tt.code != "" {
+				body, _ := io.ReadAll(res.Body)
+				if !strings.Contains(string(body), `"code":"`+tt.code+`"`) {
+					t.Errorf("%s, want code %s", body, tt.code)
 				}
-				res := b.post(t, "/v1/"+tt.path, request)
-				if took := time.Since(began).Round(time.Second); took > tt.after || res.StatusCode != tt.status {
-					t.Errorf("%s after %v, want %d after %v", res.Status, took, tt.status, tt.after)
-				}
-				if tt.code != "" {
-					body, _ := io.ReadAll(res.Body)
-					if !strings.Contains(string(body), `"code":"`+tt.code+`"`) {
-						t.Errorf("%s, want code %s", body, tt.code)
-					}
-				} else if n, err := io.ReadAtLeast(res.Body, make([]byte, 100), 20); err != nil { // each piece passes as it comes
-					t.Errorf("%d bytes, %v", n, err)
-				}
-				res.Body.Close()
-			})
+			} else if n, err := io.ReadAtLeast(res.Body, make([]byte, 100), 20); err != nil { // each piece passes as it comes
+				t.Errorf("%d bytes, %v", n, err)
+			}
+			res.Body.Close()
 		})
 	}
 }

@@ -232,25 +232,23 @@ func TestTokenIsRenewedBeforeItExpires(t *testing.T) {
 		{time.Hour, 2 * time.Hour, 30 * time.Minute},
 		{10 * time.Second, time.Second, 9 * time.Second},
 	} {
-		t.Run(fmt.Sprint(tt.life, " less ", tt.buffer), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				const call = 500 * time.Millisecond
-				s := newSourceTest(t, fileOf(0, tt.life), map[string]string{"TOKEN_REFRESH_BUFFER": tt.buffer.String()}, func(*http.Request) (int, string) {
-					time.Sleep(call)
-					return 200, tokenAnswer(1, int(tt.life.Seconds()))
-				})
-				s.start()
-				time.Sleep(tt.want)
-				synctest.Wait()
-				s.want("access-0", 0) // the refresh is under way
+		testInBubble(t, fmt.Sprint(tt.life, " less ", tt.buffer), func(t *testing.T) {
+			const call = 500 * time.Millisecond
+			s := newSourceTest(t, fileOf(0, tt.life), map[string]string{"TOKEN_REFRESH_BUFFER": tt.buffer.String()}, func(*http.Request) (int, string) {
 				time.Sleep(call)
-				synctest.Wait()
-				s.want("access-1", 0)
-				time.Sleep(tt.want)
-				synctest.Wait()
-				want := []oauthRequest{{"refresh-0", tt.want}, {"refresh-1", 2*tt.want + call}}
-				wantEqual(t, "requests", want, s.asked())
+				return 200, tokenAnswer(1, int(tt.life.Seconds()))
 			})
+			s.start()
+			time.Sleep(tt.want)
+			synctest.Wait()
+			s.want("access-0", 0) // the refresh is under way
+			time.Sleep(call)
+			synctest.Wait()
+			s.want("access-1", 0)
+			time.Sleep(tt.want)
+			synctest.Wait()
+			want := []oauthRequest{{"refresh-0", tt.want}, {"refresh-1", 2*tt.want + call}}
+			wantEqual(t, "requests", want, s.asked())
 		})
 	}
 }
@@ -394,59 +392,57 @@ func TestOAuthServerIsDown(t *testing.T) {
 		status int
 		body   string
 	}{{"network", 0, ""}, {"5xx", 503, `{"error":"server_error"}`}, {"HTML", 200, htmlAnswer}, {"limit", 429, `{"error":"slow_down"}`}} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var up atomic.Bool
-				s := newSourceTest(t, fileOf(0, 10*time.Minute), nil, func(*http.Request) (int, string) {
-					if up.Load() {
-						return 200, tokenAnswer(1, 3600)
-					}
-					return tt.status, tt.body
-				})
-				s.start()
-				for range 599 {
-					time.Sleep(time.Second)
-					s.want("access-0", 0)
-					if err := s.ready(); err != nil {
-						t.Fatalf("not ready: %v", err)
-					}
+		testInBubble(t, tt.name, func(t *testing.T) {
+			var up atomic.Bool
+			s := newSourceTest(t, fileOf(0, 10*time.Minute), nil, func(*http.Request) (int, string) {
+				if up.Load() {
+					return 200, tokenAnswer(1, 3600)
 				}
-				time.Sleep(time.Second) // it has expired
-				synctest.Wait()
-				retryAfter := time.Duration(0)
-				for range 600 {
-					time.Sleep(100 * time.Millisecond)
-					synctest.Wait()
-					begin := time.Now()
-					_, err := s.Token(t.Context())
-					e, ok := errors.AsType[*apiError](err)
-					if !ok || e.code != "token_refresh_failed" || e.status != 503 || e.retryAfter <= 0 || e.retryAfter > 30*time.Second || time.Since(begin) != 0 {
-						t.Fatalf("got %v after %v, want token_refresh_failed at once", err, time.Since(begin))
-					}
-					if ready := s.ready(); ready == nil || ready.code != e.code {
-						t.Fatalf("ready says %v, a request was told %v", ready, e)
-					}
-					retryAfter = e.retryAfter
-				}
-				up.Store(true)
-				time.Sleep(retryAfter) // which told the truth
-				s.want("access-1", 0)
-
-				exact := 0
-				requests := s.asked()
-				for i := range requests[1:] {
-					pause, full := requests[i+1].At-requests[i].At, min(time.Second<<min(i, 10), 30*time.Second)
-					if pause < full*4/5 || pause > full {
-						t.Errorf("pause %d is %v, want one from %v to %v", i, pause, full*4/5, full)
-					}
-					if pause == full {
-						exact++
-					}
-				}
-				if n := len(requests); n < 12 || exact > 2 {
-					t.Errorf("%d requests, %d pauses without jitter", n, exact)
-				}
+				return tt.status, tt.body
 			})
+			s.start()
+			for range 599 {
+				time.Sleep(time.Second)
+				s.want("access-0", 0)
+				if err := s.ready(); err != nil {
+					t.Fatalf("not ready: %v", err)
+				}
+			}
+			time.Sleep(time.Second) // it has expired
+			synctest.Wait()
+			retryAfter := time.Duration(0)
+			for range 600 {
+				time.Sleep(100 * time.Millisecond)
+				synctest.Wait()
+				begin := time.Now()
+				_, err := s.Token(t.Context())
+				e, ok := errors.AsType[*apiError](err)
+				if !ok || e.code != "token_refresh_failed" || e.status != 503 || e.retryAfter <= 0 || e.retryAfter > 30*time.Second || time.Since(begin) != 0 {
+					t.Fatalf("got %v after %v, want token_refresh_failed at once", err, time.Since(begin))
+				}
+				if ready := s.ready(); ready == nil || ready.code != e.code {
+					t.Fatalf("ready says %v, a request was told %v", ready, e)
+				}
+				retryAfter = e.retryAfter
+			}
+			up.Store(true)
+			time.Sleep(retryAfter) // which told the truth
+			s.want("access-1", 0)
+
+			exact := 0
+			requests := s.asked()
+			for i := range requests[1:] {
+				pause, full := requests[i+1].At-requests[i].At, min(time.Second<<min(i, 10), 30*time.Second)
+				if pause < full*4/5 || pause > full {
+					t.Errorf("pause %d is %v, want one from %v to %v", i, pause, full*4/5, full)
+				}
+				if pause == full {
+					exact++
+				}
+			}
+			if n := len(requests); n < 12 || exact > 2 {
+				t.Errorf("%d requests, %d pauses without jitter", n, exact)
+			}
 		})
 	}
 }
@@ -536,25 +532,23 @@ func TestRefusedRefreshLooksIntoTheFile(t *testing.T) {
 		{"nonsense", func() string { return "{" }, []string{"refresh-0", "device"}, "401 sign_in_expired"},
 		{"signed out", func() string { return "{}" }, []string{"refresh-0", "device"}, "401 sign_in_expired"},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var s *sourceTest
-				s = newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
-					switch r.PostForm.Get("refresh_token") {
-					case "refresh-0":
-						time.Sleep(time.Second) // the first look at the file is over
-						s.write(tt.file())
-						return 400, grantRefused
-					case "refresh-1":
-						return 200, tokenAnswer(2, 3600)
-					}
-					return 200, deviceAnswer(nil)
-				})
-				s.start()
-				s.want(tt.got, time.Second)
-				synctest.Wait()
-				s.wantAsked(tt.asked...)
+		testInBubble(t, tt.name, func(t *testing.T) {
+			var s *sourceTest
+			s = newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
+				switch r.PostForm.Get("refresh_token") {
+				case "refresh-0":
+					time.Sleep(time.Second) // the first look at the file is over
+					s.write(tt.file())
+					return 400, grantRefused
+				case "refresh-1":
+					return 200, tokenAnswer(2, 3600)
+				}
+				return 200, deviceAnswer(nil)
 			})
+			s.start()
+			s.want(tt.got, time.Second)
+			synctest.Wait()
+			s.wantAsked(tt.asked...)
 		})
 	}
 }
@@ -653,35 +647,28 @@ func TestSignInEnds(t *testing.T) {
 		{"failed", `{"error":"invalid_grant"}`, 5 * time.Second, signInFailed},
 	} {
 		for _, by := range []string{"a request a minute later", "/auth at once"} {
-			t.Run(tt.name+", restarted by "+by, func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
-						if r.PostForm.Has("grant_type") {
-							return 400, tt.answer
-						}
-						return 200, deviceAnswer(nil)
-					})
-					s.start()
-					time.Sleep(tt.after)
+			testInBubble(t, tt.name+", restarted by "+by, func(t *testing.T) {
+				s := newSourceTest(t, "", nil, answering(deviceAnswer(nil), tt.answer, ""))
+				s.start()
+				time.Sleep(tt.after)
+				synctest.Wait()
+				if got := s.flow.state().status; got != tt.status {
+					t.Fatalf("sign-in %q, want %q", got, tt.status)
+				}
+				s.wantLogged("sign-in ended without success", 1)
+				if by == "/auth at once" {
+					s.wantAuth(signInPending)
+				} else {
+					time.Sleep(time.Minute)
+					s.want("401 not_signed_in", 0)
 					synctest.Wait()
-					if got := s.flow.state().status; got != tt.status {
-						t.Fatalf("sign-in %q, want %q", got, tt.status)
-					}
-					s.wantLogged("sign-in ended without success", 1)
-					if by == "/auth at once" {
-						s.wantAuth(signInPending)
-					} else {
-						time.Sleep(time.Minute)
-						s.want("401 not_signed_in", 0)
-						synctest.Wait()
-						s.wantAsked("device") // not yet: the next one is a breath later
-						time.Sleep(time.Nanosecond)
-						s.want("401 not_signed_in", 0)
-					}
-					synctest.Wait()
-					s.wantAsked("device", "device")
-					s.wantLogged("waiting for sign-in", 2)
-				})
+					s.wantAsked("device") // not yet: the next one is a breath later
+					time.Sleep(time.Nanosecond)
+					s.want("401 not_signed_in", 0)
+				}
+				synctest.Wait()
+				s.wantAsked("device", "device")
+				s.wantLogged("waiting for sign-in", 2)
 			})
 		}
 	}
@@ -716,58 +703,23 @@ func TestSignInWithoutServer(t *testing.T) {
 	})
 }
 
-func TestSignInRefused(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, "", nil, func(*http.Request) (int, string) { return 400, `{"error":"invalid_client"}` })
-		s.start()
-		time.Sleep(time.Hour)
-		s.wantAsked("device")
-		if status, _ := s.getAuth(); status != http.StatusServiceUnavailable {
-			t.Errorf("/auth: %d, want 503", status)
-		}
-		s.wantAsked("device", "device")
-		s.wantLogged("Qwen refused to start a sign-in", 2)
-	})
-}
-
-func TestAuthWaitsTenSecondsForALink(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
-			<-r.Context().Done()
-			return 0, ""
-		})
-		s.start()
-		begin := time.Now()
-		if status, _ := s.getAuth(); status != http.StatusServiceUnavailable || time.Since(begin) != maxSignInWait {
-			t.Errorf("/auth: %d after %v, want 503 after %v", status, time.Since(begin), maxSignInWait)
-		}
-	})
-}
-
 func TestUnusableFileIsLeftUntilASignInIsComplete(t *testing.T) {
 	for _, file := range []string{`{"access_token":"access-0","refre`, `{"name":"another program's"}`, "not JSON", `["a"]`} {
-		t.Run(file, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				s := newSourceTest(t, file, nil, func(r *http.Request) (int, string) {
-					if r.PostForm.Has("grant_type") {
-						return 200, tokenAnswer(1, 3600)
-					}
-					return 200, deviceAnswer(nil)
-				})
-				s.start()
-				s.want("401 not_signed_in", 0)
-				synctest.Wait()
-				if b, err := os.ReadFile(s.store.path()); string(b) != file {
-					t.Errorf("the file is now %q, %v", b, err)
-				}
-				s.wantLogged("the credential file can't be used", 1)
-				time.Sleep(5 * time.Second)
-				synctest.Wait()
-				s.want("access-1", 0)
-				if got := s.read()["access_token"]; got != "access-1" {
-					t.Errorf("the file has access token %v", got)
-				}
-			})
+		testInBubble(t, file, func(t *testing.T) {
+			s := newSourceTest(t, file, nil, answering(deviceAnswer(nil), tokenAnswer(1, 3600), ""))
+			s.start()
+			s.want("401 not_signed_in", 0)
+			synctest.Wait()
+			if b, err := os.ReadFile(s.store.path()); string(b) != file {
+				t.Errorf("the file is now %q, %v", b, err)
+			}
+			s.wantLogged("the credential file can't be used", 1)
+			time.Sleep(5 * time.Second)
+			synctest.Wait()
+			s.want("access-1", 0)
+			if got := s.read()["access_token"]; got != "access-1" {
+				t.Errorf("the file has access token %v", got)
+			}
 		})
 	}
 }
@@ -776,12 +728,7 @@ func TestTokenIsUsedWhereItCannotBeStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "file")
 		fatalIf(t, os.WriteFile(file, nil, 0o600))
-		s := newSourceTest(t, "", map[string]string{"QWEN_DIR": file}, func(r *http.Request) (int, string) {
-			if r.PostForm.Has("grant_type") {
-				return 200, tokenAnswer(1, 3600)
-			}
-			return 200, deviceAnswer(nil)
-		})
+		s := newSourceTest(t, "", map[string]string{"QWEN_DIR": file}, answering(deviceAnswer(nil), tokenAnswer(1, 3600), ""))
 		s.start()
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
@@ -792,12 +739,7 @@ func TestTokenIsUsedWhereItCannotBeStored(t *testing.T) {
 
 func TestTokenGoesToNoForeignHost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, "", nil, func(r *http.Request) (int, string) {
-			if r.PostForm.Has("grant_type") {
-				return 200, `{"access_token":"access-1","refresh_token":"refresh-1","resource_url":"https://evil.example"}`
-			}
-			return 200, deviceAnswer(nil)
-		})
+		s := newSourceTest(t, "", nil, answering(deviceAnswer(nil), `{"access_token":"access-1","refresh_token":"refresh-1","resource_url":"https://evil.example"}`, ""))
 		s.start()
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
@@ -853,40 +795,6 @@ func TestShutdownEndsASignIn(t *testing.T) {
 	}
 }
 
-func TestAccountThatIsNotServed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, fileOf(0, time.Hour), nil, func(*http.Request) (int, string) { return 0, "" })
-		for i := range 60 {
-			s.refused()
-			if err := s.ready(); err != nil {
-				t.Fatalf("not ready after %d s: %v", i, err)
-			}
-			time.Sleep(time.Second)
-		}
-		if err := s.ready(); err == nil || err.code != "qwen_oauth_unavailable" || !strings.Contains(err.message, "QWEN_API_KEY") {
-			t.Errorf("ready after a minute: %v, want qwen_oauth_unavailable", err)
-		}
-		s.wantLogged("does not serve this account", 1)
-		s.accepted()
-		if err := s.ready(); err != nil {
-			t.Errorf("not ready after a success: %v", err)
-		}
-		s.refused()
-		s.wantLogged("does not serve this account", 2)
-	})
-}
-
-func TestKeySource(t *testing.T) {
-	cfg, err := loadConfig(lookup(map[string]string{"QWEN_API_KEY": "sk-secret"}))
-	fatalIf(t, err)
-	s := newSource(cfg, slog.New(slog.DiscardHandler), nil)
-	s.run(t.Context(), t.Context()) // there is nothing to do
-	tok, err := s.Token(t.Context())
-	if err != nil || tok.authorization != "Bearer sk-secret" || tok.base.String() != "https://dashscope-intl.aliyuncs.com/compatible-mode/v1" || s.ready() != nil {
-		t.Errorf("token for %v, error %v, ready %v", tok.base, err, s.ready())
-	}
-}
-
 // TestANewKeyIsTried: what Qwen said of the old key does not count for the one that replaces it in the file.
 func TestANewKeyIsTried(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "key")
@@ -920,12 +828,7 @@ func TestTokenDoesNotAllocate(t *testing.T) {
 
 func TestNewSignInOfAnAccountThatWasNotServed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, fileOf(0, time.Hour), nil, func(r *http.Request) (int, string) {
-			if r.PostForm.Has("grant_type") {
-				return 200, tokenAnswer(1, 3600)
-			}
-			return 200, deviceAnswer(nil)
-		})
+		s := newSourceTest(t, fileOf(0, time.Hour), nil, answering(deviceAnswer(nil), tokenAnswer(1, 3600), ""))
 		s.start()
 		s.refused()
 		time.Sleep(time.Minute)
@@ -944,53 +847,32 @@ func TestNewSignInOfAnAccountThatWasNotServed(t *testing.T) {
 // TestSignInWinsOverARefreshUnderWay has a sign-in become complete at 5:04, while the refresh goes on from 5:00 to 5:20.
 func TestSignInWinsOverARefreshUnderWay(t *testing.T) {
 	for _, status := range []int{200, 400, 0} {
-		t.Run(fmt.Sprint("refresh ends with ", status), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				s := newSourceTest(t, fileOf(0, 10*time.Minute), nil, func(r *http.Request) (int, string) {
-					switch r.PostForm.Get("grant_type") {
-					case "refresh_token":
-						time.Sleep(20 * time.Second)
-						return status, map[int]string{200: tokenAnswer(7, 3600), 400: grantRefused}[status]
-					case deviceGrant:
-						return 200, tokenAnswer(1, 3600)
-					}
-					return 200, deviceAnswer(nil)
-				})
-				s.start()
-				s.refused()
-				time.Sleep(5*time.Minute - time.Second)
-				s.wantAuth(signInPending)
-				time.Sleep(time.Minute)
-				synctest.Wait()
-				s.want("access-1", 0)
-				if st := s.state.Load(); st.final != nil || st.failed != nil {
-					t.Errorf("what became of the old refresh token counts for the new sign-in: %v, %v", st.final, st.failed)
+		testInBubble(t, fmt.Sprint("refresh ends with ", status), func(t *testing.T) {
+			s := newSourceTest(t, fileOf(0, 10*time.Minute), nil, func(r *http.Request) (int, string) {
+				switch r.PostForm.Get("grant_type") {
+				case "refresh_token":
+					time.Sleep(20 * time.Second)
+					return status, map[int]string{200: tokenAnswer(7, 3600), 400: grantRefused}[status]
+				case deviceGrant:
+					return 200, tokenAnswer(1, 3600)
 				}
-				if got := s.read()["access_token"]; got != "access-1" {
-					t.Errorf("stored access token %v, want the new sign-in's", got)
-				}
+				return 200, deviceAnswer(nil)
 			})
+			s.start()
+			s.refused()
+			time.Sleep(5*time.Minute - time.Second)
+			s.wantAuth(signInPending)
+			time.Sleep(time.Minute)
+			synctest.Wait()
+			s.want("access-1", 0)
+			if st := s.state.Load(); st.final != nil || st.failed != nil {
+				t.Errorf("what became of the old refresh token counts for the new sign-in: %v, %v", st.final, st.failed)
+			}
+			if got := s.read()["access_token"]; got != "access-1" {
+				t.Errorf("stored access token %v, want the new sign-in's", got)
+			}
 		})
 	}
-}
-
-func TestAuthShowsTheLinkAsSoonAsARefreshIsRefused(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, fileOf(0, 10*time.Minute), nil, func(r *http.Request) (int, string) {
-			switch r.PostForm.Get("grant_type") {
-			case "refresh_token":
-				return 400, grantRefused
-			case deviceGrant:
-				return 400, pendingAnswer
-			}
-			return 200, deviceAnswer(nil)
-		})
-		s.start()
-		time.Sleep(6 * time.Minute)
-		s.want("access-0", 0)
-		s.wantAuth(signInPending)
-		s.wantAsked("refresh-0", "device")
-	})
 }
 
 // TestATokenOfAnotherProcessIsTriedBeforeARefresh: several processes whose account is not served must not refresh for
@@ -1049,30 +931,28 @@ func TestAClockThatJumps(t *testing.T) {
 	})
 }
 
+// unusableFiles put something in the credential file's place that can't be used.
+var unusableFiles = map[string]func(path string) error{
+	"unreadable but for root": func(path string) error { return os.WriteFile(path, []byte("not JSON"), 0) },
+	"a socket": func(path string) error {
+		ln, err := net.Listen("unix", path)
+		if err == nil {
+			ln.(*net.UnixListener).SetUnlinkOnClose(false)
+			ln.Close()
+		}
+		return err
+	},
+	"a directory":        func(path string) error { return os.Mkdir(path, 0o700) },
+	"a loop of symlinks": func(path string) error { return os.Symlink(path, path) },
+	"broken":             func(path string) error { return os.WriteFile(path, []byte(`{"access_token":`), 0o600) },
+	"another program's":  func(path string) error { return os.WriteFile(path, []byte(`{"name":"x"}`), 0o600) },
+}
+
 // TestAnUnusableFileIsLoggedOnce has the credential file be unusable for an hour, come back, and be unusable again.
 func TestAnUnusableFileIsLoggedOnce(t *testing.T) {
-	for _, tt := range []struct {
-		name string
-		put  func(path string) error
-	}{
-		{"unreadable but for root", func(path string) error {
-			return os.WriteFile(path, []byte("not JSON"), 0)
-		}},
-		{"a socket", func(path string) error {
-			ln, err := net.Listen("unix", path)
-			if err == nil {
-				ln.(*net.UnixListener).SetUnlinkOnClose(false)
-				ln.Close()
-			}
-			return err
-		}},
-		{"a directory", func(path string) error { return os.Mkdir(path, 0o700) }},
-		{"a loop of symlinks", func(path string) error { return os.Symlink(path, path) }},
-		{"broken", func(path string) error { return os.WriteFile(path, []byte(`{"access_token":`), 0o600) }},
-		{"another program's", func(path string) error { return os.WriteFile(path, []byte(`{"name":"x"}`), 0o600) }},
-	} {
+	for name, put := range unusableFiles {
 		for _, from := range []string{"from the start", "later"} {
-			t.Run(tt.name+" "+from, func(t *testing.T) {
+			t.Run(name+" "+from, func(t *testing.T) {
 				t.Parallel()
 				dir, err := os.MkdirTemp("", "q") // the path of a socket must be short
 				fatalIf(t, err)
@@ -1082,18 +962,13 @@ func TestAnUnusableFileIsLoggedOnce(t *testing.T) {
 					good := fileOf(0, 48*time.Hour)
 					first := good
 					breakFile := func() {
-						fatalIf(t, errors.Join(os.RemoveAll(path), tt.put(path)))
+						fatalIf(t, errors.Join(os.RemoveAll(path), put(path)))
 					}
 					if from == "from the start" {
 						breakFile()
 						first = ""
 					}
-					s := newSourceTest(t, first, map[string]string{"QWEN_DIR": dir}, func(r *http.Request) (int, string) {
-						if r.PostForm.Has("grant_type") {
-							return 400, pendingAnswer
-						}
-						return 200, deviceAnswer(nil)
-					})
+					s := newSourceTest(t, first, map[string]string{"QWEN_DIR": dir}, answering(deviceAnswer(nil), pendingAnswer, ""))
 					s.start()
 					if from == "later" {
 						synctest.Wait()
@@ -1149,42 +1024,35 @@ func TestReasonsForWaitingAreTrue(t *testing.T) {
 // TestNoRefreshBesideAnUnusableFile: the successor could not be stored, so the refresh token is not spent. Once the file is
 // back, it is.
 func TestNoRefreshBesideAnUnusableFile(t *testing.T) {
-	for name, put := range map[string]func(path string) error{
-		"a directory":        func(path string) error { return os.Mkdir(path, 0o700) },
-		"broken":             func(path string) error { return os.WriteFile(path, []byte(`{"access_token":`), 0o600) },
-		"another program's":  func(path string) error { return os.WriteFile(path, []byte(`{"name":"x"}`), 0o600) },
-		"a loop of symlinks": func(path string) error { return os.Symlink(path, path) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				old := fileOf(0, 10*time.Minute)
-				s := newSourceTest(t, old, nil, func(r *http.Request) (int, string) {
-					if r.PostForm.Get("refresh_token") != "refresh-0" {
-						return 400, grantRefused
-					}
-					return 200, tokenAnswer(1, 3600)
-				})
-				s.start()
-				time.Sleep(time.Minute + time.Second) // no change comes while the file is read
-				fatalIf(t, errors.Join(os.Remove(s.store.path()), put(s.store.path())))
-				time.Sleep(8 * time.Minute)
-				s.want("access-0", 0)
-				time.Sleep(20 * time.Minute)
-				_, err := s.Token(t.Context())
-				if e, ok := errors.AsType[*apiError](err); !ok || e.status != http.StatusServiceUnavailable || !strings.Contains(e.message, "Repair or delete "+credentialFile) {
-					t.Errorf("got %v, want a 503 that says what to do", err)
+	for name, put := range unusableFiles {
+		testInBubble(t, name, func(t *testing.T) {
+			old := fileOf(0, 10*time.Minute)
+			s := newSourceTest(t, old, nil, func(r *http.Request) (int, string) {
+				if r.PostForm.Get("refresh_token") != "refresh-0" {
+					return 400, grantRefused
 				}
-				s.wantAsked()
-				fatalIf(t, os.RemoveAll(s.store.path()))
-				s.write(old)
-				time.Sleep(maxNap)
-				synctest.Wait()
-				s.want("access-1", 0)
-				s.wantAsked("refresh-0")
-				if got := s.read()["refresh_token"]; got != "refresh-1" {
-					t.Errorf("the file has refresh token %v", got)
-				}
+				return 200, tokenAnswer(1, 3600)
 			})
+			s.start()
+			time.Sleep(time.Minute + time.Second) // no change comes while the file is read
+			fatalIf(t, errors.Join(os.Remove(s.store.path()), put(s.store.path())))
+			time.Sleep(8 * time.Minute)
+			s.want("access-0", 0)
+			time.Sleep(20 * time.Minute)
+			_, err := s.Token(t.Context())
+			if e, ok := errors.AsType[*apiError](err); !ok || e.status != http.StatusServiceUnavailable || !strings.Contains(e.message, "Repair or delete "+credentialFile) {
+				t.Errorf("got %v, want a 503 that says what to do", err)
+			}
+			s.wantAsked()
+			fatalIf(t, os.RemoveAll(s.store.path()))
+			s.write(old)
+			time.Sleep(maxNap)
+			synctest.Wait()
+			s.want("access-1", 0)
+			s.wantAsked("refresh-0")
+			if got := s.read()["refresh_token"]; got != "refresh-1" {
+				t.Errorf("the file has refresh token %v", got)
+			}
 		})
 	}
 }
