@@ -1,5 +1,5 @@
 // Runs one process of Qwen Code's own token manager, as a neighbour of qwen-go-proxy: asks it for credentials again and
-// again, tries them on the API, and prints what comes of it as JSON lines, until stdin ends.
+// again, tries them on the API, and prints the outcome as JSON lines, until stdin ends.
 //
 //   QWEN_CODE_DIR  the unpacked package of Qwen Code
 //   QWEN_HOME      the directory of oauth_creds.json, which Qwen Code heeds
@@ -36,12 +36,14 @@ while (!stopped) {
       last = credentials.access_token;
       say({ event: "token", expires: new Date(credentials.expiry_date) });
     }
-    const models = await realFetch(`${credentials.resource_url}/v1/models`, {
+    const answer = await realFetch(`${credentials.resource_url}/v1/chat/completions`, {
+      method: "POST",
       headers: { Authorization: `Bearer ${credentials.access_token}` },
+      body: '{"messages":[{"role":"user","content":"Hello"}]}',
     });
-    await models.arrayBuffer();
-    if (models.ok) say({ event: "served" });
-    else say({ event: "error", error: `the API answered ${models.status}` });
+    await answer.arrayBuffer();
+    if (answer.ok) say({ event: "served" });
+    else say({ event: "error", error: `the API answered ${answer.status}` });
   } catch (error) {
     say({ event: "error", error: `${error.type ?? error.name}: ${error.message}` });
   }
