@@ -94,7 +94,7 @@ func serveCommand(ctx context.Context, cfg *config, _, stderr io.Writer) int {
 		defer close(tokensDone)
 		tokens.run(running, abort)
 	}()
-	go watchFiles(running, log, fileInterval, files)
+	watchFiles(running, log, fileInterval, files)
 	if err := notifyManager(cfg, "READY=1"); err != nil {
 		log.Warn("the service manager can't be notified of the server's state", "NOTIFY_SOCKET", cfg.notifySocket, "error", err)
 	}
@@ -305,19 +305,22 @@ type watchedFile struct {
 }
 
 // watchFiles reads each of files at once and then every interval, until ctx ends. It logs each cause of failure once, and its end.
+// It does not wait: one file may take long.
 func watchFiles(ctx context.Context, log *slog.Logger, interval time.Duration, files []*watchedFile) {
-	causes := make([]string, len(files)) // as logged; "" while the file can be used
-	for ok := true; ok; ok = sleep(ctx, interval) {
-		for i, f := range files {
-			err := f.read()
-			switch {
-			case err == nil && causes[i] != "":
-				causes[i] = ""
-				log.Info(f.name + " can be used again")
-			case err != nil && causes[i] != err.Error():
-				causes[i] = err.Error()
-				log.Error(f.name+" can't be used; "+f.fallback, "error", err)
+	for _, f := range files {
+		go func() {
+			cause := "" // as logged; "" while the file can be used
+			for ok := true; ok; ok = sleep(ctx, interval) {
+				err := f.read()
+				switch {
+				case err == nil && cause != "":
+					cause = ""
+					log.Info(f.name + " can be used again")
+				case err != nil && cause != err.Error():
+					cause = err.Error()
+					log.Error(f.name+" can't be used; "+f.fallback, "error", err)
+				}
 			}
-		}
+		}()
 	}
 }

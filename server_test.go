@@ -20,7 +20,7 @@ func TestWatchFilesLogsEachCauseOnce(t *testing.T) {
 		var broken atomic.Pointer[error]
 		file := &watchedFile{name: "KEYS", fallback: "the last keys stay in use", read: func() error { return *broken.Load() }}
 		broken.Store(new(error))
-		go watchFiles(t.Context(), newLogger(&config{logFormat: "text"}, &log), 5*time.Second, []*watchedFile{file})
+		watchFiles(t.Context(), newLogger(&config{logFormat: "text"}, &log), 5*time.Second, []*watchedFile{file})
 		for range 2 {
 			for _, err := range []error{nil, errors.New("empty"), errors.New("gone"), nil} {
 				broken.Store(&err)
@@ -90,7 +90,7 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 				copyFile(t, cfg.keyFile, tt.key, time.Now())
 			}
 			if before == "" {
-				go watchFiles(t.Context(), newLogger(&config{}, &log), 5*time.Second, []*watchedFile{cert})
+				watchFiles(t.Context(), newLogger(&config{}, &log), 5*time.Second, []*watchedFile{cert})
 				synctest.Wait()
 				time.Sleep(time.Second) // no change comes while a file is read
 			} else {

@@ -84,8 +84,7 @@ type oauthSource struct {
 	state atomic.Pointer[authState]
 	mu    sync.Mutex    // held while state is replaced
 	wake  chan struct{} // 1 slot: there may be something to do for run
-
-	fileMu sync.Mutex // held while a change of the credential file is put into use, or a token is stored
+	turn  chan struct{} // 1 slot: held by a refresh, a look at the credential file, and a sign-in that is being stored
 
 	verdict
 	refreshes [len(refreshResults)]atomic.Int64
@@ -93,14 +92,13 @@ type oauthSource struct {
 
 // An authState is what is known of the credentials at one time. It does not change; a new one replaces it.
 type authState struct {
-	token      *token        // nil if nobody is signed in
-	rejected   bool          // Qwen answered 401 to token
-	refreshing bool          // token is being renewed now
-	attempts   int           // failed attempts to renew token
-	failed     error         // why the last one failed
-	retryAt    time.Time     // the next one
-	final      error         // why token can't be renewed at all; nil while it may be
-	changed    chan struct{} // closed when another state has replaced this one
+	token    *token        // nil if nobody is signed in
+	rejected bool          // Qwen answered 401 to token
+	attempts int           // failed attempts to renew token
+	failed   error         // why the last one failed
+	retryAt  time.Time     // the next one
+	final    error         // why token can't be renewed at all; nil while it may be
+	changed  chan struct{} // closed when another state has replaced this one
 }
 
 // The results of a refresh, as indices into refreshResults.
@@ -115,7 +113,7 @@ var refreshResults = [...]string{"success", "refused", "failed"}
 // newOAuthSource returns a source over the credential file, which it reads.
 func newOAuthSource(oauth *oauthClient, store *credentialStore, cfg *config, log *slog.Logger, prompt io.Writer) *oauthSource {
 	s := &oauthSource{
-		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log, wake: make(chan struct{}, 1),
+		oauth: oauth, store: store, base: cfg.apiBase, buffer: cfg.refreshBuffer, log: log, wake: make(chan struct{}, 1), turn: make(chan struct{}, 1),
 		flow:    deviceFlow{oauth: oauth, log: log, prompt: prompt, demo: cfg.demo},
 		verdict: verdict{refusal: errNotServed, success: time.Now(), log: log},
 	}
@@ -208,7 +206,7 @@ func (s *oauthSource) problem(st *authState, now time.Time) *apiError {
 			message: "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."}
 	case st.final != nil:
 		return signInRefused(st.final)
-	case !st.refreshing && st.retryAt.After(now):
+	case st.retryAt.After(now):
 		return unavailable(st.retryAt.Sub(now), st.failed)
 	}
 	return nil
@@ -309,15 +307,14 @@ func (s *oauthSource) files() []*watchedFile {
 
 // readFile puts into use what another process has done to the credential file. The error says why the file can't be used.
 func (s *oauthSource) readFile() error {
-	s.fileMu.Lock()
-	defer s.fileMu.Unlock()
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
 	st, now := s.state.Load(), time.Now()
 	t, err := s.newest(st.token)
 	switch {
 	case unusable(err):
 		return err
-	case st.refreshing, st.token == nil && t == nil:
-		// a refresh reads the file itself
+	case st.token == nil && t == nil:
 	case err != nil:
 		s.signedOut()
 	case t == st.token:
@@ -361,10 +358,10 @@ func (s *oauthSource) signedOut() {
 
 // signedIn stores the token of a completed sign-in and puts it into use. It returns false if the sign-in was ended before.
 func (s *oauthSource) signedIn(ctx context.Context, t *token) bool {
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
 	lock, _ := s.store.lock(ctx, func() bool { return false }) // a lock that is held forever must not cost the user a sign-in
 	defer lock.release()
-	s.fileMu.Lock()
-	defer s.fileMu.Unlock()
 	st := s.state.Load()
 	if _, err := s.newest(st.token); errors.Is(err, errSignedOut) && st.token != nil {
 		s.signedOut() // by the process that held the lock before; this ends the sign-in
@@ -393,51 +390,51 @@ func (s *oauthSource) due(now time.Time) time.Duration {
 	return max(st.token.refreshAt.Sub(now), st.retryAt.Sub(now))
 }
 
-// refresh renews the token once. If that fails, it notes why.
+// refresh renews the token once, if that is still due. If that fails, it notes why.
 func (s *oauthSource) refresh(ctx, abort context.Context) {
-	s.fileMu.Lock() // no other process's token comes into use from here on
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
 	if s.due(time.Now()) > 0 {
-		s.fileMu.Unlock() // another token, or none, has come into use meanwhile
-		return
+		return // another token, or none, has come into use meanwhile
 	}
-	old, lastErr := s.state.Load().token, s.state.Load().failed
-	s.update(func(st *authState) { st.refreshing = true })
-	s.fileMu.Unlock()
-	err := s.redeem(ctx, abort, old)
 	st := s.state.Load()
+	fresh, err := s.redeem(ctx, abort, st.token)
 	switch {
-	case st.token != old: // renewed, or a sign-in has been completed meanwhile
+	case err == nil:
+		s.refreshes[refreshed].Add(1)
+		s.setToken(fresh)
+		s.log.Info("token refreshed", "expires", fresh.expiry)
 	case errors.Is(err, errSignedOut):
 		s.signedOut()
 	case isFinal(err):
 		s.refreshes[refreshRefused].Add(1)
-		s.update(func(st *authState) { st.refreshing, st.final = false, err })
+		s.update(func(st *authState) { st.final = err })
 		s.log.Error(signInRefused(err).message, "error", err)
 		s.flow.start()
 	default:
 		s.refreshes[refreshFailed].Add(1)
 		pause := backoff(st.attempts, maxRefreshPause)
 		if errors.Is(err, errNotStorable) {
-			pause = min(pause, maxNap) // as soon as a change of a file is to be noticed
+			pause = min(pause, maxNap) // a change of the directory comes into use as soon as one of the file
 		}
 		s.update(func(st *authState) {
-			st.refreshing, st.failed, st.retryAt = false, err, time.Now().Add(pause)
+			st.failed, st.retryAt = err, time.Now().Add(pause)
 			st.attempts++
 		})
 		level := slog.LevelWarn
-		if ctx.Err() != nil || lastErr != nil && lastErr.Error() == err.Error() {
+		if ctx.Err() != nil || st.failed != nil && st.failed.Error() == err.Error() {
 			level = slog.LevelDebug // the program stops, or the log says it already
 		}
 		s.log.Log(ctx, level, "token refresh failed; trying again", "error", err, "attempt", st.attempts+1,
-			"in", pause.Round(time.Millisecond).String(), "token", old)
+			"in", pause.Round(time.Millisecond).String(), "token", st.token)
 	}
 }
 
-// redeem exchanges the refresh token of current, the token in use, for a fresh token and puts that into use, with other
-// processes locked out. If one of them was faster, it puts that one's token into use.
-func (s *oauthSource) redeem(ctx, abort context.Context, current *token) error {
+// redeem exchanges the refresh token of current, the token in use, for a fresh token and stores that, with other processes
+// locked out. If one of them was faster, it returns that one's token.
+func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token, error) {
 	// A refresh token is not spent while the next one can't be stored: at the next start it would be lost.
-	notStored := func(err error) error { return fmt.Errorf("%w: %w", errNotStorable, err) }
+	notStored := func(err error) (*token, error) { return nil, fmt.Errorf("%w: %w", errNotStorable, err) }
 	file, noRoom := s.store.reserve()
 	if noRoom == nil {
 		defer file.discard()
@@ -449,7 +446,7 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) error {
 		if err != nil && !errors.Is(err, errLocked) && ctx.Err() == nil {
 			return notStored(err)
 		} else if err != nil {
-			return err
+			return nil, err
 		}
 	} else if !current.unstored {
 		return notStored(noRoom)
@@ -464,16 +461,16 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) error {
 	for {
 		t, fileErr := s.newest(current)
 		switch {
-		case err != nil && (fileErr != nil || t.refresh == old.refresh):
-			return err
 		case errors.Is(fileErr, errSignedOut):
-			return fileErr
+			return nil, fileErr
+		case err != nil && (fileErr != nil || t.refresh == old.refresh):
+			return nil, err
 		case fileErr != nil:
 			return notStored(fileErr)
 		case t.access != current.access && t.good(time.Now()):
-			return s.use(t, current, nil) // another process was faster
+			return t, nil
 		case t.refresh == "":
-			return &oauthError{final: true, text: "there is no refresh token"}
+			return nil, &oauthError{final: true, text: "there is no refresh token"}
 		}
 		old = t
 		fresh, err = s.oauth.refresh(calls, old.refresh)
@@ -483,7 +480,7 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) error {
 		// A process that ignores the lock may have spent the refresh token and stored the next one.
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	fresh.members = old.members
 	kept := old.fields()
@@ -493,28 +490,13 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) error {
 	if noRoom != nil {
 		fresh.unstored = true // as current is
 		s.log.Warn("the refreshed token is only kept in memory", "file", s.store.path(), "error", noRoom)
-	}
-	return s.use(fresh, current, file)
-}
-
-// use puts t into use in place of current. It stores t in file first, if that is not nil. A sign-in or logout that has
-// been completed meanwhile wins.
-func (s *oauthSource) use(t, current *token, file *newFile) error {
-	s.fileMu.Lock()
-	defer s.fileMu.Unlock()
-	if s.state.Load().token != current {
-		return nil
+		return fresh, nil
 	}
 	if _, err := s.newest(current); errors.Is(err, errSignedOut) {
-		return err
+		return nil, err // a logout that waited for the lock has given up waiting
 	}
-	if file != nil {
-		s.stored(t, file.commit(t))
-	}
-	s.refreshes[refreshed].Add(1)
-	s.setToken(t)
-	s.log.Info("token refreshed", "expires", t.expiry)
-	return nil
+	s.stored(fresh, file.commit(fresh))
+	return fresh, nil
 }
 
 // stored notes and logs whether t was stored, which err says. The token is good all the same, until the process ends.
