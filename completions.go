@@ -97,9 +97,6 @@ func translate(chat []byte, part string) (text net.Buffers, empty bool, err erro
 	value := func(i int) []byte { return found[i].of(chat) }
 	id, choices, usage := orElse(value(0), `""`), value(4), value(5)
 	empty = isNull(usage)
-	if isNull(choices) && part == "delta" && !empty {
-		choices = []byte("[]")
-	}
 	if byteAt(choices, 0) != '[' {
 		return nil, false, errNotChat
 	}
@@ -152,9 +149,6 @@ func readChoice(choice []byte, part string) (content, index, reason []byte, err 
 		return nil, nil, nil, err
 	}
 	message := found[0].of(choice)
-	if isNull(message) && part == "delta" {
-		message = []byte("{}")
-	}
 	inside, err := findMembers(message, "content")
 	if err != nil {
 		return nil, nil, nil, err
@@ -162,11 +156,7 @@ func readChoice(choice []byte, part string) (content, index, reason []byte, err 
 	if content = orElse(inside[0].of(message), `""`); content[0] != '"' {
 		return nil, nil, nil, errNotChat
 	}
-	reason = orElse(found[2].of(choice), "null")
-	if s := string(reason); s == `"tool_calls"` || s == `"function_call"` { // text completions have neither
-		reason = []byte(`"stop"`)
-	}
-	return content, orElse(found[1].of(choice), "0"), reason, nil
+	return content, orElse(found[1].of(choice), "0"), orElse(found[2].of(choice), "null"), nil
 }
 
 // isNull reports whether v, the value of a member, is missing or null.

@@ -172,7 +172,7 @@ func TestCompletionResponse(t *testing.T) {
 		{
 			"tool calls",
 			`{"id":"x-1","created":1,"model":"m","system_fingerprint":"fp","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"length"},{"index":1,"message":{"content":null},"finish_reason":"tool_calls"},{"index":2,"message":{},"finish_reason":"function_call"}]}`,
-			`{"id":"x-1","object":"text_completion","created":1,"model":"m","system_fingerprint":"fp","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":"length"},{"text":"","index":1,"logprobs":null,"finish_reason":"stop"},{"text":"","index":2,"logprobs":null,"finish_reason":"stop"}]}`,
+			`{"id":"x-1","object":"text_completion","created":1,"model":"m","system_fingerprint":"fp","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":"length"},{"text":"","index":1,"logprobs":null,"finish_reason":"tool_calls"},{"text":"","index":2,"logprobs":null,"finish_reason":"function_call"}]}`,
 		},
 		{
 			"as little as can be",
@@ -234,7 +234,7 @@ data: {"choices":[{"finish_reason":null,"delta":{"content":null,"reasoning_conte
 
 data: {"choices":[{"finish_reason":null,"delta":{"content":"a <b>"},"index":0}],"object":"chat.completion.chunk","usage":null,"created":1,"system_fingerprint":null,"model":"m","id":"chatcmpl-1"}
 
-data: {"choices":[{"finish_reason":"tool_calls","delta":{"content":""},"index":0}],"object":"chat.completion.chunk","usage":null,"created":1,"system_fingerprint":null,"model":"m","id":"chatcmpl-1"}
+data: {"choices":[{"finish_reason":"stop","delta":{"content":""},"index":0}],"object":"chat.completion.chunk","usage":null,"created":1,"system_fingerprint":null,"model":"m","id":"chatcmpl-1"}
 
 data: {"choices":[],"object":"chat.completion.chunk","usage":{"prompt_tokens":1},"created":1,"system_fingerprint":null,"model":"m","id":"chatcmpl-1"}
 
@@ -265,7 +265,7 @@ data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"index":1,"delta":{
 
 data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"delta":{"content":"a"}}],"usage":{"a":2}}
 
-data: {"id":"chatcmpl-1","created":1,"model":"m","choices":null,"usage":{"a":3}}
+data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[],"usage":{"a":3}}
 
 `,
 		want: textChunk(`"choices":[{"text":"","index":0,"logprobs":null,"finish_reason":null}],"usage":{"a":1}`) +

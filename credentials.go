@@ -365,11 +365,11 @@ func (t *token) fileContent() ([]byte, error) {
 	for name, value := range t.fields() {
 		delete(members, name)
 		if *value != "" {
-			members[name] = jsonString(*value)
+			members[name] = json.RawMessage(jsonString(*value))
 		}
 	}
 	if t.typ == "" {
-		members["token_type"] = jsonString("Bearer")
+		members["token_type"] = json.RawMessage(`"Bearer"`)
 	}
 	members["expiry_date"] = strconv.AppendInt(nil, t.expiry.UnixMilli(), 10)
 	b, err := json.MarshalIndent(members, "", "  ")

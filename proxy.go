@@ -46,28 +46,18 @@ var (
 
 // A proxy forwards requests to Qwen's API with the proxy's own credentials. It is safe for concurrent use.
 type proxy struct {
-	cfg          *config
-	tokens       tokenSource
-	bodies       bodyReader
-	metrics      *metrics
-	buffers      copyBuffers
-	transport    http.RoundTripper
-	fresh        http.RoundTripper // the same, but with a new connection for each request
-	defaultModel string            // as JSON
-	aliases      map[string]string // models by their aliases; the models are JSON
+	cfg       *config
+	tokens    tokenSource
+	bodies    bodyReader
+	metrics   *metrics
+	buffers   copyBuffers
+	transport http.RoundTripper
+	fresh     http.RoundTripper // the same, but with a new connection for each request
 }
 
 // newProxy returns a proxy over transport, which must not follow redirects nor unpack bodies.
 func newProxy(cfg *config, tokens tokenSource, m *metrics, transport http.RoundTripper) *proxy {
-	p := &proxy{
-		cfg: cfg, tokens: tokens, metrics: m, transport: transport, fresh: transport,
-		bodies:       newBodyReader(cfg),
-		defaultModel: string(jsonString(cfg.defaultModel)),
-		aliases:      map[string]string{},
-	}
-	for alias, model := range cfg.aliases {
-		p.aliases[alias] = string(jsonString(model))
-	}
+	p := &proxy{cfg: cfg, tokens: tokens, bodies: newBodyReader(cfg), metrics: m, transport: transport, fresh: transport}
 	if t, ok := transport.(*http.Transport); ok {
 		fresh := t.Clone()
 		fresh.DisableKeepAlives = true
@@ -178,19 +168,19 @@ func (p *proxy) prepare(body *requestBody, required string) error {
 	switch v := model.of(body.data); {
 	case len(v) == 0: // missing: it goes first
 		at := bytes.IndexByte(body.data, '{') + 1
-		insert := `"model":` + p.defaultModel
+		insert := `"model":` + jsonString(p.cfg.defaultModel)
 		if body.data[skipSpace(body.data, at)] != '}' {
 			insert += ","
 		}
 		body.replace(at, at, insert)
 	case string(v) == "null" || string(v) == `""`:
-		body.replace(model.start, model.end, p.defaultModel)
+		body.replace(model.start, model.end, jsonString(p.cfg.defaultModel))
 	case v[0] != '"':
 		return invalidRequest("model", "invalid_type", `"model" has to be a string.`)
-	case len(p.aliases) > 0 && len(v) <= 1<<10: // a longer one is no alias
+	case len(p.cfg.aliases) > 0 && len(v) <= 1<<10: // a longer one is no alias
 		var name string
-		if json.Unmarshal(v, &name) == nil && p.aliases[name] != "" {
-			body.replace(model.start, model.end, p.aliases[name])
+		if json.Unmarshal(v, &name) == nil && p.cfg.aliases[name] != "" {
+			body.replace(model.start, model.end, jsonString(p.cfg.aliases[name]))
 		}
 	}
 	return nil
@@ -557,20 +547,18 @@ func (c *call) passError(res *http.Response) error {
 		setBody(res, net.Buffers{text})
 		return nil
 	}
-	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error", err: cmp.Or(err, errors.New(detail)),
+	maps.DeleteFunc(res.Header, func(name string, _ []string) bool { return strings.HasPrefix(name, "Content-") })
+	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error", header: res.Header, err: cmp.Or(err, errors.New(detail)),
 		message: fmt.Sprintf("Qwen answered with status %d and something that can't be passed on, such as a gateway's page. Try again; if it lasts, check API_BASE_URL on the proxy, and the proxy's log.", status)}
-	if status == http.StatusNotFound {
+	switch {
+	case status == http.StatusNotFound && c.path == "/responses":
+		e.code = "endpoint_not_found"
+		e.message = `The API behind the proxy has no /responses. Use /v1/chat/completions; in n8n's OpenAI nodes turn off "Use Responses API".`
+	case status == http.StatusNotFound:
 		e.code = "endpoint_not_found"
 		e.message = fmt.Sprintf("The API behind the proxy has no %s. Check API_BASE_URL on the proxy.", c.path)
-		if c.path == "/responses" {
-			e.message = `The API behind the proxy has no /responses. Use /v1/chat/completions; in n8n's OpenAI nodes turn off "Use Responses API".`
-		}
 	}
-	c.x.fail(e)
-	res.Header["Content-Type"] = valueJSON
-	res.Header.Del("Content-Encoding")
-	setBody(res, net.Buffers{c.x.errorBody(e)})
-	return nil
+	return e
 }
 
 // tokenIn reports whether an answer contains the call's token, be it in gzip, whatever its header says, or escaped in JSON.
@@ -627,10 +615,10 @@ func notAnAnswer(status int, err error) *apiError {
 }
 
 // jsonString returns s as JSON.
-func jsonString(s string) []byte {
+func jsonString(s string) string {
 	b, err := json.Marshal(s)
 	if err != nil {
 		panic(err) // a string always marshals
 	}
-	return b
+	return string(b)
 }
