@@ -7,7 +7,6 @@ import (
 	"math"
 	"net/netip"
 	"net/url"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -415,49 +414,23 @@ func settingNames() []string {
 }
 
 func TestDocsListEverySetting(t *testing.T) {
-	b, err := os.ReadFile("docs/configuration.md")
-	fatalIf(t, err)
-	page := string(b)
-	if problems := settingProblems(page); len(problems) > 0 {
-		t.Fatalf("the table of settings is wrong:\n%s", strings.Join(problems, "\n"))
+	settings, order := documentedSettings(t, "docs/configuration.md")
+	slices.Sort(order)
+	wantEqual(t, "the table of settings", settingNames(), order)
+	for name, def := range settings {
+		if def == "" {
+			continue
+		}
+		c, err := loadConfig(lookup(map[string]string{name: def}))
+		fatalIf(t, err)
+		wantEqual(t, "with the default of "+name, emptyConfig(), c, compareConfigs)
 	}
-
-	readme, err := os.ReadFile("README.md")
-	fatalIf(t, err)
-	settings, _, _ := documentedSettings(page)
-	short, _, _ := documentedSettings(string(readme))
+	short, _ := documentedSettings(t, "README.md")
 	for name, def := range short {
 		if want, ok := settings[name]; !ok || def != want {
 			t.Errorf("the README gives %s the default %q, docs/configuration.md %q", name, def, want)
 		}
 	}
-
-}
-
-// settingProblems returns what the table of settings in docs/configuration.md has wrong.
-func settingProblems(page string) []string {
-	settings, _, problems := documentedSettings(page)
-	names := settingNames()
-	for _, name := range names {
-		if _, ok := settings[name]; !ok {
-			problems = append(problems, name+" is not in the table")
-		}
-	}
-	for name, def := range settings {
-		if !slices.Contains(names, name) {
-			problems = append(problems, name+" is in the table, but is no setting")
-		}
-		if def == "" {
-			continue
-		}
-		c, err := loadConfig(lookup(map[string]string{name: def}))
-		if err != nil {
-			problems = append(problems, fmt.Sprintf("the default of %s: %v", name, err))
-		} else if diff := cmp.Diff(emptyConfig(), c, compareConfigs); diff != "" {
-			problems = append(problems, fmt.Sprintf("%s defaults to something other than %s (-want +got):\n%s", name, def, diff))
-		}
-	}
-	return problems
 }
 
 var (
@@ -465,11 +438,12 @@ var (
 	settingDefault = regexp.MustCompile("`([^`]+)`|–")
 )
 
-// documentedSettings returns the variables in the table of the page's section Settings, with their defaults,
+// documentedSettings returns the variables in the table of a page's section Settings, with their defaults,
 // "" for none, and their names in the table's order. A row may hold several of both; one – stands for any number.
-func documentedSettings(page string) (settings map[string]string, order, problems []string) {
+func documentedSettings(t *testing.T, file string) (settings map[string]string, order []string) {
+	t.Helper()
 	settings = map[string]string{}
-	_, section, _ := strings.Cut(page, "\n## Settings\n")
+	_, section, _ := strings.Cut(readFile(t, file), "\n## Settings\n")
 	section, _, _ = strings.Cut(section, "\n## ")
 	for line := range strings.Lines(section) {
 		cells := strings.Split(line, "|")
@@ -478,13 +452,10 @@ func documentedSettings(page string) (settings map[string]string, order, problem
 		}
 		names, defaults := settingName.FindAllStringSubmatch(cells[1], -1), settingDefault.FindAllStringSubmatch(cells[2], -1)
 		if none := len(defaults) == 1 && defaults[0][1] == ""; len(names) != len(defaults) && !none {
-			problems = append(problems, fmt.Sprintf("%d variables and %d defaults: %s", len(names), len(defaults), line))
+			t.Errorf("%s: %d variables and %d defaults: %s", file, len(names), len(defaults), line)
 			continue
 		}
 		for i, name := range names {
-			if _, twice := settings[name[1]]; twice {
-				problems = append(problems, name[1]+" is in the table twice")
-			}
 			order = append(order, name[1])
 			settings[name[1]] = ""
 			if i < len(defaults) {
@@ -492,22 +463,18 @@ func documentedSettings(page string) (settings map[string]string, order, problem
 			}
 		}
 	}
-	return settings, order, problems
+	return settings, order
 }
 
 func TestEnvExampleIsTheTableOfSettings(t *testing.T) {
-	page, err := os.ReadFile("docs/configuration.md")
-	fatalIf(t, err)
-	example, err := os.ReadFile(".env.example")
-	fatalIf(t, err)
-	settings, order, _ := documentedSettings(string(page))
+	settings, order := documentedSettings(t, "docs/configuration.md")
 	var want, got []string
 	for _, name := range order {
 		want = append(want, "#"+name+"="+settings[name])
 	}
 	env := map[string]string{} // of one who uncomments every default
 	before := ""
-	for line := range strings.Lines(string(example)) {
+	for line := range strings.Lines(readFile(t, ".env.example")) {
 		line = strings.TrimSuffix(line, "\n")
 		switch assignment := envAssignment.FindStringSubmatch(line); {
 		case assignment != nil:

@@ -213,16 +213,10 @@ func TestStandInErrors(t *testing.T) {
 		code              any
 	}{
 		{"no token", "POST /v1/chat/completions", `{}`, true, 401, "invalid_api_key"},
-		{"no JSON", "POST /v1/chat/completions", `{"model"`, false, 400, "invalid_json"},
-		{"another type", "POST /v1/chat/completions", `{"messages":"Hi"}`, false, 400, "invalid_json"},
-		{"another method", "GET /v1/chat/completions", ``, false, 404, "not_found"},
 		{"no models: the proxy does not ask for them under OAuth", "GET /v1/models", ``, false, 404, "not_found"},
-		{"no embeddings", "POST /v1/embeddings", `{}`, false, 404, "not_found"},
 		{"error-400", "POST /v1/chat/completions", `{"model":"error-400"}`, false, 400, "provoked"},
 		{"error-599", "POST /v1/chat/completions", `{"model":"error-599"}`, false, 599, "provoked"},
-		{"error-399", "POST /v1/chat/completions", `{"model":"error-399"}`, false, 200, nil},
 		{"error-600", "POST /v1/chat/completions", `{"model":"error-600"}`, false, 200, nil},
-		{"500", "POST /v1/chat/completions", `{"model":"500"}`, false, 200, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c := &standInClient{t: t, s: c.s}

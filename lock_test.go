@@ -303,32 +303,19 @@ func TestLockThatIsHeldForever(t *testing.T) {
 
 func TestLockWaitEndsEarly(t *testing.T) {
 	quit := errors.New("the program stops")
-	for _, tt := range []struct {
-		name string
-		wait func(ctx context.Context, cancel context.CancelCauseFunc, path string) (*fileLock, error)
-		err  error
-	}{
-		{"where there is no need any more", func(ctx context.Context, _ context.CancelCauseFunc, path string) (*fileLock, error) {
-			started := time.Now()
-			return acquireLock(ctx, path, &lockWatch{}, func() bool { return time.Since(started) > time.Second })
-		}, nil},
-		{"with its context", func(ctx context.Context, cancel context.CancelCauseFunc, path string) (*fileLock, error) {
-			time.AfterFunc(time.Second, func() { cancel(quit) })
-			return acquireLock(ctx, path, &lockWatch{}, never)
-		}, quit},
-	} {
-		testInBubble(t, tt.name, func(t *testing.T) {
+	for name, want := range map[string]error{"there is no need any more": nil, "its context ends": quit} {
+		testInBubble(t, name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), lockFile)
 			leaveLock(t, path, 0)
 			started := time.Now()
 			ctx, cancel := context.WithCancelCause(t.Context())
 			defer cancel(nil)
-			l, err := tt.wait(ctx, cancel, path)
-			if l != nil || err != tt.err {
-				t.Errorf("got %v, %v; want %v", l, err, tt.err)
+			if want != nil {
+				time.AfterFunc(time.Second, func() { cancel(want) })
 			}
-			if took := time.Since(started); took < time.Second || took > 2*time.Second {
-				t.Errorf("took %v, want little more than 1 s", took)
+			l, err := acquireLock(ctx, path, &lockWatch{}, func() bool { return want == nil && time.Since(started) > time.Second })
+			if took := time.Since(started); l != nil || err != want || took < time.Second || took > 2*time.Second {
+				t.Errorf("got %v, %v after %v; want %v after little more than 1 s", l, err, took, want)
 			}
 			wantLockAlone(t, path, "another's")
 		})

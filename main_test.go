@@ -527,41 +527,27 @@ func TestHealthcheckAsksTheServerOfTheSameEnvironment(t *testing.T) {
 }
 
 func TestRoutes(t *testing.T) {
-	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		io.WriteString(w, `{"path":"`+r.URL.Path+`"}`)
-	}, nil)
-	for _, tt := range []struct {
-		method, path, body string
-		status             int
-		code, want         string // an error's code, or what is in the answer
-	}{
-		{"GET", "/", "", 200, "", "Qwen API proxy is running"},
-		{"GET", "/health", "", 200, "", `"healthy"`},
-		{"GET", "/health/ready", "", 200, "", `"ready"`},
-		{"GET", "/health/detailed", "", 200, "", `"authenticated":true`},
-		{"HEAD", "/health", "", 200, "", ""},
-		{"POST", "/v1/chat/completions", `{"messages":[]}`, 200, "", `"/v1/chat/completions"`},
-		{"POST", "/chat/completions", `{"messages":[]}`, 200, "", `"/v1/chat/completions"`},
-		{"POST", "/v1//chat/completions", `{"messages":[]}`, 200, "", `"/v1/chat/completions"`},
-		{"POST", "/v2/chat/completions", "{}", 404, "unknown_url", ""},
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, `{"path":"`+r.URL.Path+`"}`) }, nil)
+	for route, want := range map[string]string{
+		"GET /":                      `200 {"message":"Qwen API proxy is running","version":`,
+		"GET /health":                `200 {"status":"healthy"`,
+		"HEAD /health":               `200 `,
+		"GET /health/ready":          `200 {"status":"ready"`,
+		"POST /v1/chat/completions":  `200 {"path":"/v1/chat/completions"}`,
+		"POST /chat/completions":     `200 {"path":"/v1/chat/completions"}`,
+		"POST /v1//chat/completions": `200 {"path":"/v1/chat/completions"}`,
+		"POST /v2/chat/completions":  `404 {"error":`,
 	} {
-		t.Run(tt.method+" "+tt.path, func(t *testing.T) {
-			res, body := p.do(tt.method, tt.path, strings.NewReader(tt.body))
-			if tt.code != "" {
-				wantError(t, res, body, tt.status, typeInvalidRequest, tt.code)
-				return
+		method, path, _ := strings.Cut(route, " ")
+		res, body := p.send(method, path, nil)
+		if got := fmt.Sprint(res.StatusCode, " ", body); !strings.HasPrefix(got, want) {
+			t.Errorf("%s: %s, want %s", route, got, want)
+		}
+		for name, want := range map[string]string{"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"} {
+			if got := res.Header.Get(name); got != want {
+				t.Errorf("%s: %s %q, want %q", route, name, got, want)
 			}
-			if res.StatusCode != tt.status || !strings.Contains(body, tt.want) {
-				t.Errorf("got %s %s, want %d and %q", res.Status, body, tt.status, tt.want)
-			}
-			got := map[string]string{}
-			for _, name := range []string{"X-Content-Type-Options", "X-Frame-Options", "Referrer-Policy"} {
-				got[name] = res.Header.Get(name)
-			}
-			want := map[string]string{"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
-			wantEqual(t, "security headers", want, got)
-		})
+		}
 	}
 }
 

@@ -13,7 +13,6 @@ import (
 	"os"
 	"regexp"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -38,35 +37,27 @@ func (s scrape) of(family string) map[string]float64 {
 }
 
 var (
-	metaLine   = regexp.MustCompile(`^# (HELP|TYPE) ([a-z_]+) (.+)$`)
-	sampleLine = regexp.MustCompile(`^([a-z_]+)((?:\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+\})?) (\S+)$`)
-	labelPair  = regexp.MustCompile(`([a-z_]+)="((?:[^"\\\n]|\\["\\n])*)"`)
+	metaLine   = regexp.MustCompile(`^# (HELP|TYPE) ([a-z_]+) (.+)\n$`)
+	sampleLine = regexp.MustCompile(`^([a-z_]+)((?:\{(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)+\})?) (\S+)\n$`)
+	leLabel    = regexp.MustCompile(`le="([^"]*)"`)
 )
 
 // parsePage reads a page as strictly as anybody could: each family is a HELP, a TYPE, and its samples, all in one place;
 // no series comes twice; counters end in _total; a histogram's buckets are sorted and add up.
 func parsePage(text string) (scrape, error) {
-	s := scrape{}
-	seen := map[string]bool{}
-	types := map[string]string{}
-	family, previous := "", ""
-	type bucket struct{ le, value float64 }
-	buckets := map[string][]bucket{} // by name and labels but for le
-	if !strings.HasSuffix(text, "\n") {
-		return nil, errors.New("the last line has no end")
-	}
+	s, types := scrape{}, map[string]string{}
+	family, help := "", ""
+	var bound, count float64 // of the bucket before
 	for line := range strings.Lines(text) {
-		line = strings.TrimSuffix(line, "\n")
 		if m := metaLine.FindStringSubmatch(line); m != nil {
-			switch kind, name := m[1], m[2]; {
-			case kind == "HELP" && !seen[name]:
-				family, seen[name] = name, true
-			case kind == "TYPE" && name == family && strings.HasPrefix(previous, "# HELP "+name+" ") && slices.Contains([]string{"counter", "gauge", "histogram"}, m[3]):
-				types[name] = m[3]
+			switch _, seen := types[m[2]]; {
+			case m[1] == "HELP" && !seen:
+				help = m[2]
+			case m[1] == "TYPE" && m[2] == help && !seen:
+				family, types[m[2]] = m[2], m[3]
 			default:
 				return nil, fmt.Errorf("out of place: %s", line)
 			}
-			previous = line
 			continue
 		}
 		m := sampleLine.FindStringSubmatch(line)
@@ -75,43 +66,28 @@ func parsePage(text string) (scrape, error) {
 		}
 		name, labels := m[1], m[2]
 		value, err := strconv.ParseFloat(m[3], 64)
-		if err != nil || value < 0 {
-			return nil, fmt.Errorf("value of %q", line)
-		}
-		if _, ok := s[name+labels]; ok {
-			return nil, fmt.Errorf("twice: %q", line)
+		if _, twice := s[name+labels]; err != nil || value < 0 || twice {
+			return nil, fmt.Errorf("a wrong value, or twice: %q", line)
 		}
 		s[name+labels] = value
-		suffix, ok := strings.CutPrefix(name, family)
-		switch typ := types[family]; {
-		case typ == "histogram" && ok && suffix == "_bucket":
-			rest, le := "", math.NaN()
-			for _, pair := range labelPair.FindAllStringSubmatch(labels, -1) {
-				if pair[1] == "le" {
-					le, err = strconv.ParseFloat(pair[2], 64)
-				} else {
-					rest += pair[0]
-				}
+		switch suffix, ok := strings.CutPrefix(name, family); types[family] + suffix {
+		case "histogram_bucket":
+			le, err := strconv.ParseFloat(leLabel.FindStringSubmatch(labels)[1], 64)
+			if err != nil || count > 0 && bound < le && value < count {
+				return nil, fmt.Errorf("bucket %q after %v", line, count)
 			}
-			of := buckets[family+"{"+rest+"}"]
-			if err != nil || len(of) > 0 && !(le > of[len(of)-1].le && value >= of[len(of)-1].value) {
-				return nil, fmt.Errorf("bucket %q after %v", line, of)
+			bound, count = le, value
+		case "histogram_sum":
+		case "histogram_count":
+			if !math.IsInf(bound, 1) || count != value {
+				return nil, fmt.Errorf("%q after the bucket %v of %v", line, bound, count)
 			}
-			buckets[family+"{"+rest+"}"] = append(of, bucket{le, value})
-		case typ == "histogram" && ok && (suffix == "_sum" || suffix == "_count"):
-		case typ == "gauge" && ok && suffix == "":
-		case typ == "counter" && ok && suffix == "" && (strings.HasSuffix(name, "_total") || name == "go_gc_cycles_total_gc_cycles_total"):
+		case "gauge", "counter":
+			if !ok || types[family] == "counter" && !strings.HasSuffix(name, "_total") && name != "go_gc_cycles_total_gc_cycles_total" {
+				return nil, fmt.Errorf("%q is no sample of %s", line, family)
+			}
 		default:
-			return nil, fmt.Errorf("%q is no sample of the %s %s", line, typ, family)
-		}
-		previous = line
-	}
-	for series, of := range buckets {
-		name, labels, _ := strings.Cut(series, "{")
-		count, ok := s[name+"_count{"+labels]
-		_, summed := s[name+"_sum{"+labels]
-		if last := of[len(of)-1]; !ok || !summed || !math.IsInf(last.le, 1) || last.value != count {
-			return nil, fmt.Errorf("%s: the last bucket is %v, the count %v", series, last, count)
+			return nil, fmt.Errorf("%q is no sample of the %s %s", line, types[family], family)
 		}
 	}
 	return s, nil

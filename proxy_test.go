@@ -615,8 +615,8 @@ func TestTimeouts(t *testing.T) {
 		b := inBubble(t, map[string]string{"SSE_KEEPALIVE": "15s"}, func(w http.ResponseWriter, r *http.Request) {
 			sse(w)
 			time.Sleep(31 * time.Second)
-			sse(w, "data: 1\n\n")
-			time.Sleep(14 * time.Second)
+			sse(w, "data: 1\r\n\r\n")
+			time.Sleep(16 * time.Second) // a line of CRLF alone ends an event too
 			sse(w, "data: 2\n\ndata: ")
 			time.Sleep(61 * time.Second) // within an event nothing may come
 			sse(w, "3\n\n")
@@ -626,7 +626,7 @@ func TestTimeouts(t *testing.T) {
 		res := b.post(t, "/v1/chat/completions", `{"messages":[]}`)
 		body, err := io.ReadAll(res.Body)
 		const ka = ": keep-alive\n\n"
-		want := ka + ka + "data: 1\n\ndata: 2\n\ndata: 3\n\n" + ka + "data: [DONE]\n\n"
+		want := ka + ka + "data: 1\r\n\r\n" + ka + "data: 2\n\ndata: 3\n\n" + ka + "data: [DONE]\n\n"
 		if diff := cmp.Diff(want, string(body)); diff != "" || err != nil {
 			t.Errorf("%v (-want +got):\n%s", err, diff)
 		}

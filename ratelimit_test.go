@@ -1,19 +1,18 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
-	"log/slog"
+	"io"
 	"math/big"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unsafe"
 
@@ -226,113 +225,52 @@ func heapInUse() int64 {
 	return int64(m.HeapAlloc)
 }
 
-func TestBucketSetReplacesTheFullestByAFullOne(t *testing.T) {
-	var s bucketSet
-	for i := range s.buckets {
-		s.bucket(rateKey(i+1), 0).fullAt = time.Duration(10 + i)
-	}
-	s.buckets[3].fullAt = 5
-	if got := s.bucket(100, 7).fullAt; got != 7 {
-		t.Errorf("a new client's bucket is full at %d, want 7, the present", got)
-	}
-
-	var got []rateKey
-	for i := range s.buckets {
-		got = append(got, s.buckets[i].key)
-	}
-	wantEqual(t, "clients with a bucket", []rateKey{1, 2, 3, 100, 5, 6, 7, 8}, got)
-}
-
 func TestAddressKey(t *testing.T) {
 	for _, tt := range []struct {
-		name string
 		a, b string
 		same bool
 	}{
-		{"one IPv4 address", "192.0.2.1", "192.0.2.1", true},
-		{"two IPv4 addresses", "192.0.2.1", "192.0.2.2", false},
-		{"an IPv4-mapped address is the IPv4 address", "192.0.2.1", "::ffff:192.0.2.1", true},
-		{"two IPv4-mapped addresses", "::ffff:192.0.2.1", "::ffff:192.0.2.2", false},
-		{"one IPv6 /64", "2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff", true},
-		{"neighbouring IPv6 /64s", "2001:db8:1:2::1", "2001:db8:1:3::1", false},
-		{"IPv6 zones", "fe80::1%eth0", "fe80::1%eth1", true},
-		{"an IPv6 and an IPv4-mapped address of one /64", "::1", "::ffff:0.0.0.1", false},
+		{"192.0.2.1", "192.0.2.1", true},
+		{"192.0.2.1", "192.0.2.2", false},
+		{"192.0.2.1", "::ffff:192.0.2.1", true},
+		{"2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff", true}, // one /64
+		{"2001:db8:1:2::1", "2001:db8:1:3::1", false},
+		{"fe80::1%eth0", "fe80::1%eth1", true},
+		{"::1", "::ffff:0.0.0.1", false},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			if same := addressKey(netip.MustParseAddr(tt.a)) == addressKey(netip.MustParseAddr(tt.b)); same != tt.same {
-				t.Errorf("%s and %s have one key: %t, want %t", tt.a, tt.b, same, tt.same)
-			}
-		})
+		if same := addressKey(netip.MustParseAddr(tt.a)) == addressKey(netip.MustParseAddr(tt.b)); same != tt.same {
+			t.Errorf("%s and %s have one key: %t, want %t", tt.a, tt.b, same, tt.same)
+		}
 	}
 	addressKey(netip.Addr{}) // an unknown address is a client like any other
 }
 
 func TestLimit(t *testing.T) {
-	type response struct {
-		Status                              int
-		Limit, Remaining, Reset, RetryAfter string
-		Body                                string
-	}
-	serve := func(h http.Handler, client string) response {
-		r := httptest.NewRequest("POST", "/v1/chat/completions", nil)
-		r.RemoteAddr = client
-		w := httptest.NewRecorder()
-		h.ServeHTTP(w, r)
-		got := response{
-			Status:     w.Code,
-			Limit:      w.Header().Get("X-RateLimit-Limit"),
-			Remaining:  w.Header().Get("X-RateLimit-Remaining"),
-			Reset:      w.Header().Get("X-RateLimit-Reset"),
-			RetryAfter: w.Header().Get("Retry-After"),
-			Body:       w.Body.String(),
-		}
-		var body struct {
-			Error struct{ Type, Code, Message string }
-		}
-		if json.Unmarshal(w.Body.Bytes(), &body) == nil {
-			got.Body = body.Error.Type + " " + body.Error.Code + ": " + body.Error.Message
-		}
-		return got
-	}
-	byAddress := func(l *rateLimiter) http.Handler {
-		s := &server{access: newAccess(&config{}, slog.New(slog.DiscardHandler)), metrics: newMetrics(), limiter: l}
-		return track(&config{}, slog.New(slog.DiscardHandler), newMetrics(), func(x *exchange, r *http.Request) error {
-			if err := s.admit(x.Header(), r, s.access.client(r), limited); err != nil {
-				return err
-			}
-			x.Write([]byte("passed"))
-			return nil
-		})
-	}
-
-	testInBubble(t, "limited", func(t *testing.T) {
-		h := byAddress(newRateLimiter(0.4, 2))
+	synctest.Test(t, func(t *testing.T) {
+		b := inBubble(t, map[string]string{"RATE_LIMIT_RPS": "0.4", "RATE_LIMIT_BURST": "2", "SERVER_HOST": "127.0.0.1"}, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, 200, "{}") })
 		start := time.Now().Unix()
 		at := func(seconds int64) string { return strconv.FormatInt(start+seconds, 10) }
-		got := []response{
-			serve(h, "192.0.2.1:1000"),
-			serve(h, "192.0.2.1:2000"),
-			serve(h, "192.0.2.1:3000"),
-			serve(h, "192.0.2.2:1000"),
-		}
-		time.Sleep(2500 * time.Millisecond)
-		got = append(got, serve(h, "192.0.2.1:1000"))
-		want := []response{
-			{200, "0.4", "1", at(3), "", "passed"}, // 2.5 s
-			{200, "0.4", "0", at(5), "", "passed"},
-			{429, "0.4", "0", at(5), "3", "rate_limit_error rate_limit_exceeded: Too many requests: this proxy allows " +
-				"each client 0.4 a second. Try again in 3 s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST."},
-			{200, "0.4", "1", at(3), "", "passed"},
-			{200, "0.4", "0", at(8), "", "passed"}, // 7.5 s
-		}
-		wantEqual(t, "responses", want, got)
-	})
-
-	t.Run("a rate of 0 is no limit", func(t *testing.T) {
-		h := byAddress(newRateLimiter(0, 20))
-		for range 100 {
-			if diff := cmp.Diff(response{Status: 200, Body: "passed"}, serve(h, "192.0.2.1:1000")); diff != "" {
-				t.Fatalf("response (-want +got):\n%s", diff)
+		for _, tt := range []struct {
+			pause                               time.Duration
+			status                              int
+			limit, remaining, reset, retryAfter string
+		}{
+			{0, 200, "0.4", "1", at(3), ""}, // 2.5 s
+			{0, 200, "0.4", "0", at(5), ""},
+			{0, 429, "0.4", "0", at(5), "3"},
+			{2500 * time.Millisecond, 200, "0.4", "0", at(8), ""}, // 7.5 s
+		} {
+			time.Sleep(tt.pause)
+			res := b.post(t, "/v1/chat/completions", ordinaryChat)
+			h := res.Header
+			want := []string{tt.limit, tt.remaining, tt.reset, tt.retryAfter}
+			wantEqual(t, res.Status, want, []string{h.Get("X-RateLimit-Limit"), h.Get("X-RateLimit-Remaining"), h.Get("X-RateLimit-Reset"), h.Get("Retry-After")})
+			body, _ := io.ReadAll(res.Body)
+			if res.StatusCode != tt.status {
+				t.Errorf("%s, want %d", res.Status, tt.status)
+			} else if res.StatusCode == 429 {
+				e := wantError(t, res, string(body), 429, typeRateLimit, "rate_limit_exceeded")
+				wantEqual(t, "message", "Too many requests: this proxy allows each client 0.4 a second. Try again in 3 s, or raise RATE_LIMIT_RPS or RATE_LIMIT_BURST.", e.Error.Message)
 			}
 		}
 	})

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"crypto/tls"
+	"encoding/pem"
 	"errors"
 	"os"
 	"path/filepath"
@@ -66,37 +67,28 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 			{"the key behind it", "", secondKey, secondCert, 4},
 			{"the same again", "", "", secondCert, 4},
 		} {
-			before := ""
 			served := func() string {
 				t.Helper()
 				c, err := serving.GetCertificate(&tls.ClientHelloInfo{})
-				if err != nil {
-					t.Fatalf("%s: %v", tt.name, err)
-				}
+				fatalIf(t, err)
 				for _, file := range []string{firstCert, secondCert} {
-					if pair, err := tls.LoadX509KeyPair(file, strings.Replace(file, "cert.pem", "key.pem", 1)); err == nil && bytes.Equal(pair.Certificate[0], c.Certificate[0]) {
+					if b, _ := pem.Decode([]byte(readFile(t, file))); bytes.Equal(b.Bytes, c.Certificate[0]) {
 						return file
 					}
 				}
 				return "another"
 			}
-			if tt.name != "the first" {
-				before = served()
+			for to, from := range map[string]string{cfg.certFile: tt.cert, cfg.keyFile: tt.key} {
+				if from != "" {
+					writeFile(t, to, readFile(t, from))
+					fatalIf(t, os.Chtimes(to, time.Now(), time.Now()))
+				}
 			}
-			if tt.cert != "" {
-				copyFile(t, cfg.certFile, tt.cert, time.Now())
-			}
-			if tt.key != "" {
-				copyFile(t, cfg.keyFile, tt.key, time.Now())
-			}
-			if before == "" {
+			if tt.name == "the first" {
 				watchFiles(t.Context(), newLogger(&config{}, &log), 5*time.Second, []*watchedFile{cert})
 				synctest.Wait()
 				time.Sleep(time.Second) // no change comes while a file is read
 			} else {
-				if got := served(); got != before {
-					t.Errorf("%s: served at once: %s", tt.name, got)
-				}
 				time.Sleep(10 * time.Second)
 			}
 			for range 3 {
@@ -110,13 +102,4 @@ func TestARenewedCertificateIsServed(t *testing.T) {
 			}
 		}
 	})
-}
-
-// copyFile puts the content of one file into another, as of time at.
-func copyFile(t *testing.T, to, from string, at time.Time) {
-	t.Helper()
-	b, err := os.ReadFile(from)
-	fatalIf(t, err)
-	fatalIf(t, os.WriteFile(to, b, 0o600))
-	fatalIf(t, os.Chtimes(to, at, at))
 }

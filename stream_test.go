@@ -150,39 +150,3 @@ func answerJSONPart(w http.ResponseWriter, s string) {
 	io.WriteString(w, s)
 	http.NewResponseController(w).Flush()
 }
-
-// TestBetweenEvents tells at which points of a stream a comment may go in.
-func TestBetweenEvents(t *testing.T) {
-	for text, want := range map[string]bool{
-		"":                        true,
-		"\n":                      true, // a blank line alone
-		"\r\n":                    true,
-		"data: 1\n\n":             true,
-		"data: 1\r\n\r\n":         true,
-		"data: 1\n\r\n":           true,
-		"data: 1\r\n\n":           true,
-		"x\n\n":                   true,
-		": c\n\n":                 true,
-		"data: 1\n":               false,
-		"data: 1\r\n":             false,
-		"data: 1":                 false,
-		"data: 1\n\nd":            false,
-		"data: 1\n\r":             false,
-		"data: 1\n\ndata: [DONE]": false,
-		"a\n":                     false,
-		"a":                       false,
-	} {
-		var whole, bytewise streamWriter
-		whole.start(0)
-		bytewise.start(0)
-		whole.follow([]byte(text))
-		for i := range text {
-			bytewise.follow([]byte(text[i : i+1]))
-		}
-		for _, s := range []*streamWriter{&whole, &bytewise} {
-			if got := s.blank && len(s.line) == 0; got != want {
-				t.Errorf("%q: %v, want %v", text, got, want)
-			}
-		}
-	}
-}
