@@ -33,34 +33,6 @@ func demoCommand(ctx context.Context, cfg *config, stdout, stderr io.Writer) int
 	return serveCommand(ctx, cfg, stdout, stderr)
 }
 
-// greetDemo says what to try with the demo at url.
-func greetDemo(out io.Writer, cfg *config, url string) {
-	curl, key := "curl", "any API key"
-	if path, ok := strings.CutPrefix(url, "unix:"); ok {
-		curl, url = "curl --unix-socket "+path, "http://localhost"
-	}
-	if cfg.tls {
-		curl += " -k"
-	}
-	if len(cfg.proxyKeys) > 0 {
-		curl += " -H 'Authorization: Bearer KEY'"
-		key = "one of PROXY_API_KEYS in the place of KEY"
-	}
-	fmt.Fprintf(out, `
-This is a demo: a stand-in inside the program answers in Qwen's place.
-No account, no network, no model.
-
-The sign-in below approves itself after %[4]v. Then try:
-
-  %[1]s %[2]s/v1/chat/completions -d '{"messages":[{"role":"user","content":"Hello"}]}'
-  %[1]s -N %[2]s/v1/chat/completions -d '{"stream":true,"messages":[{"role":"user","content":"Hello"}]}'
-
-Base URL for OpenAI clients: %[2]s/v1 (%[3]s)
-Ctrl-C stops it.
-
-`, curl, url, key, demoApproval)
-}
-
 const (
 	demoApproval  = 2 * time.Second // when a sign-in approves itself. It is short, because requests get a 401 until then.
 	standInIntro  = "This is qwen-go-proxy's stand-in for Qwen, not a model."

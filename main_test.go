@@ -303,8 +303,8 @@ func TestDemoBannerWorks(t *testing.T) {
 		env  map[string]string
 		want string // in the banner
 	}{
-		"plain":       {nil, "(any API key)"},
-		"keys":        {map[string]string{"PROXY_API_KEYS": "k3y"}, "(one of PROXY_API_KEYS in the place of KEY)"},
+		"plain":       {nil, "any text"},
+		"keys":        {map[string]string{"PROXY_API_KEYS": "k3y"}, "one of the proxy's keys (PROXY_API_KEYS)"},
 		"Unix socket": {map[string]string{"SERVER_HOST": "unix:" + filepath.Join(t.TempDir(), "s")}, "curl --unix-socket "},
 		"TLS":         {map[string]string{"ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}, "curl -k https://"},
 	} {

@@ -229,10 +229,8 @@ func serverURL(cfg *config, a net.Addr) string {
 func announce(out io.Writer, log *slog.Logger, cfg *config, a net.Addr, tokens tokenSource) {
 	base := serverURL(cfg, a)
 	switch {
-	case cfg.demo:
-		greetDemo(out, cfg, base)
-	case cfg.greet:
-		greet(out, cfg, base, tokens)
+	case cfg.demo || cfg.greet:
+		greet(out, cfg, base, tokens.ready() != nil)
 	case cfg.port == 0:
 		fmt.Fprintf(out, "Listening on %s\n", base)
 	}
@@ -250,23 +248,37 @@ func announce(out io.Writer, log *slog.Logger, cfg *config, a net.Addr, tokens t
 	}
 }
 
-// greet tells the user at a terminal what to do with the server at url.
-func greet(out io.Writer, cfg *config, url string, tokens tokenSource) {
-	listens, baseURL, key := url, url+"/v1", "any text"
+// greet tells the user what to do with the server at url.
+func greet(out io.Writer, cfg *config, url string, signIn bool) {
+	listens, baseURL, key, curl := url, url+"/v1", "any text", "curl"
 	if addr, err := netip.ParseAddr(cfg.host); err == nil && addr.IsUnspecified() {
 		listens += " and all other addresses"
 	}
 	if path, ok := strings.CutPrefix(url, "unix:"); ok {
 		baseURL, url = "http://localhost/v1, through the socket "+path, "http://localhost"
+		curl += " --unix-socket " + path
 	}
 	if cfg.tls {
 		baseURL += ", by a name in the certificate"
+		curl += " -k"
 	}
 	if len(cfg.proxyKeys) > 0 {
 		key = "one of the proxy's keys (PROXY_API_KEYS)"
+		curl += " -H 'Authorization: Bearer KEY'"
+	}
+	if cfg.demo {
+		fmt.Fprintf(out, `
+This is a demo: a stand-in inside the program answers in Qwen's place.
+No account, no network, no model.
+
+The sign-in below approves itself after %[1]v. Then try:
+
+  %[2]s %[3]s/v1/chat/completions -d '{"messages":[{"role":"user","content":"Hello"}]}'
+  %[2]s -N %[3]s/v1/chat/completions -d '{"stream":true,"messages":[{"role":"user","content":"Hello"}]}'
+`, demoApproval, curl, url)
 	}
 	fmt.Fprintf(out, "\nqwen-go-proxy listens on %s.\n\n  Base URL  %s\n  API key   %s\n", listens, baseURL, key)
-	if tokens.ready() != nil {
+	if signIn && !cfg.demo {
 		fmt.Fprintf(out, "  Sign in   at %s/auth, or set QWEN_API_KEY\n", url)
 	}
 	fmt.Fprint(out, "  Stop      Ctrl-C; twice to cut off what is under way\n\n")

@@ -119,7 +119,7 @@ qwen-go-proxy listens on unix:` + socket + `.
 func TestDemoAtATerminalSaysHowToStop(t *testing.T) {
 	t.Parallel()
 	user := startAtTerminal(t, nil, "demo").stderr
-	user.await(t, `(?s)Base URL for OpenAI clients.*Ctrl-C stops it\..*level=INFO msg=listening.*To sign in to Qwen`)
+	user.await(t, `(?s)Base URL .*Stop      Ctrl-C; .*level=INFO msg=listening.*To sign in to Qwen`)
 }
 
 func TestASecondInterruptIsAnnounced(t *testing.T) {
