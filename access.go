@@ -148,14 +148,14 @@ func (a *access) check(r *http.Request, c client) error {
 // Why a request does not go on.
 var (
 	errHostNotAllowed = &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "host_not_allowed",
-		message: "Without PROXY_API_KEYS the proxy serves only IP addresses and local names, so that no web page can reach it by a name of its own. Set PROXY_API_KEYS, use the address, or name the reverse proxy in TRUSTED_PROXIES."}
+		message: "Without PROXY_API_KEYS the proxy serves only IP addresses and local host names. Set PROXY_API_KEYS, use the proxy's IP address, or add the reverse proxy in front to TRUSTED_PROXIES."}
 	errOriginNotAllowed = &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "origin_not_allowed",
-		message: "Web pages of this origin may not use the proxy. Add the origin to CORS_ALLOWED_ORIGINS on the proxy if they may."}
+		message: "Web pages of this origin may not use the proxy. To allow them, add the origin to CORS_ALLOWED_ORIGINS on the proxy."}
 	errNoKey = &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
 		message: "The proxy needs one of its keys (PROXY_API_KEYS): send it as Authorization: Bearer, as x-api-key, or as the password of HTTP Basic.",
 		header:  http.Header{"Www-Authenticate": {`Basic realm="qwen-go-proxy", charset="UTF-8"`}}} // for browsers; RFC 7617
 	errNotLocal = &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "forbidden",
-		message: "Without PROXY_API_KEYS the proxy shows its sign-in to loopback and private addresses alone. Set PROXY_API_KEYS, or open /auth from the proxy's own network."}
+		message: "Without PROXY_API_KEYS the proxy shows its sign-in only to loopback and private addresses. Set PROXY_API_KEYS, or open /auth from the proxy's own network."}
 )
 
 // allowOrigin sets the CORS headers in h, by which a browser lets the page that sent r read the answer.
@@ -279,7 +279,7 @@ func readProxyKeys(file string) ([]string, error) {
 		}
 		switch {
 		case len(fields) > 2:
-			return nil, errors.New("a line has more than a key, its name of one word, and a comment behind #")
+			return nil, errors.New("a line has more than a key, a name of one word, and a comment after #")
 		case len(fields) > 0:
 			keys = append(keys, fields[0])
 		}

@@ -43,7 +43,7 @@ func authHandler(tokens tokenSource) handler {
 		x.Header().Add("Vary", "Accept")
 		if site := r.Header.Get("Sec-Fetch-Site"); site == "cross-site" || site == "same-site" {
 			return &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "cross_origin",
-				message: "Another site's page led here, and such a page may not start a sign-in. Type the address of the proxy's /auth into the browser."}
+				message: "Pages of other sites may not open the sign-in. Type the address of the proxy's /auth into the browser."}
 		}
 		page := strings.Contains(strings.Join(r.Header.Values("Accept"), ","), "text/html")
 		start := r.Method != http.MethodHead && !r.URL.Query().Has("watch")

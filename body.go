@@ -98,7 +98,7 @@ func (b *bodyReader) fill(buf *buffer, w http.ResponseWriter, r *http.Request) e
 			message: fmt.Sprintf("The request body is larger than %d bytes. Send less, or raise MAX_BODY_BYTES on the proxy.", b.max)}
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return &apiError{status: http.StatusRequestTimeout, typ: typeInvalidRequest, code: "request_timeout",
-			message: fmt.Sprintf("The request body came too slowly. In each %v (READ_TIMEOUT) at least %d bytes have to arrive, and of a large body a sixteenth of what has arrived before.", b.timeout, readQuantum)}
+			message: fmt.Sprintf("The request body came too slowly. In each %v (READ_TIMEOUT), at least %d bytes must arrive; of a large body, a sixteenth of what has already arrived.", b.timeout, readQuantum)}
 	}
 	return &apiError{status: http.StatusBadRequest, typ: typeInvalidRequest, code: "broken_body",
 		message: "The request body broke off or is malformed. Send the request again.", err: err}

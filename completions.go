@@ -37,7 +37,7 @@ func promptToChat(body *requestBody) error {
 	messages, prompt, dropped := found[0], found[1], found[2:]
 	if messages.end != 0 {
 		return invalidRequest("messages", "unsupported_parameter",
-			"messages belongs to a chat completion: send it to /v1/chat/completions, or send a prompt here.")
+			"\"messages\" belongs to chat completions. Send the request to /v1/chat/completions, or send a prompt here.")
 	}
 	start, end := singlePrompt(body.data, prompt)
 	if end == 0 {
@@ -50,7 +50,7 @@ func promptToChat(body *requestBody) error {
 		}
 		if p := asksNothing[i]; !slices.Contains(p.values, string(m.of(body.data))) {
 			return invalidRequest(p.name, "unsupported_parameter",
-				"%s is not supported, because a chat endpoint serves text completions here. Leave it out.", p.name)
+				"%s is not supported: the proxy translates text completions to chat. Leave it out.", p.name)
 		}
 		from, to := m.name, skipSpace(body.data, m.end)+1 // with the comma behind it
 		if m.name > prompt.name {                         // it may be the last: the comma before it goes

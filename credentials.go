@@ -210,10 +210,10 @@ func parseCredentials(b []byte, modified time.Time) (*token, error) {
 		return nil, err
 	}
 	if t.access == "" && t.refresh == "" {
-		return nil, errors.New("neither access_token nor refresh_token is in it: it seems to be another program's")
+		return nil, errors.New("it has neither access_token nor refresh_token: it seems to belong to another program")
 	}
 	if t.access != "" && !validKey(t.access) {
-		return nil, errors.New("its access_token has blanks or control characters")
+		return nil, errors.New("its access_token has spaces or control characters")
 	}
 	var expiry json.Number // null and absent are 0: expired, but refreshable
 	if raw, ok := members["expiry_date"]; ok && json.Unmarshal(raw, &expiry) != nil {

@@ -240,7 +240,7 @@ const (
 var (
 	// 499 is nginx's status for a client that left before its answer. It is only logged.
 	errClientLeft = &apiError{status: 499, typ: typeNetwork, code: "client_closed_request",
-		message: "The client closed the connection, or took nothing for WRITE_TIMEOUT."}
+		message: "The client closed the connection, or received nothing for WRITE_TIMEOUT."}
 	errShuttingDown = &apiError{status: http.StatusServiceUnavailable, typ: typeServer, code: "shutting_down", retryAfter: time.Second,
 		message: "The proxy is shutting down. Try again."}
 	errDefect = &apiError{status: http.StatusInternalServerError, typ: typeServer, code: "internal_error",
@@ -297,7 +297,7 @@ func toAPIError(err error) *apiError {
 		return errClientLeft
 	}
 	return &apiError{status: http.StatusBadGateway, typ: typeNetwork, code: "upstream_unreachable",
-		message: "Qwen could not be reached. Try again; if it lasts, check the proxy's network and its log.", err: err}
+		message: "Qwen could not be reached. Try again. If that does not help, check the proxy's network and its log.", err: err}
 }
 
 // body returns the JSON of OpenAI's error shape, on one line.

@@ -85,7 +85,7 @@ func allBut(names ...string) func(string) bool {
 func commands() []command {
 	noBrowser := false
 	return []command{
-		{name: "serve", summary: "serve the proxy; this is the default", run: serveCommand, serves: true, reads: allBut(), help: `
+		{name: "serve", summary: "start the server; this is the default", run: serveCommand, serves: true, reads: allBut(), help: `
 It needs an API key in QWEN_API_KEY, or a Qwen account: without a key and a sign-in it prints a link to sign in with.
 Environment variables configure it, and a file .env in the working directory. docs/configuration.md lists all settings.`},
 		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&noBrowser),
@@ -95,8 +95,8 @@ It prints a link and a code, opens a browser if there is one, and waits. A runni
 credentials within a few seconds. The exit status is 1 if the sign-in was denied, expired or could not be stored.
 With an API key in QWEN_API_KEY no sign-in is needed.`},
 		{name: "logout", summary: "sign out", run: logoutCommand, reads: only("QWEN_DIR"), help: `
-It replaces the stored credentials by an empty object. That signs out running servers with the same QWEN_DIR and Qwen Code too.`},
-		{name: "status", summary: "say how the server is and who is signed in", run: statusCommand,
+It replaces the stored credentials with an empty object. That signs out running servers with the same QWEN_DIR and Qwen Code too.`},
+		{name: "status", summary: "show the state of the server and who is signed in", run: statusCommand,
 			reads: only("SERVER_HOST", "SERVER_PORT", "ENABLE_TLS", "QWEN_DIR", "API_BASE_URL", "QWEN_API_KEY", "QWEN_API_KEY_FILE"), help: `
 It asks the running server, and looks at the credentials of this environment. The exit status is 0 only if requests would
 be served. It never prints a token.`},
@@ -109,8 +109,8 @@ It is for containers without a shell. SERVER_HOST, SERVER_PORT and ENABLE_TLS sa
 Everything works as in serve, against a stand-in for Qwen inside the program: the sign-in approves itself after two
 seconds, and the answers are canned. Nothing is stored.
 
-Models of some names fail, to try out what a client does then: error-400 to error-599 answer with that status, and
-error-midstream breaks off in the middle of a stream.`},
+Some models fail on purpose, so that you can see how a client handles errors: error-400 to error-599 answer with that status,
+and error-midstream breaks off in the middle of a stream.`},
 		{name: "version", summary: "print version, commit, build date and Go version", run: versionCommand},
 		{name: "help", summary: "print this text, or explain a command"},
 	}
@@ -211,9 +211,9 @@ func usage(w io.Writer) {
 	fmt.Fprint(w, `
 Environment variables configure everything, and a file .env in the working directory. The most important:
   QWEN_API_KEY     a Model Studio key; without it, sign in with a Qwen account
-  API_BASE_URL     where the key belongs, if that is not international pay as you go
+  API_BASE_URL     Qwen's API, if the key is not for international pay as you go
   SERVER_HOST      the address to listen on (0.0.0.0)
-  SERVER_PORT      the port (8080)
+  SERVER_PORT      the port to listen on (8080)
   PROXY_API_KEYS   keys that clients must send
   QWEN_DIR         the directory of the sign-in (.qwen)
 

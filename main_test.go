@@ -229,7 +229,7 @@ func TestCommandsReadOnlyTheirSettings(t *testing.T) {
 		{"serve", 2, "the configuration is wrong"},
 		{"healthcheck", 0, ""},
 		{"status", 0, "ready"},
-		{"login", 2, "with a key there is no sign-in"},
+		{"login", 2, "With an API key no sign-in is needed"},
 		{"logout", 0, "Signed out"},
 	} {
 		if status, out := runCommand(t, env, tt.command).wait(t); status != tt.status || !strings.Contains(out, tt.out) {
@@ -400,7 +400,7 @@ func TestServeStartsWithoutNetwork(t *testing.T) {
 	fatalIf(t, err)
 	unused.Close()
 	p := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": "http://" + unused.Addr().String()})
-	p.stderr.await(t, `a sign-in is needed and can't be started yet.*can't be reached`)
+	p.stderr.await(t, `a sign-in is needed, but can't be started yet.*can't be reached`)
 	res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
 	wantError(t, res, body, http.StatusUnauthorized, typeAuthentication, "not_signed_in")
 	res, body = p.get("/auth")

@@ -174,9 +174,9 @@ func (p *page) counts(m *metrics) {
 	p.gauge("qwen_proxy_open_streams", "Open event streams from Qwen.", float64(m.streams.Load()))
 	p.counter("qwen_proxy_rate_limited_total", "Requests that the proxy's own limiter refused.", float64(m.rateLimited.Load()))
 	p.counter("qwen_proxy_log_lines_dropped_total", "Log lines that the proxy dropped because nobody read the log.", float64(m.logDropped.Load()))
-	p.counter("qwen_proxy_upstream_requests_total", "Requests that went to Qwen, and have ended.", float64(m.upstreamRequests.Load()))
+	p.counter("qwen_proxy_upstream_requests_total", "Requests that went to Qwen and have ended.", float64(m.upstreamRequests.Load()))
 	p.counter("qwen_proxy_upstream_replays_total", "Requests that were sent to Qwen again, because the connection failed.", float64(m.replays.Load()))
-	p.begin("qwen_proxy_upstream_errors_total", "counter", "Those of them that failed at Qwen or on the way to it, by the error_type that the log has.")
+	p.begin("qwen_proxy_upstream_errors_total", "counter", "Requests that failed at Qwen or on the way to it, by the log's error_type.")
 	for i, category := range categories {
 		p.add(float64(m.upstreamErrors[i].Load()), "category", category)
 	}

@@ -450,7 +450,7 @@ func metricsHandler(t testing.TB, m *metrics) http.Handler {
 
 const chatPath = "/v1/chat/completions"
 
-// TestMetricsBlameQwenForNothingOfOurs: neither a client that left, nor a shutdown, nor a defect of the proxy is Qwen's failure.
+// TestMetricsBlameQwenForNothingOfOurs: neither a client that left, nor a shutdown, nor a bug in the proxy is Qwen's failure.
 func TestMetricsBlameQwenForNothingOfOurs(t *testing.T) {
 	m := newMetrics()
 	for _, err := range []*apiError{errClientLeft, toAPIError(context.Canceled), errShuttingDown, errDefect} {

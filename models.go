@@ -174,5 +174,5 @@ func (m *models) one(x *exchange, r *http.Request) error {
 		}
 	}
 	return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "model_not_found", param: "model",
-		message: fmt.Sprintf("The model %q does not exist. GET /v1/models lists those there are.", clip(id, 100))}
+		message: fmt.Sprintf("The model %q does not exist. GET /v1/models lists the models.", clip(id, 100))}
 }

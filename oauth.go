@@ -446,7 +446,7 @@ func (f *deviceFlow) run(ctx context.Context) {
 		}
 		if why := f.oauth.trouble(err); why != logged {
 			logged = why
-			f.log.Warn("a sign-in is needed and can't be started yet; the proxy keeps trying. With QWEN_API_KEY none is needed", "error", why)
+			f.log.Warn("a sign-in is needed, but can't be started yet; the proxy keeps trying. With QWEN_API_KEY no sign-in is needed", "error", why)
 		}
 		f.set(ctx, &signIn{status: signInStarting, err: err})
 		if sleep(ctx, backoff(n, maxSignInPause)) {
@@ -489,7 +489,7 @@ func printSignIn(w io.Writer, d *deviceAuth, demo bool) {
 set QWEN_API_KEY to an API key instead.
 `
 	if demo {
-		note = fmt.Sprintf("Left alone, the demo's sign-in approves itself %v after it began.\n", demoApproval)
+		note = fmt.Sprintf("The demo's sign-in approves itself %v after it began.\n", demoApproval)
 	}
 	fmt.Fprintf(w, `
 To sign in to Qwen, open this page in a browser on any device:

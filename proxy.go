@@ -134,7 +134,7 @@ func (p *proxy) messages(path string) handler {
 	}
 	return func(*exchange, *http.Request) error {
 		return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "endpoint_not_found",
-			message: "Qwen has an Anthropic-compatible interface for API keys alone. Use /v1/chat/completions, or set QWEN_API_KEY on the proxy."}
+			message: "Qwen's Anthropic-compatible interface works only with an API key. Use /v1/chat/completions, or set QWEN_API_KEY on the proxy."}
 	}
 }
 
@@ -154,15 +154,15 @@ func (p *proxy) prepare(body *requestBody, required string) error {
 		case isNull(v):
 			return invalidRequest(required, "missing_required_parameter", "The request has no %q. It is required.", required)
 		case required == "messages" && v[0] != '[':
-			return invalidRequest(required, "invalid_type", "%q has to be an array of messages.", required)
+			return invalidRequest(required, "invalid_type", "%q must be an array of messages.", required)
 		case required == "input" && v[0] != '[' && v[0] != '"':
-			return invalidRequest(required, "invalid_type", "%q has to be a string or an array.", required)
+			return invalidRequest(required, "invalid_type", "%q must be a string or an array.", required)
 		}
 	}
 	switch string(found[1].of(body.data)) {
 	case "", "null", "true", "false":
 	default:
-		return invalidRequest("stream", "invalid_type", `"stream" has to be true or false.`)
+		return invalidRequest("stream", "invalid_type", `"stream" must be true or false.`)
 	}
 	model := found[0]
 	switch v := model.of(body.data); {
@@ -176,7 +176,7 @@ func (p *proxy) prepare(body *requestBody, required string) error {
 	case string(v) == "null" || string(v) == `""`:
 		body.replace(model.start, model.end, jsonString(p.cfg.defaultModel))
 	case v[0] != '"':
-		return invalidRequest("model", "invalid_type", `"model" has to be a string.`)
+		return invalidRequest("model", "invalid_type", `"model" must be a string.`)
 	case len(p.cfg.aliases) > 0 && len(v) <= 1<<10: // a longer one is no alias
 		var name string
 		if json.Unmarshal(v, &name) == nil && p.cfg.aliases[name] != "" {
@@ -549,7 +549,7 @@ func (c *call) passError(res *http.Response) error {
 	}
 	maps.DeleteFunc(res.Header, func(name string, _ []string) bool { return strings.HasPrefix(name, "Content-") })
 	e := &apiError{status: status, typ: categoryOf(status), code: "upstream_error", header: res.Header, err: cmp.Or(err, errors.New(detail)),
-		message: fmt.Sprintf("Qwen answered with status %d and something that can't be passed on, such as a gateway's page. Try again; if it lasts, check API_BASE_URL on the proxy, and the proxy's log.", status)}
+		message: fmt.Sprintf("Qwen answered with status %d and something that can't be passed on, such as a gateway's page. Try again. If that does not help, check API_BASE_URL on the proxy, and the proxy's log.", status)}
 	switch {
 	case status == http.StatusNotFound && c.path == "/responses":
 		e.code = "endpoint_not_found"
@@ -611,7 +611,7 @@ func categoryOf(status int) string {
 // notAnAnswer is what the client is told if the upstream's answer is of no use.
 func notAnAnswer(status int, err error) *apiError {
 	return &apiError{status: http.StatusBadGateway, typ: typeNetwork, code: "bad_upstream_answer", err: err,
-		message: fmt.Sprintf("What answered in Qwen's place (status %d) is not its API: a gateway, a redirect or a block page. Try again; if it lasts, check API_BASE_URL on the proxy.", status)}
+		message: fmt.Sprintf("The answer (status %d) did not come from Qwen's API, but from a gateway, a redirect or a block page. Try again. If that does not help, check API_BASE_URL on the proxy.", status)}
 }
 
 // jsonString returns s as JSON.

@@ -166,7 +166,7 @@ func callHandler(x *exchange, r *http.Request, log *slog.Logger, next handler) (
 		case http.ErrAbortHandler: // ReverseProxy could not pass the answer on
 			x.fail(errClientLeft)
 		default:
-			log.Error("a defect of the proxy: please report it", "request_id", x.id(), "panic", v, "stack", string(debug.Stack()))
+			log.Error("a bug in the proxy: please report it", "request_id", x.id(), "panic", v, "stack", string(debug.Stack()))
 			x.fail(errDefect)
 			whole = x.status == 0 && x.answerError(errDefect)
 		}

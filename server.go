@@ -144,7 +144,7 @@ func shutDown(ctx, abort context.Context, cfg *config, log *slog.Logger, srv *ht
 	if cfg.shutdownDelay > 0 {
 		// Closing the listener resets connections that nobody has accepted yet. A load balancer can't know that nobody has read
 		// their requests and must not send them again. So it has to stop sending before.
-		log.Info("not ready any more, and serving on until load balancers have noticed", "delay", cfg.shutdownDelay.String())
+		log.Info("not ready any more; serving until load balancers have noticed", "delay", cfg.shutdownDelay.String())
 		select {
 		case <-time.After(cfg.shutdownDelay):
 		case <-abort.Done():

@@ -20,7 +20,7 @@ import (
 func loginCommand(noBrowser *bool) func(ctx context.Context, cfg *config, stdout, stderr io.Writer) int {
 	return func(ctx context.Context, cfg *config, stdout, stderr io.Writer) int {
 		if cfg.apiKey != "" || cfg.apiKeyFile != "" {
-			fmt.Fprintln(stderr, "qwen-go-proxy login: an API key is set (QWEN_API_KEY or QWEN_API_KEY_FILE), and with a key there is no sign-in: unset it to sign in")
+			fmt.Fprintln(stderr, "qwen-go-proxy login: QWEN_API_KEY or QWEN_API_KEY_FILE is set. With an API key no sign-in is needed; to sign in, unset it")
 			return 2
 		}
 		if err := login(ctx, cfg, *noBrowser, stdout); err != nil {
@@ -108,7 +108,7 @@ func logoutCommand(ctx context.Context, cfg *config, stdout, stderr io.Writer) i
 func logout(ctx context.Context, cfg *config, stderr io.Writer) (done string, err error) {
 	store := &credentialStore{dir: cfg.qwenDir}
 	if _, err := store.load(); unusable(err) {
-		return "", fmt.Errorf("%w; it is left as it is: delete it by hand if it may go", err)
+		return "", fmt.Errorf("%w; it is left as it is; if nobody needs it, delete it by hand", err)
 	} else if err != nil {
 		return "Nobody was signed in.", nil
 	}
@@ -166,7 +166,7 @@ func statusCommand(ctx context.Context, cfg *config, stdout, _ io.Writer) int {
 	}
 	t, problem := localCredentials(cfg)
 	if ready && problem != nil {
-		line("credentials", "the server's own; there are none here, by this environment: %v", problem)
+		line("credentials", "the server has its own; this environment has none (%v)", problem)
 		return 0
 	}
 	file := cfg.apiKeyFile

@@ -206,7 +206,7 @@ func TestStatusBelievesTheServer(t *testing.T) {
 		not    string
 	}{
 		"ready, and its files are elsewhere": {map[string]string{"SERVER_PORT": ready, "QWEN_DIR": signedOut}, 0,
-			[]string{"server:      ready at 127.0.0.1:" + ready, "credentials: the server's own"}, "next:"},
+			[]string{"server:      ready at 127.0.0.1:" + ready, "credentials: the server has its own"}, "next:"},
 		"ready, with its files": {map[string]string{"SERVER_PORT": ready, "QWEN_DIR": signedIn}, 0,
 			[]string{"server:      ready", "credentials: signed in to Qwen", "token:       good until", signedIn}, ""},
 		"not ready, and the files are good": {map[string]string{"SERVER_PORT": unready, "QWEN_DIR": signedIn}, 1,

@@ -698,7 +698,7 @@ func TestSignInWithoutServer(t *testing.T) {
 		if n := len(s.asked()); n < 14 || n > 21 {
 			t.Errorf("%d attempts in 10 minutes, want pauses up to a minute", n)
 		}
-		s.wantLogged("a sign-in is needed and can't be started yet", 1)
+		s.wantLogged("a sign-in is needed, but can't be started yet", 1)
 		up.Store(true)
 		time.Sleep(maxSignInPause + 5*time.Second)
 		synctest.Wait()

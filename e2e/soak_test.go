@@ -591,7 +591,7 @@ func (l *soakLog) Write(p []byte) (int, error) {
 		if !bytes.Contains(l.line, []byte(`"msg":"request"`)) {
 			l.w.Write(l.line)
 		}
-		if bytes.Contains(l.line, []byte("a defect of the proxy")) {
+		if bytes.Contains(l.line, []byte("a bug in the proxy")) {
 			l.soak.fail(&soakRequest{}, "%s", l.line)
 		}
 		l.line = l.line[:0]

@@ -229,7 +229,7 @@ try {
 
   await check('the openai package: errors with message and request id', app, { CORS_ALLOWED_ORIGINS: app }, async (page, base) => {
     const { requestID: id, ...ours } = await page.evaluate(byPackage, [base, { maxRetries: 0, defaultHeaders: { 'x-request-id': 'mine-2' } }, 'Hello', 0, { stream: 'yes' }])
-    assert.deepEqual(ours, { error: 'BadRequestError', status: 400, message: '400 "stream" has to be true or false.', code: 'invalid_type', type: 'invalid_request_error', retryAfter: null })
+    assert.deepEqual(ours, { error: 'BadRequestError', status: 400, message: '400 "stream" must be true or false.', code: 'invalid_type', type: 'invalid_request_error', retryAfter: null })
     assert.equal(id, 'mine-2')
     assert.deepEqual(qwen.asked, [])
     const { requestID: its, ...qwens } = await page.evaluate(byPackage, [base, { maxRetries: 0 }, 'refuse'])
