@@ -324,8 +324,12 @@ func (c *call) renew(req *http.Request) (*http.Response, error) {
 // replayWindow is how soon a dead kept-alive connection shows that it is dead. On one that fails later, Qwen may have worked.
 const replayWindow = time.Second
 
+// maxTries bounds how often a request looks for a connection over HTTP/2. Requests that are sent again at the same time may
+// share a new connection, which closes after the first of them.
+const maxTries = 5
+
 // send makes one round trip. If it fails and it is safe (see mayResend), send makes a second one over a new connection: others
-// that were kept alive may be dead too.
+// that were kept alive may be dead too. A round trip that sends nothing does not count.
 func (c *call) send(req *http.Request) (*http.Response, error) {
 	transport := c.transport
 	if c.x.replayed {
@@ -333,8 +337,11 @@ func (c *call) send(req *http.Request) (*http.Response, error) {
 	}
 	c.tried.conn = nil
 	res, err := transport.RoundTrip(req)
-	if err != nil && c.ctx.Err() == nil && c.tried.mayResend(err) {
+	for tries := 0; err != nil && c.ctx.Err() == nil && tries < maxTries && c.tried.mayResend(err); tries++ {
 		if c.tried.sent.Load() {
+			if c.x.replayed {
+				break
+			}
 			c.x.replayed = true
 			c.metrics.replays.Add(1)
 		}
