@@ -101,10 +101,8 @@ func newAuthAnswer(r *http.Request, st sourceStatus) *authAnswer {
 		a.Message = "Open verification_uri_complete in a browser and check that it shows user_code."
 	case signInStarting:
 		a.Message = "Qwen's sign-in server has not answered yet. The proxy keeps trying."
-		if _, answered := errors.AsType[*oauthError](in.err); answered {
-			a.Message = st.flow.oauth.trouble(in.err) + " The proxy keeps trying."
-		} else if in.err != nil {
-			a.Message = "Qwen's sign-in server can't be reached. Check the proxy's network. The proxy keeps trying." // the cause is in the log
+		if e, ok := errors.AsType[*oauthError](in.err); ok {
+			a.Message = e.text + ". The proxy keeps trying."
 		}
 	case signInDenied:
 		a.Message = "The sign-in was denied. Open /auth to start another."

@@ -146,7 +146,7 @@ func TestReadiness(t *testing.T) {
 		{
 			name: "expired, and nobody to renew it", file: expired,
 			answer: func(w http.ResponseWriter) { w.WriteHeader(http.StatusTooManyRequests) },
-			await:  "token refresh failed", code: "token_refresh_failed", message: "answers, but does not renew it now",
+			await:  "token refresh failed", code: "token_refresh_failed", message: "answered 429 Too Many Requests",
 		},
 		{
 			name: "expired, and no network", file: expired,
@@ -159,7 +159,7 @@ func TestReadiness(t *testing.T) {
 				w.WriteHeader(http.StatusBadRequest)
 				io.WriteString(w, `{"error":"invalid_grant","error_description":"Invalid refresh token or client_id"}`)
 			},
-			await: "Qwen refused to start a sign-in", code: "sign_in_expired", message: "Sign in again",
+			await: "sign-in ended without success", code: "sign_in_expired", message: "Sign in again",
 		},
 		{
 			name: "about to expire, and nobody to renew it",

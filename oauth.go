@@ -12,7 +12,6 @@ import (
 	"io"
 	"log/slog"
 	mathrand "math/rand/v2"
-	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -67,15 +66,28 @@ func newOAuthClient(cfg *config) *oauthClient {
 	return &oauthClient{http: client, base: cfg.oauthBase, clientID: cfg.oauthClientID, scope: cfg.oauthScope}
 }
 
-// An oauthError is an answer of the OAuth server that is not what was asked for. Failures of the network are other errors.
+// An oauthError says why the OAuth server did not do what it was asked for.
 type oauthError struct {
-	status int    // HTTP
+	status int    // HTTP; 0 if there was no answer
 	code   string // the error member of RFC 6749 §5.2; "" if there is none
 	final  bool   // trying the same again is useless
-	text   string
+	text   string // for clients
+	cause  error  // of a failure of the network, for the log and the terminal only; nil for others
 }
 
-func (e *oauthError) Error() string { return e.text }
+func (e *oauthError) Error() string {
+	if e.cause == nil {
+		return e.text
+	}
+	return fmt.Sprintf("%s: %v; check the network (HTTPS_PROXY is used if it is set)", e.text, e.cause)
+}
+
+func (e *oauthError) Unwrap() error { return e.cause }
+
+// errorf returns an error whose text names the server and goes on with format.
+func (c *oauthClient) errorf(format string, args ...any) *oauthError {
+	return &oauthError{text: fmt.Sprintf("Qwen's sign-in server %s ", c.base.Host) + fmt.Sprintf(format, args...)}
+}
 
 var (
 	errSignInExpired = &oauthError{code: "expired_token", final: true, text: "nobody approved the sign-in in time"}
@@ -86,26 +98,6 @@ var (
 func isFinal(err error) bool {
 	e, ok := errors.AsType[*oauthError](err)
 	return ok && e.final
-}
-
-// trouble says in a sentence for users why a sign-in failed with err.
-func (c *oauthClient) trouble(err error) string {
-	if e, ok := errors.AsType[*oauthError](err); ok {
-		if e.final {
-			return fmt.Sprintf("Qwen's sign-in server refused the sign-in: %v.", e)
-		}
-		return fmt.Sprintf("Qwen's sign-in server can't take a sign-in now: %v.", e)
-	}
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err // without the URL
-		if e.Timeout() {
-			err = errors.New("no answer in time")
-		}
-	}
-	if e, ok := errors.AsType[*net.DNSError](err); ok && !e.IsTimeout {
-		err = errors.New(e.Err)
-	}
-	return fmt.Sprintf("Qwen's sign-in server %s can't be reached: %v. Check the network (HTTPS_PROXY is used if it is set).", c.base.Host, err)
 }
 
 // A deviceAuth is a sign-in that waits for its user: the answer of RFC 8628 §3.2 and the PKCE verifier.
@@ -135,19 +127,14 @@ func (c *oauthClient) authorize(ctx context.Context) (*deviceAuth, error) {
 		"verification_uri": &d.verificationURI, "verification_uri_complete": &d.verificationURIComplete,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("device authorization: %w", err)
+		return nil, err
 	}
 	d.verificationURIComplete = cmp.Or(d.verificationURIComplete, d.verificationURI)
 	d.verificationURI = cmp.Or(d.verificationURI, d.verificationURIComplete)
 	d.expires = wallClock().Add(seconds(answer["expires_in"], defaultCodeLife, maxCodeLife))
 	d.interval = seconds(answer["interval"], defaultInterval, maxInterval)
-	switch {
-	case d.deviceCode == "":
-		return nil, &oauthError{text: "the answer has no device_code"}
-	case !validKey(d.userCode) || len(d.userCode) > 100:
-		return nil, &oauthError{text: "the answer has no usable user_code"}
-	case !c.showable(d.verificationURI) || !c.showable(d.verificationURIComplete):
-		return nil, &oauthError{text: "the answer has no usable verification_uri"}
+	if d.deviceCode == "" || !validKey(d.userCode) || len(d.userCode) > 100 || !c.showable(d.verificationURI) || !c.showable(d.verificationURIComplete) {
+		return nil, c.errorf("answered without a usable device_code, user_code and verification_uri")
 	}
 	return d, nil
 }
@@ -185,14 +172,14 @@ func (c *oauthClient) poll(ctx context.Context, d *deviceAuth) (*token, error) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
 		}
-		e, ok := errors.AsType[*oauthError](err)
+		e, _ := errors.AsType[*oauthError](err) // as all errors here are
 		switch {
-		case ok && e.code == "authorization_pending":
+		case e.code == "authorization_pending":
 			pause = interval
-		case ok && e.code == "slow_down":
+		case e.code == "slow_down":
 			interval += slowDownStep
 			pause = interval
-		case !isFinal(err) || e.code == "" && e.status == http.StatusBadRequest:
+		case !e.final || e.code == "" && e.status == http.StatusBadRequest:
 			// "On encountering a connection timeout, clients MUST unilaterally reduce their polling
 			// frequency before retrying" (RFC 8628 §3.5). An HTML page or a 502 is treated alike.
 			pause = min(2*pause, max(interval, 30*time.Second))
@@ -208,15 +195,11 @@ func (c *oauthClient) poll(ctx context.Context, d *deviceAuth) (*token, error) {
 
 // refresh redeems refreshToken (RFC 6749 §6). If the new token has no refresh token, the old one stays valid.
 func (c *oauthClient) refresh(ctx context.Context, refreshToken string) (*token, error) {
-	t, err := c.token(ctx, url.Values{
+	return c.token(ctx, url.Values{
 		"grant_type":    {"refresh_token"},
 		"refresh_token": {refreshToken},
 		"client_id":     {c.clientID},
 	})
-	if err != nil {
-		return nil, fmt.Errorf("token refresh: %w", err)
-	}
-	return t, nil
 }
 
 // token posts form to the token endpoint and reads the token of the answer.
@@ -227,7 +210,7 @@ func (c *oauthClient) token(ctx context.Context, form url.Values) (*token, error
 		return nil, err
 	}
 	if !validKey(t.access) {
-		return nil, &oauthError{text: "the answer has no usable access_token"}
+		return nil, c.errorf("answered without a usable access_token")
 	}
 	t.obtained = wallClock()
 	t.expiry = t.obtained.Add(seconds(answer["expires_in"], defaultTokenLife, maxTokenLife))
@@ -247,17 +230,22 @@ func (c *oauthClient) post(ctx context.Context, path string, form url.Values, fi
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", userAgent)
 	res, err := c.http.Do(req)
-	if err != nil {
-		return nil, err
+	var body []byte
+	if err == nil {
+		defer res.Body.Close()
+		body, err = io.ReadAll(io.LimitReader(res.Body, maxOAuthAnswer))
 	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(res.Body, maxOAuthAnswer+1))
 	if err != nil {
-		return nil, fmt.Errorf("%s: reading the answer: %w", c.base.Host, err)
+		e := c.errorf("can't be reached")
+		e.cause = err
+		if withURL, ok := errors.AsType[*url.Error](err); ok {
+			e.cause = withURL.Err
+		}
+		return nil, e
 	}
 
 	var answer map[string]json.RawMessage
-	isJSON := len(body) <= maxOAuthAnswer && json.Unmarshal(body, &answer) == nil && answer != nil
+	isJSON := json.Unmarshal(body, &answer) == nil && answer != nil
 	text := func(member string, limit int) (s string) {
 		json.Unmarshal(answer[member], &s) // a mistyped member counts as absent
 		for _, name := range []string{"refresh_token", "device_code", "code_verifier"} {
@@ -267,29 +255,23 @@ func (c *oauthClient) post(ctx context.Context, path string, form url.Values, fi
 		}
 		return clip(s, limit)
 	}
-	e := &oauthError{status: res.StatusCode, code: text("error", 100)}
-	clientError := e.status == http.StatusBadRequest || e.status == http.StatusUnauthorized
-	switch description := text("error_description", 300); {
-	case e.code != "" && description != "":
-		e.text = fmt.Sprintf("%q (%q)", e.code, description) // quoted, because it is foreign
-	case e.code != "":
-		e.text = fmt.Sprintf("%q", e.code)
-	case isJSON && clientError:
-		e.text = fmt.Sprintf("status %d", e.status)
-	case e.status != http.StatusOK:
-		e.text = fmt.Sprintf("%s answered %s", c.base.Host, res.Status)
-		return nil, e
-	case len(body) > maxOAuthAnswer:
-		e.text = fmt.Sprintf("%s answered with more than %d bytes", c.base.Host, maxOAuthAnswer)
-		return nil, e
-	case !isJSON || stringMembers(answer, fields) != nil:
-		e.text = c.base.Host + " answered something other than the JSON of RFC 6749"
-		return nil, e
-	default:
+	code, description, what := text("error", 100), text("error_description", 300), res.Status
+	switch {
+	case code != "" && description != "":
+		what = fmt.Sprintf("%q (%q)", code, description) // quoted, because it is foreign
+	case code != "":
+		what = fmt.Sprintf("%q", code)
+	case res.StatusCode == http.StatusOK && isJSON && stringMembers(answer, fields) == nil:
 		return answer, nil
+	case res.StatusCode == http.StatusOK:
+		what = "something other than the JSON of RFC 6749"
 	}
-	switch e.code {
+	e := c.errorf("answered %s", what)
+	e.status, e.code = res.StatusCode, code
+	switch code {
 	case "temporarily_unavailable", "server_error", "slow_down", "rate_limit_exceeded":
+	case "":
+		e.final = isJSON && (e.status == http.StatusBadRequest || e.status == http.StatusUnauthorized)
 	default:
 		e.final = e.status < 500 && e.status != http.StatusTooManyRequests
 	}
@@ -437,30 +419,25 @@ func (f *deviceFlow) set(ctx context.Context, st *signIn) bool {
 // run carries out one sign-in, until ctx ends.
 func (f *deviceFlow) run(ctx context.Context) {
 	auth, err := f.oauth.authorize(ctx)
-	logged := ""
-	for n := 0; err != nil && ctx.Err() == nil; n++ {
-		if isFinal(err) {
-			f.log.Error("Qwen refused to start a sign-in", "error", err)
-			f.set(ctx, &signIn{status: signInFailed, err: err, ended: time.Now()})
-			return
-		}
-		if why := f.oauth.trouble(err); why != logged {
-			logged = why
-			f.log.Warn("a sign-in is needed, but can't be started yet; the proxy keeps trying. With QWEN_API_KEY no sign-in is needed", "error", why)
+	for n := 0; err != nil && !isFinal(err) && ctx.Err() == nil; n++ {
+		if n == 0 {
+			f.log.Warn("a sign-in is needed, but can't be started yet; the proxy keeps trying. With QWEN_API_KEY no sign-in is needed", "error", err)
 		}
 		f.set(ctx, &signIn{status: signInStarting, err: err})
-		if sleep(ctx, backoff(n, maxSignInPause)) {
-			auth, err = f.oauth.authorize(ctx)
+		sleep(ctx, backoff(n, maxSignInPause))
+		auth, err = f.oauth.authorize(ctx)
+	}
+	var t *token
+	if err == nil {
+		if !f.set(ctx, &signIn{status: signInPending, auth: auth}) {
+			return
 		}
+		f.log.Warn("waiting for sign-in", "expires", auth.expires)
+		printSignIn(f.prompt, auth, f.demo)
+		t, err = f.oauth.poll(ctx, auth)
 	}
-	if !f.set(ctx, &signIn{status: signInPending, auth: auth}) {
-		return
-	}
-	f.log.Warn("waiting for sign-in", "expires", auth.expires)
-	printSignIn(f.prompt, auth, f.demo)
 
-	t, err := f.oauth.poll(ctx, auth)
-	st := &signIn{status: signInComplete, auth: auth, err: err}
+	status := signInComplete
 	switch {
 	case err == nil && !f.complete(ctx, t):
 		f.log.Warn("a sign-in was completed too late and is not used", "reason", context.Cause(ctx))
@@ -470,17 +447,16 @@ func (f *deviceFlow) run(ctx context.Context) {
 	case ctx.Err() != nil:
 		return
 	case errors.Is(err, errSignInDenied):
-		st.status = signInDenied
+		status = signInDenied
 	case errors.Is(err, errSignInExpired):
-		st.status = signInExpired
+		status = signInExpired
 	default:
-		st.status = signInFailed
+		status = signInFailed
 	}
 	if err != nil {
-		f.log.Warn("sign-in ended without success; open /auth on the proxy to start again", "status", st.status, "error", err)
+		f.log.Warn("sign-in ended without success; open /auth on the proxy to start again", "status", status, "error", err)
 	}
-	st.ended = time.Now()
-	f.set(ctx, st)
+	f.set(ctx, &signIn{status: status, err: err, ended: time.Now()})
 }
 
 // printSignIn tells people how to sign in. Link and code stand alone on their lines, to be copied.

@@ -193,7 +193,7 @@ func TestAuthorize(t *testing.T) {
 		{name: "redirect", status: 302, body: deviceAnswer(nil), err: "302 Found"},
 		{name: "error with 400", status: 400, body: `{"error":"invalid_client","error_description":"who\nis it"}`, err: `"invalid_client" ("who\nis it")`},
 		{name: "error with 200", body: `{"error":"invalid_client"}`, err: `"invalid_client"`},
-		{name: "more than 1 MiB", body: deviceAnswer(nil) + strings.Repeat(" ", 1<<20), err: "more than 1048576 bytes"},
+		{name: "more than 1 MiB", body: strings.Repeat(" ", 1<<20) + deviceAnswer(nil), err: "other than the JSON"},
 		{name: "broken connection", status: -1, err: "connection refused"},
 	} {
 		testInBubble(t, tt.name, func(t *testing.T) {

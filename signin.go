@@ -45,7 +45,7 @@ func login(ctx context.Context, cfg *config, noBrowser bool, stdout io.Writer) e
 	case ctx.Err() != nil:
 		return errGivenUp
 	case err != nil:
-		return errors.New(oauth.trouble(err) + " Run login again later, or set QWEN_API_KEY: with a key no sign-in is needed.")
+		return fmt.Errorf("%w. Run login again later, or set QWEN_API_KEY: with a key no sign-in is needed", err)
 	}
 	printSignIn(stdout, auth, false)
 	if !noBrowser && openBrowser(ctx, auth.verificationURIComplete) {
@@ -57,10 +57,8 @@ func login(ctx context.Context, cfg *config, noBrowser bool, stdout io.Writer) e
 	case err == nil:
 	case ctx.Err() != nil:
 		return errGivenUp
-	case errors.Is(err, errSignInDenied), errors.Is(err, errSignInExpired):
-		return fmt.Errorf("%w; nothing has changed: run login again", err)
 	default:
-		return errors.New(oauth.trouble(err))
+		return fmt.Errorf("%w; nothing has changed: run login again", err)
 	}
 	// The user has signed in: a Ctrl-C that comes too late must not lose that. Nor must a lock that is held forever.
 	lock, _ := store.lock(context.WithoutCancel(ctx), func() bool { return false })

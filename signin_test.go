@@ -164,13 +164,13 @@ func TestLoginSaysWhyItCannotStart(t *testing.T) {
 		return srv.URL
 	}
 	for name, tt := range map[string]struct{ server, want string }{
-		"no network":        {"http://127.0.0.1:1", "Qwen's sign-in server 127.0.0.1:1 can't be reached: dial tcp 127.0.0.1:1: connect: connection refused. Check the network"},
+		"no network":        {"http://127.0.0.1:1", "Qwen's sign-in server 127.0.0.1:1 can't be reached: dial tcp 127.0.0.1:1: connect: connection refused; check the network"},
 		"no name":           {"http://qwen.invalid", "Qwen's sign-in server qwen.invalid can't be reached: "},
-		"too many requests": {answering(429, "slow down"), "can't take a sign-in now: 127.0.0.1:"},
+		"too many requests": {answering(429, "slow down"), " answered 429 Too Many Requests. Run login again later"},
 		"an outage":         {answering(502, "<html>"), "answered 502 Bad Gateway. Run login again later"},
-		"slow_down":         {answering(429, `{"error":"slow_down"}`), `can't take a sign-in now: "slow_down".`},
-		"a refusal":         {answering(400, `{"error":"invalid_client"}`), `refused the sign-in: "invalid_client".`},
-		"another answer":    {answering(200, "{}"), "can't take a sign-in now: the answer has no device_code"},
+		"slow_down":         {answering(429, `{"error":"slow_down"}`), `answered "slow_down".`},
+		"a refusal":         {answering(400, `{"error":"invalid_client"}`), `answered "invalid_client".`},
+		"another answer":    {answering(200, "{}"), "answered without a usable device_code"},
 	} {
 		status, out := runCommand(t, map[string]string{"QWEN_OAUTH_BASE_URL": tt.server, "QWEN_DIR": t.TempDir()}, "login").wait(t)
 		if status != 1 || !strings.Contains(out, tt.want) || strings.Contains(out, "/api/v1") {

@@ -233,21 +233,20 @@ var errNotStorable = errors.New("the new token could not be stored")
 
 // unavailable is the answer while a token can't be renewed for now, because of err. A nil err means that it is being renewed.
 func unavailable(retryAfter time.Duration, err error) *apiError {
-	typ, why := typeNetwork, "and Qwen's sign-in server can't be reached to renew it."
-	switch _, answered := errors.AsType[*oauthError](err); {
-	case err == nil:
-		why = "and is being renewed."
+	typ, why := typeServer, "and is being renewed"
+	e, ok := errors.AsType[*oauthError](err)
+	switch {
 	case errors.Is(err, errNotStorable):
 		typ = typeConfiguration
 		why = "and is not renewed because the new one could not be stored; the proxy's log says why. Make QWEN_DIR writable. Repair or delete " +
-			credentialFile + " in it if that is broken."
+			credentialFile + " in it if that is broken"
+	case ok:
+		typ, why = typeNetwork, "and was not renewed: "+e.text
 	case errors.Is(err, errLocked):
-		typ, why = typeServer, "and another process that shares QWEN_DIR holds "+lockFile+" to renew it."
-	case answered:
-		why = "and Qwen's sign-in server answers, but does not renew it now."
+		why = "and was not renewed: " + errLocked.Error()
 	}
 	return &apiError{status: http.StatusServiceUnavailable, typ: typ, code: "token_refresh_failed", retryAfter: retryAfter, err: err,
-		message: "The proxy's access token has expired " + why + " Try again; the proxy keeps trying."}
+		message: "The proxy's access token has expired " + why + ". Try again; the proxy keeps trying."}
 }
 
 // update replaces the state by a changed copy, and wakes those who wait for a change.
