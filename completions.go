@@ -83,63 +83,47 @@ var errNotChat = errors.New("not a chat completion")
 // maxChoices is the most that OpenAI's API lets a request ask for.
 const maxChoices = 128
 
-// translate makes a text completion of a chat completion, in whose choices the member part ("message", or "delta" in a
-// stream's chunk) has the text. It has the text in chat's memory. empty reports whether it tells the client nothing: no text,
-// no end and no usage. Reasoning is not text. The error quotes nothing of chat.
-func translate(chat []byte, part string) (text net.Buffers, empty bool, err error) {
+// translate makes a text completion of a chat completion. Each choice's text is in its member part: "message", or "delta" in a
+// stream's chunk. Reasoning is not text. The result uses chat's memory. The error quotes nothing of chat.
+func translate(chat []byte, part string) (text net.Buffers, err error) {
 	if !json.Valid(chat) {
-		return nil, false, errNotChat
+		return nil, errNotChat
 	}
-	found, err := findMembers(chat, "id", "created", "model", "system_fingerprint", "choices", "usage")
+	found, err := findMembers(chat, "id", "created", "model", "choices", "usage")
 	if err != nil {
-		return nil, false, errNotChat
+		return nil, errNotChat
 	}
 	value := func(i int) []byte { return found[i].of(chat) }
-	id, choices, usage := orElse(value(0), `""`), value(4), value(5)
-	empty = isNull(usage)
+	choices := value(3)
 	if byteAt(choices, 0) != '[' {
-		return nil, false, errNotChat
+		return nil, errNotChat
 	}
 	add := func(s string, value []byte) { text = append(text, []byte(s), value) }
-	if rest, ok := bytes.CutPrefix(id, []byte(`"chatcmpl-`)); ok {
-		add(`{"id":"cmpl-`, rest)
-	} else {
-		add(`{"id":`, id)
-	}
+	add(`{"id":`, orElse(value(0), `""`))
 	add(`,"object":"text_completion","created":`, orElse(value(1), "0"))
 	add(`,"model":`, orElse(value(2), `""`))
-	if fingerprint := value(3); fingerprint != nil {
-		add(`,"system_fingerprint":`, fingerprint)
-	}
-	separator := `,"choices":[`
+	add(`,"choices":[`, nil)
 	for i, n := skipSpace(choices, 1), 0; choices[i] != ']'; n++ {
 		end, err := skipValue(choices, i)
 		if err != nil || n == maxChoices {
-			return nil, false, errNotChat
+			return nil, errNotChat
 		}
 		content, index, reason, err := readChoice(choices[i:end], part)
 		if err != nil {
-			return nil, false, errNotChat
+			return nil, errNotChat
 		}
-		empty = empty && string(content) == `""` && string(reason) == "null"
-		add(separator+`{"text":`, content)
+		add(`{"text":`, content)
 		add(`,"index":`, index)
 		add(`,"logprobs":null,"finish_reason":`, reason)
-		separator = "},"
+		add("}", nil)
 		if i = skipSpace(choices, end); choices[i] == ',' {
+			add(",", nil)
 			i = skipSpace(choices, i+1)
 		}
 	}
-	if separator == "}," {
-		add("}]", nil)
-	} else {
-		add(separator+"]", nil)
-	}
-	if usage != nil {
-		add(`,"usage":`, usage)
-	}
+	add(`],"usage":`, orElse(value(4), "null"))
 	add("}", nil)
-	return text, empty, nil
+	return text, nil
 }
 
 // readChoice returns what a text completion has of a choice.
@@ -242,13 +226,13 @@ func (s *completionStream) translateEvent(event []byte) error {
 	if found, err := findMembers(data, "error"); err == nil {
 		failed = !isNull(found[0].of(data)) && json.Valid(data)
 	}
-	text, empty, err := translate(data, "delta")
+	text, err := translate(data, "delta")
 	switch {
 	case len(data) == 0 || failed || err != nil && s.done:
 		s.out.Write(event)
 	case err != nil:
 		return errors.New("the stream has data that is not a chat completion chunk")
-	case !empty:
+	default:
 		s.out.Write(others)
 		s.out.WriteString("data: ")
 		text.WriteTo(&s.out)

@@ -151,7 +151,7 @@ func TestPromptToChatErrors(t *testing.T) {
 
 // translateAnswer returns what translate makes of a whole answer.
 func translateAnswer(chat string) ([]byte, error) {
-	text, _, err := translate([]byte(chat), "message")
+	text, err := translate([]byte(chat), "message")
 	if err != nil {
 		return nil, err
 	}
@@ -167,12 +167,12 @@ func TestCompletionResponse(t *testing.T) {
 		{
 			"an answer of Qwen's",
 			`{"choices":[{"message":{"role":"assistant","content":"a <b>","reasoning_content":"hm"},"finish_reason":"stop","index":0,"logprobs":null}],"object":"chat.completion","usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"},"created":1735120033,"system_fingerprint":null,"model":"qwen3-coder-plus","id":"chatcmpl-6ada9ed2"}`,
-			`{"id":"cmpl-6ada9ed2","object":"text_completion","created":1735120033,"model":"qwen3-coder-plus","system_fingerprint":null,"choices":[{"text":"a <b>","index":0,"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"}}`,
+			`{"id":"chatcmpl-6ada9ed2","object":"text_completion","created":1735120033,"model":"qwen3-coder-plus","choices":[{"text":"a <b>","index":0,"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"}}`,
 		},
 		{
 			"tool calls",
 			`{"id":"x-1","created":1,"model":"m","system_fingerprint":"fp","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"length"},{"index":1,"message":{"content":null},"finish_reason":"tool_calls"},{"index":2,"message":{},"finish_reason":"function_call"}]}`,
-			`{"id":"x-1","object":"text_completion","created":1,"model":"m","system_fingerprint":"fp","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":"length"},{"text":"","index":1,"logprobs":null,"finish_reason":"tool_calls"},{"text":"","index":2,"logprobs":null,"finish_reason":"function_call"}]}`,
+			`{"id":"x-1","object":"text_completion","created":1,"model":"m","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":"length"},{"text":"","index":1,"logprobs":null,"finish_reason":"tool_calls"},{"text":"","index":2,"logprobs":null,"finish_reason":"function_call"}],"usage":null}`,
 		},
 		{
 			"as little as can be",
@@ -213,7 +213,10 @@ func newStream(chat io.Reader) io.Reader { return &completionStream{lines: bufio
 
 // textChunk returns the event of a text completion chunk: the head that streamTests share, then rest.
 func textChunk(rest string) string {
-	return `data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"m",` + rest + "}\n\n"
+	if !strings.Contains(rest, `"usage":`) {
+		rest += `,"usage":null`
+	}
+	return `data: {"id":"chatcmpl-1","object":"text_completion","created":1,"model":"m",` + rest + "}\n\n"
 }
 
 // streamTests are whole streams; err is what ends them, nil for io.EOF.
@@ -241,9 +244,11 @@ data: {"choices":[],"object":"chat.completion.chunk","usage":{"prompt_tokens":1}
 data: [DONE]
 
 `,
-		want: textChunk(`"system_fingerprint":null,"choices":[{"text":"a <b>","index":0,"logprobs":null,"finish_reason":null}],"usage":null`) +
-			textChunk(`"system_fingerprint":null,"choices":[{"text":"","index":0,"logprobs":null,"finish_reason":"stop"}],"usage":null`) +
-			textChunk(`"system_fingerprint":null,"choices":[],"usage":{"prompt_tokens":1}`) +
+		want: textChunk(`"choices":[{"text":"","index":0,"logprobs":null,"finish_reason":null}]`) +
+			textChunk(`"choices":[{"text":"","index":0,"logprobs":null,"finish_reason":null}]`) +
+			textChunk(`"choices":[{"text":"a <b>","index":0,"logprobs":null,"finish_reason":null}],"usage":null`) +
+			textChunk(`"choices":[{"text":"","index":0,"logprobs":null,"finish_reason":"stop"}],"usage":null`) +
+			textChunk(`"choices":[],"usage":{"prompt_tokens":1}`) +
 			"data: [DONE]\n\n",
 	},
 	{
@@ -260,7 +265,7 @@ data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"index":1,"delta":{
 			textChunk(`"choices":[{"text":"","index":1,"logprobs":null,"finish_reason":"length"}]`),
 	},
 	{
-		name: "a role chunk stays for its usage, and a usage for itself",
+		name: "usage",
 		in: `data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"delta":{"role":"assistant"}}],"usage":{"a":1}}
 
 data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[{"delta":{"content":"a"}}],"usage":{"a":2}}
@@ -284,8 +289,6 @@ data: {"id":"chatcmpl-1","created":1,"model":"m","choices":[],"usage":{"a":3}}
 		in: ": keep-alive\n\n" +
 			"retry: 3000\n\n" +
 			"id: 1\nevent: result\n:c\ndata: {\"id\":\"chatcmpl-1\",\"created\":1,\"model\":\"m\",\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n" +
-			"id: 2\n:of a dropped chunk\ndata: {\"choices\":[]}\n\n" +
-			"id: 3\ndata: {\"choices\":[]}\n\n" +
 			"data:\n\n" +
 			"id: 4\ndata: [DONE] \n\n",
 		want: ": keep-alive\n\n" +

@@ -471,7 +471,7 @@ func TestTheFirstByteIsQwens(t *testing.T) {
 		b := inBubble(t, map[string]string{"SSE_KEEPALIVE": "1s"}, func(w http.ResponseWriter, r *http.Request) {
 			sse(w)
 			time.Sleep(7 * time.Second)
-			sse(w, "data: {\"choices\":[{\"index\":0,\"delta\":{\"reasoning_content\":\"x\"}}]}\n\n") // which a text completion does not pass on
+			sse(w, "data: {\"choices\":[{\"index\":0,\"delta\":{\"reasoning_content\":\"x\"}}]}\n\n")
 			time.Sleep(2 * time.Second)
 			sse(w, "data: [DONE]\n\n")
 		})

@@ -509,7 +509,7 @@ func (c *call) readWhole(res *http.Response, delimited bool) error {
 	case delimited && !json.Valid(c.whole.data):
 		return c.brokenBy(io.EOF)
 	case c.completion:
-		if text, _, err = translate(c.whole.data, "message"); err != nil {
+		if text, err = translate(c.whole.data, "message"); err != nil {
 			return notAnAnswer(res.StatusCode, err)
 		}
 		res.Header["Content-Type"] = valueJSON
