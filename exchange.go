@@ -22,7 +22,7 @@ type exchange struct {
 	record
 }
 
-// A record is what the access log and the metrics tell of a request. Whoever knows a field fills it; track writes the record.
+// A record is what the access log and the metrics say about a request. Each part of the proxy fills in what it knows.
 type record struct {
 	ids        [1]string // X-Request-ID, as the value of a header
 	route      string    // the path of its route; "" if there is none, or the request was refused before
@@ -133,7 +133,7 @@ func (x *exchange) answerError(err error) bool {
 	return true
 }
 
-// errorBody returns the JSON that tells the client of e.
+// errorBody returns the JSON of e in the shape that the client expects.
 func (x *exchange) errorBody(e *apiError) []byte {
 	b := e.body(x.id())
 	if x.anthropic {
@@ -236,7 +236,7 @@ const (
 	typeServer         = "server_error"
 )
 
-// Failures that neither Qwen nor the way to it has caused.
+// Failures that neither Qwen nor the network to it has caused.
 var (
 	// 499 is nginx's status for a client that left before its answer. It is only logged.
 	errClientLeft = &apiError{status: 499, typ: typeNetwork, code: "client_closed_request",
@@ -247,7 +247,7 @@ var (
 		message: "The proxy failed to handle the request. Its log says why."}
 )
 
-// An apiError is a failure as the client is told of it, in the shape of OpenAI's errors. Those that code decides on are
+// An apiError is the answer to a client whose request failed, in the shape of OpenAI's errors. Those that code decides on are
 // variables, and compared with ==.
 type apiError struct {
 	status     int           // HTTP status
@@ -270,7 +270,7 @@ func (e *apiError) Error() string {
 
 func (e *apiError) Unwrap() error { return e.err }
 
-// ours reports whether neither Qwen nor the way to it has caused e.
+// ours reports whether neither Qwen nor the network to it has caused e.
 func (e *apiError) ours() bool {
 	return e == errClientLeft || e == errShuttingDown || e == errOverloaded || e == errDefect
 }
@@ -287,7 +287,7 @@ func invalidRequest(param, code, format string, args ...any) *apiError {
 	return &apiError{status: http.StatusBadRequest, typ: typeInvalidRequest, param: param, code: code, message: fmt.Sprintf(format, args...)}
 }
 
-// toAPIError turns any error of a request into what the client is told. An error that is no apiError comes from the way to Qwen;
+// toAPIError turns any error of a request into the client's answer. An error that is not an apiError comes from the network to Qwen;
 // its text is for the log alone.
 func toAPIError(err error) *apiError {
 	if e, ok := errors.AsType[*apiError](err); ok {

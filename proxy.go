@@ -138,8 +138,8 @@ func (p *proxy) messages(path string) handler {
 	}
 }
 
-// prepare checks what the proxy has to know of a body, and puts in the model if it names none, or an alias. All other bytes stay
-// as they are.
+// prepare checks the members of a body that the proxy depends on. It puts in the default model if there is none, and an alias's
+// model. All other bytes stay as they are.
 func (p *proxy) prepare(body *requestBody, required string) error {
 	names := []string{"model", "stream", required}
 	if required == "" {
@@ -419,7 +419,7 @@ func (c *call) cause(err error) error {
 	return c.token.redactError(err) // net/http quotes what it can't read
 }
 
-// brokenBy returns what the client is told of an answer that ended with err.
+// brokenBy returns the error for an answer that ended with err before it was whole.
 func (c *call) brokenBy(err error) *apiError {
 	if c.ctx.Err() != nil {
 		return toAPIError(c.cause(err))
@@ -437,8 +437,8 @@ var allowedResponseHeaders = []string{
 	"X-Ratelimit-Reset-Requests", "X-Ratelimit-Reset-Tokens",
 }
 
-// modifyResponse is the ModifyResponse of ReverseProxy. It makes of Qwen's answer what the client gets: a stream or a JSON answer
-// as it is, or translated; an error of OpenAI's shape as it is; of anything else an error that says so.
+// modifyResponse turns Qwen's answer into the client's: a stream or a JSON answer passes as it is, or translated; an error of
+// OpenAI's shape passes as it is; anything else becomes an error. It is the ModifyResponse of ReverseProxy.
 func (c *call) modifyResponse(res *http.Response) error {
 	c.silence.Stop()
 	c.silence = time.AfterFunc(c.cfg.idleTimeout, func() { c.cancel(errStreamIdle) })
@@ -615,7 +615,7 @@ func categoryOf(status int) string {
 	return typeInvalidRequest
 }
 
-// notAnAnswer is what the client is told if the upstream's answer is of no use.
+// notAnAnswer returns the error for an answer with this status that is not from Qwen's API.
 func notAnAnswer(status int, err error) *apiError {
 	return &apiError{status: http.StatusBadGateway, typ: typeNetwork, code: "bad_upstream_answer", err: err,
 		message: fmt.Sprintf("The answer (status %d) did not come from Qwen's API, but from a gateway, a redirect or a block page. Try again. If that does not help, check API_BASE_URL on the proxy.", status)}

@@ -70,8 +70,8 @@ func (b *answerBody) Close() error {
 	return b.Closer.Close()
 }
 
-// checkBegin reads the first piece of a JSON answer while the client can still be told that it is none: an HTML page, an empty
-// body, a connection that breaks.
+// checkBegin reads the first piece of a JSON answer. Its error is for an HTML page, an empty body, or a connection that broke before
+// that: the client can still get a 502.
 func (b *answerBody) checkBegin(status int) error {
 	text := bufio.NewReaderSize(b.text, 64)
 	_, err := text.Peek(1)
