@@ -57,6 +57,9 @@ func (b *bodyReader) read(w http.ResponseWriter, r *http.Request) (*requestBody,
 		}
 		return nil, err
 	}
+	if body.mapped != nil {
+		body.data = body.mapped[:len(body.data)] // with the room behind it, for replace
+	}
 	return body, nil
 }
 
@@ -115,9 +118,6 @@ type requestBody struct {
 
 // replace puts text in the place of the bytes from start to end. It must not be called after open.
 func (body *requestBody) replace(start, end int, text string) {
-	if body.mapped != nil {
-		body.data = body.mapped[:len(body.data)] // read has left room behind it
-	}
 	body.data = slices.Replace(body.data, start, end, []byte(text)...)
 }
 

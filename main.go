@@ -112,7 +112,7 @@ seconds, and the answers are canned. Nothing is stored.
 Some models fail on purpose, so that you can see how a client handles errors: error-400 to error-599 answer with that status,
 and error-midstream breaks off in the middle of a stream.`},
 		{name: "version", summary: "print version, commit, build date and Go version", run: versionCommand},
-		{name: "help", summary: "print this text, or explain a command"},
+		{name: "help", summary: "print this text"},
 	}
 }
 
@@ -123,11 +123,8 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	switch {
 	case len(args) == 0:
 	case slices.Contains([]string{"help", "-h", "-help", "--help"}, args[0]):
-		if len(args) == 1 || args[0] != "help" {
-			usage(stdout)
-			return 0
-		}
-		name, args = args[1], []string{"-h"}
+		usage(stdout)
+		return 0
 	case args[0] == "-version" || args[0] == "--version":
 		name, args = "version", args[1:]
 	case !strings.HasPrefix(args[0], "-"):
