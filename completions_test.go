@@ -29,63 +29,28 @@ func translateRequest(data []byte) (chat []byte, err error) {
 var blanks = regexp.MustCompile("  +")
 
 func TestPromptToChat(t *testing.T) {
-	tests := []struct {
-		name string
-		body string
-		want string
-	}{
-		{
-			"a prompt becomes the user's message",
-			`{"model":"m","prompt":"Say hi"}`,
-			`{"model":"m","messages":[{"role":"user","content":"Say hi"}]}`,
-		},
-		{
-			"a prompt alone",
-			`{"prompt":""}`,
-			`{"messages":[{"role":"user","content":""}]}`,
-		},
-		{
-			"an array of one string",
-			` { "prompt" : [ "a\nb" ] } `,
-			` { "messages":[{"role":"user","content":"a\nb"}] } `,
-		},
-		{
-			"other members keep order, bytes and case",
-			`{"top_k":20,"prompt":"p","seed":12345678901234567890,"temperature":0.10,"stop":[ "<a>", "&" ],"Prompt":1,"n":2,"stream":true,"stream_options":{"include_usage":true},"logit_bias":{"50256": -100},"a<b":1E400}`,
-			`{"top_k":20,"messages":[{"role":"user","content":"p"}],"seed":12345678901234567890,"temperature":0.10,"stop":[ "<a>", "&" ],"Prompt":1,"n":2,"stream":true,"stream_options":{"include_usage":true},"logit_bias":{"50256": -100},"a<b":1E400}`,
-		},
-		{
-			"parameters that ask for nothing are dropped",
-			`{"suffix":null,"best_of":1,"logprobs":null,"echo":false,"prompt":"p"}`,
-			`{"messages":[{"role":"user","content":"p"}]}`,
-		},
-		{
-			"their other spellings are too",
-			`{"suffix":"","best_of":null,"logprobs":false,"echo":null,"prompt":"p","stream":null}`,
-			`{"messages":[{"role":"user","content":"p"}],"stream":null}`,
-		},
-		{
-			"invalid UTF-8, escapes and lone surrogates pass",
-			"{\"pro\\u006Dpt\":[\"a <b> \xff\\ud800\"], \"\xff\":1}",
-			"{\"messages\":[{\"role\":\"user\",\"content\":\"a <b> \xff\\ud800\"}], \"\xff\":1}",
-		},
-		{
-			"parameters are dropped from the end",
-			`{ "n": 1 , "prompt":"p" , "echo":null, "suffix":null }`,
-			`{ "n": 1 , "messages":[{"role":"user","content":"p"}]}`,
-		},
-		{
-			"and from between others",
-			`{"echo":null,"n":1,"prompt":"p","suffix":null,"seed":2}`,
-			`{"n":1,"messages":[{"role":"user","content":"p"}],"seed":2}`,
-		},
-		{
-			"a model of the wrong type is for the chat request's check",
-			`{"model":5,"prompt":"p"}`,
-			`{"model":5,"messages":[{"role":"user","content":"p"}]}`,
-		},
-	}
-	for _, tt := range tests {
+	for _, tt := range []struct{ name, body, want string }{
+		{"a prompt becomes the user's message", `{"model":"m","prompt":"Say hi"}`,
+			`{"model":"m","messages":[{"role":"user","content":"Say hi"}]}`},
+		{"a prompt alone", `{"prompt":""}`,
+			`{"messages":[{"role":"user","content":""}]}`},
+		{"an array of one string", ` { "prompt" : [ "a\nb" ] } `,
+			` { "messages":[{"role":"user","content":"a\nb"}] } `},
+		{"other members keep order, bytes and case", `{"top_k":20,"prompt":"p","seed":12345678901234567890,"temperature":0.10,"stop":[ "<a>", "&" ],"Prompt":1,"n":2,"stream":true,"stream_options":{"include_usage":true},"logit_bias":{"50256": -100},"a<b":1E400}`,
+			`{"top_k":20,"messages":[{"role":"user","content":"p"}],"seed":12345678901234567890,"temperature":0.10,"stop":[ "<a>", "&" ],"Prompt":1,"n":2,"stream":true,"stream_options":{"include_usage":true},"logit_bias":{"50256": -100},"a<b":1E400}`},
+		{"parameters that ask for nothing are dropped", `{"suffix":null,"best_of":1,"logprobs":null,"echo":false,"prompt":"p"}`,
+			`{"messages":[{"role":"user","content":"p"}]}`},
+		{"their other spellings are too", `{"suffix":"","best_of":null,"logprobs":false,"echo":null,"prompt":"p","stream":null}`,
+			`{"messages":[{"role":"user","content":"p"}],"stream":null}`},
+		{"invalid UTF-8, escapes and lone surrogates pass", "{\"pro\\u006Dpt\":[\"a <b> \xff\\ud800\"], \"\xff\":1}",
+			"{\"messages\":[{\"role\":\"user\",\"content\":\"a <b> \xff\\ud800\"}], \"\xff\":1}"},
+		{"parameters are dropped from the end", `{ "n": 1 , "prompt":"p" , "echo":null, "suffix":null }`,
+			`{ "n": 1 , "messages":[{"role":"user","content":"p"}]}`},
+		{"and from between others", `{"echo":null,"n":1,"prompt":"p","suffix":null,"seed":2}`,
+			`{"n":1,"messages":[{"role":"user","content":"p"}],"seed":2}`},
+		{"a model of the wrong type is for the chat request's check", `{"model":5,"prompt":"p"}`,
+			`{"model":5,"messages":[{"role":"user","content":"p"}]}`},
+	} {
 		t.Run(tt.name, func(t *testing.T) {
 			chat, err := translateRequest([]byte(tt.body))
 			fatalIf(t, err)
@@ -159,28 +124,14 @@ func translateAnswer(chat string) ([]byte, error) {
 }
 
 func TestCompletionResponse(t *testing.T) {
-	tests := []struct {
-		name string
-		chat string
-		want string
-	}{
-		{
-			"an answer of Qwen's",
-			`{"choices":[{"message":{"role":"assistant","content":"a <b>","reasoning_content":"hm"},"finish_reason":"stop","index":0,"logprobs":null}],"object":"chat.completion","usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"},"created":1735120033,"system_fingerprint":null,"model":"qwen3-coder-plus","id":"chatcmpl-6ada9ed2"}`,
-			`{"id":"chatcmpl-6ada9ed2","object":"text_completion","created":1735120033,"model":"qwen3-coder-plus","choices":[{"text":"a <b>","index":0,"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"}}`,
-		},
-		{
-			"tool calls",
-			`{"id":"x-1","created":1,"model":"m","system_fingerprint":"fp","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"length"},{"index":1,"message":{"content":null},"finish_reason":"tool_calls"},{"index":2,"message":{},"finish_reason":"function_call"}]}`,
-			`{"id":"x-1","object":"text_completion","created":1,"model":"m","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":"length"},{"text":"","index":1,"logprobs":null,"finish_reason":"tool_calls"},{"text":"","index":2,"logprobs":null,"finish_reason":"function_call"}],"usage":null}`,
-		},
-		{
-			"as little as can be",
-			`{"choices":[{"message":{"content":"a"}}],"usage":null}`,
-			`{"id":"","object":"text_completion","created":0,"model":"","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}],"usage":null}`,
-		},
-	}
-	for _, tt := range tests {
+	for _, tt := range []struct{ name, chat, want string }{
+		{"an answer of Qwen's", `{"choices":[{"message":{"role":"assistant","content":"a <b>","reasoning_content":"hm"},"finish_reason":"stop","index":0,"logprobs":null}],"object":"chat.completion","usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"},"created":1735120033,"system_fingerprint":null,"model":"qwen3-coder-plus","id":"chatcmpl-6ada9ed2"}`,
+			`{"id":"chatcmpl-6ada9ed2","object":"text_completion","created":1735120033,"model":"qwen3-coder-plus","choices":[{"text":"a <b>","index":0,"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":3,"total_tokens":12345678901234567890,"x":"<"}}`},
+		{"tool calls", `{"id":"x-1","created":1,"model":"m","system_fingerprint":"fp","choices":[{"index":0,"message":{"content":"a"},"finish_reason":"length"},{"index":1,"message":{"content":null},"finish_reason":"tool_calls"},{"index":2,"message":{},"finish_reason":"function_call"}]}`,
+			`{"id":"x-1","object":"text_completion","created":1,"model":"m","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":"length"},{"text":"","index":1,"logprobs":null,"finish_reason":"tool_calls"},{"text":"","index":2,"logprobs":null,"finish_reason":"function_call"}],"usage":null}`},
+		{"as little as can be", `{"choices":[{"message":{"content":"a"}}],"usage":null}`,
+			`{"id":"","object":"text_completion","created":0,"model":"","choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":null}],"usage":null}`},
+	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := translateAnswer(tt.chat)
 			fatalIf(t, err)

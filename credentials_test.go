@@ -163,60 +163,47 @@ func TestLoadCredentials(t *testing.T) {
 	if got, err := store.load(); got != nil || !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no file: got %v, %v; want fs.ErrNotExist", got, err)
 	}
-	writeCredentials(t, store, "{}")
+	writeFile(t, store.path(), "{}")
 	if got, err := store.load(); got != nil || err != errSignedOut {
 		t.Errorf("an empty object: got %v, %v; want errSignedOut", got, err)
 	}
-	writeCredentials(t, store, `{"access_token":"s3cret`)
+	writeFile(t, store.path(), `{"access_token":"s3cret`)
 	if got, err := store.load(); got != nil || err == nil || !strings.Contains(err.Error(), fmt.Sprintf("%q", store.path())) || strings.Contains(err.Error(), "s3cret") {
 		t.Errorf("broken: got %v, %v; want an error that names the file", got, err)
 	}
-	writeCredentials(t, store, fileContent+strings.Repeat(" ", maxCredentialFile))
+	writeFile(t, store.path(), fileContent+strings.Repeat(" ", maxCredentialFile))
 	if got, err := store.load(); err != nil || got.access != "access-s3cret" {
 		t.Errorf("blanks up to the bound: got %v, %v", got, err)
 	}
-	writeCredentials(t, store, strings.Repeat(" ", maxCredentialFile)+fileContent)
+	writeFile(t, store.path(), strings.Repeat(" ", maxCredentialFile)+fileContent)
 	if got, err := store.load(); got != nil || err == nil {
 		t.Errorf("beyond the bound: got %v, %v; want an error", got, err)
 	}
 	modified := time.Date(2025, 7, 22, 0, 0, 0, 0, time.UTC)
-	writeCredentials(t, store, fileContent)
+	writeFile(t, store.path(), fileContent)
 	fatalIf(t, os.Chtimes(store.path(), modified, modified))
 	if got, err := store.load(); err != nil || !got.obtained.Equal(modified) {
 		t.Errorf("got %v, %v; want it obtained at %v", got, err, modified)
 	}
 }
 
-func writeCredentials(t *testing.T, store *credentialStore, content string) {
-	t.Helper()
-	writeFile(t, store.path(), content)
-}
-
+// TestSaveCredentials: the file is as Qwen Code writes it, with the members that the proxy does not know, and for nobody else to read.
 func TestSaveCredentials(t *testing.T) {
 	store := &credentialStore{dir: filepath.Join(t.TempDir(), "a", "b")}
-	expiry := time.UnixMilli(1784678400123)
-	for _, tt := range []struct {
-		name, before string // "" for no file before
-		token        token
-		want         string
-	}{
-		{
-			name:  "as little as there is",
-			token: token{access: "a2", refresh: "r2", expiry: expiry},
-			want: `{
-  "access_token": "a2",
-  "expiry_date": 1784678400123,
-  "refresh_token": "r2",
-  "token_type": "Bearer"
-}
-`,
-		},
-		{
-			name:   "over what was there",
-			before: fileContent,
-			token:  token{access: "a2", refresh: "r2", typ: "bearer", resourceURL: "dashscope.aliyuncs.com", scope: "openid", expiry: expiry},
-			want: `{
-  "access_token": "a2",
+	tok := &token{access: "a1", refresh: "r1", expiry: time.UnixMilli(1784678400123)}
+	fatalIf(t, store.save(tok))
+	wantCredentialFileAlone(t, store)
+	writeFile(t, store.path(), fileContent)
+	fatalIf(t, os.Chmod(store.path(), 0o644))
+	old, err := store.load()
+	fatalIf(t, err)
+	before := anyMembers(t, old.members)
+	tok.typ, tok.resourceURL, tok.scope, tok.members = "bearer", "dashscope.aliyuncs.com", "openid", old.members
+	fatalIf(t, store.save(tok))
+	wantCredentialFileAlone(t, store)
+	wantEqual(t, "members of the token that was loaded", before, anyMembers(t, old.members))
+	wantEqual(t, "file", `{
+  "access_token": "a1",
   "endpoint": {
     "of": [
       "another",
@@ -225,31 +212,12 @@ func TestSaveCredentials(t *testing.T) {
     ]
   },
   "expiry_date": 1784678400123,
-  "refresh_token": "r2",
+  "refresh_token": "r1",
   "resource_url": "dashscope.aliyuncs.com",
   "scope": "openid",
   "token_type": "bearer"
 }
-`,
-		},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			if tt.before != "" {
-				writeCredentials(t, store, tt.before)
-				old, err := store.load()
-				fatalIf(t, err)
-				tt.token.members = old.members
-				defer func() {
-					wantEqual(t, "save changed the members of another token", tokenMembers(t, []byte(tt.before)), anyMembers(t, old.members))
-				}()
-			}
-			fatalIf(t, store.save(&tt.token))
-			b, err := os.ReadFile(store.path())
-			fatalIf(t, err)
-			wantEqual(t, "file", tt.want, string(b))
-			wantCredentialFileAlone(t, store)
-		})
-	}
+`, readFile(t, store.path()))
 }
 
 // wantCredentialFileAlone checks that the directory holds the file and no more, and that nobody else may read them.
@@ -269,65 +237,34 @@ func wantCredentialFileAlone(t *testing.T, store *credentialStore) {
 	}
 }
 
-func TestSaveNarrowsTheFilesMode(t *testing.T) {
-	store := &credentialStore{dir: t.TempDir()}
-	writeCredentials(t, store, fileContent)
-	fatalIf(t, os.Chmod(store.path(), 0o644))
-	fatalIf(t, store.save(&token{access: "a", refresh: "r"}))
-	info, err := os.Stat(store.path())
-	fatalIf(t, err)
-	if got := info.Mode().Perm(); got != 0o600 {
-		t.Errorf("mode %o, want 600", got)
-	}
-}
-
-// TestSaveWritesNothingForeign: Qwen Code takes a file without a refresh token for another program's.
-func TestSaveWritesNothingForeign(t *testing.T) {
-	store := &credentialStore{dir: t.TempDir()}
-	writeCredentials(t, store, fileContent)
-	err := store.save(&token{access: "s3cret", expiry: time.Now()})
-	if err == nil || !strings.Contains(err.Error(), "refresh token") || strings.Contains(err.Error(), "s3cret") {
-		t.Errorf("error %v, want one about the refresh token", err)
-	}
-	if b, err := os.ReadFile(store.path()); err != nil || string(b) != fileContent {
-		t.Errorf("the file was touched: %v\n%s", err, b)
-	}
-}
-
 func TestSaveLeavesNothingBehindWhereItFails(t *testing.T) {
-	good := &token{access: "s3cret", refresh: "s3cret", expiry: time.Now()}
-	t.Run("a directory in the file's place", func(t *testing.T) {
+	for name, tt := range map[string]struct {
+		put   func(store *credentialStore) error
+		token token
+		left  int // files in the directory, as they were
+	}{
+		"a directory in the file's place":        {func(s *credentialStore) error { return os.Mkdir(s.path(), 0o700) }, token{access: "s3cret", refresh: "s3cret"}, 1},
+		"a foreign member that is not JSON":      {nil, token{access: "s3cret", refresh: "s3cret", members: map[string]json.RawMessage{"x": json.RawMessage("{")}}, 0},
+		"no refresh token, foreign to Qwen Code": {func(s *credentialStore) error { return os.WriteFile(s.path(), []byte(fileContent), 0o600) }, token{access: "s3cret"}, 1},
+	} {
 		store := &credentialStore{dir: t.TempDir()}
-		fatalIf(t, os.Mkdir(store.path(), 0o700))
-		if err := store.save(good); err == nil || strings.Contains(err.Error(), "s3cret") {
-			t.Errorf("error %v, want one without a token", err)
+		if tt.put != nil {
+			fatalIf(t, tt.put(store))
 		}
-		entries, err := os.ReadDir(store.dir)
-		if err != nil || len(entries) != 1 {
-			t.Errorf("the directory holds %v, %v; want the one directory", entries, err)
+		before, _ := os.ReadFile(store.path())
+		if err := store.save(&tt.token); err == nil || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%s: error %v, want one without a token", name, err)
 		}
-	})
-	t.Run("a file in the directory's place", func(t *testing.T) {
-		store := &credentialStore{dir: filepath.Join(t.TempDir(), "file")}
-		writeFile(t, store.dir, "mine")
-		if err := store.save(good); err == nil || strings.Contains(err.Error(), "s3cret") {
-			t.Errorf("error %v, want one without a token", err)
+		after, _ := os.ReadFile(store.path())
+		if entries, err := os.ReadDir(store.dir); err != nil || len(entries) != tt.left || !bytes.Equal(before, after) {
+			t.Errorf("%s: the directory holds %v, %v; want what was there", name, entries, err)
 		}
-		if b, err := os.ReadFile(store.dir); err != nil || string(b) != "mine" {
-			t.Errorf("the file was touched: %v\n%s", err, b)
-		}
-	})
-	t.Run("a foreign member that is not JSON", func(t *testing.T) {
-		store := &credentialStore{dir: t.TempDir()}
-		broken := *good
-		broken.members = map[string]json.RawMessage{"x": json.RawMessage("{")}
-		if err := store.save(&broken); err == nil {
-			t.Error("no error")
-		}
-		if entries, err := os.ReadDir(store.dir); err != nil || len(entries) != 0 {
-			t.Errorf("the directory holds %v, %v; want nothing", entries, err)
-		}
-	})
+	}
+	store := &credentialStore{dir: filepath.Join(t.TempDir(), "file")}
+	writeFile(t, store.dir, "mine")
+	if err := store.save(&token{access: "s3cret", refresh: "s3cret"}); err == nil || readFile(t, store.dir) != "mine" {
+		t.Errorf("a file in the directory's place: error %v", err)
+	}
 }
 
 // TestCredentialsAreWholeAtAnyTime reads the file while others replace it by longer and shorter ones.
@@ -340,9 +277,9 @@ func TestCredentialsAreWholeAtAnyTime(t *testing.T) {
 	}
 	fatalIf(t, save(0))
 	var wg sync.WaitGroup
-	for g := range 8 {
+	for g := range 4 {
 		wg.Go(func() {
-			for i := range 40 {
+			for i := range 25 {
 				if err := save(g*40 + i); err != nil {
 					t.Errorf("save: %v", err)
 					return
@@ -369,23 +306,18 @@ func TestTokenInALogShowsItsExpiryAlone(t *testing.T) {
 	fatalIf(t, err)
 	tok.authorization = "Bearer " + tok.access
 	none := (*token)(nil)
-	for name, newHandler := range map[string]func(b *bytes.Buffer) slog.Handler{
-		"JSON": func(b *bytes.Buffer) slog.Handler { return slog.NewJSONHandler(b, nil) },
-		"text": func(b *bytes.Buffer) slog.Handler { return slog.NewTextHandler(b, nil) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			var b bytes.Buffer
-			log := slog.New(newHandler(&b)).With("with", tok)
-			log.Info("a token", "token", tok, slog.Group("group", "nested", tok), "none", none)
-			for _, secret := range []string{"s3cret", "portal.qwen.ai", "openid"} {
-				if strings.Contains(b.String(), secret) {
-					t.Errorf("the log tells %q: %s", secret, &b)
-				}
+	var b bytes.Buffer
+	for _, handler := range []slog.Handler{slog.NewJSONHandler(&b, nil), slog.NewTextHandler(&b, nil)} {
+		b.Reset()
+		slog.New(handler).With("with", tok).Info("a token", "token", tok, slog.Group("group", "nested", tok), "none", none)
+		for _, secret := range []string{"s3cret", "portal.qwen.ai", "openid"} {
+			if strings.Contains(b.String(), secret) {
+				t.Errorf("the log tells %q: %s", secret, &b)
 			}
-			if strings.Count(b.String(), "expires") != 3 || !strings.Contains(b.String(), "2025-07-2") {
-				t.Errorf("the log lacks the expiry: %s", &b)
-			}
-		})
+		}
+		if strings.Count(b.String(), "expires") != 3 || !strings.Contains(b.String(), "2025-07-2") {
+			t.Errorf("the log lacks the expiry: %s", &b)
+		}
 	}
 }
 
@@ -441,27 +373,13 @@ func TestAPIBase(t *testing.T) {
 		{"evil.com%2f.qwen.ai", "not a URL"},
 		{"https://[::1", "not a URL"},
 	} {
-		t.Run(tt.resourceURL, func(t *testing.T) {
-			u, err := apiBase(tt.resourceURL)
-			if err == nil {
-				if u.String() != tt.want {
-					t.Errorf("got %s, want %s", u, tt.want)
-				}
-				return
-			}
-			if s := err.Error(); u != nil || !strings.Contains(s, tt.want) || !strings.Contains(s, "API_BASE_URL") || strings.Contains(s, "s3cret") || len(s) > 500 {
-				t.Errorf("got %v, %v; want %s", u, err, tt.want)
-			}
-		})
+		u, err := apiBase(tt.resourceURL)
+		if err == nil {
+			wantEqual(t, tt.resourceURL, tt.want, u.String())
+		} else if s := err.Error(); u != nil || !strings.Contains(s, tt.want) || !strings.Contains(s, "API_BASE_URL") || strings.Contains(s, "s3cret") || len(s) > 500 {
+			t.Errorf("%s: got %v, %v; want %s", tt.resourceURL, u, err, tt.want)
+		}
 	}
-}
-
-// tokenMembers returns the members of a JSON object that the proxy does not know.
-func tokenMembers(t *testing.T, content []byte) map[string]any {
-	t.Helper()
-	var members map[string]json.RawMessage
-	fatalIf(t, json.Unmarshal(content, &members))
-	return anyMembers(t, members)
 }
 
 // anyMembers decodes members, without those that the proxy knows.

@@ -152,25 +152,27 @@ func TestLoginThatFailsChangesNothing(t *testing.T) {
 	}
 }
 
+// answeringServer returns the URL of a server that answers everything with body.
+func answeringServer(t *testing.T, status int, body string) string {
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(status)
+		w.Write([]byte(body))
+	}))
+	t.Cleanup(srv.Close)
+	return srv.URL
+}
+
 // TestLoginSaysWhyItCannotStart gives sign-in servers that can't be reached or answer what they should not.
 func TestLoginSaysWhyItCannotStart(t *testing.T) {
 	t.Parallel()
-	answering := func(status int, body string) string {
-		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			w.WriteHeader(status)
-			w.Write([]byte(body))
-		}))
-		t.Cleanup(srv.Close)
-		return srv.URL
-	}
 	for name, tt := range map[string]struct{ server, want string }{
 		"no network":        {"http://127.0.0.1:1", "Qwen's sign-in server 127.0.0.1:1 can't be reached: dial tcp 127.0.0.1:1: connect: connection refused; check the network"},
 		"no name":           {"http://qwen.invalid", "Qwen's sign-in server qwen.invalid can't be reached: "},
-		"too many requests": {answering(429, "slow down"), " answered 429 Too Many Requests. Run login again later"},
-		"an outage":         {answering(502, "<html>"), "answered 502 Bad Gateway. Run login again later"},
-		"slow_down":         {answering(429, `{"error":"slow_down"}`), `answered "slow_down".`},
-		"a refusal":         {answering(400, `{"error":"invalid_client"}`), `answered "invalid_client".`},
-		"another answer":    {answering(200, "{}"), "answered without a usable device_code"},
+		"too many requests": {answeringServer(t, 429, "slow down"), " answered 429 Too Many Requests. Run login again later"},
+		"an outage":         {answeringServer(t, 502, "<html>"), "answered 502 Bad Gateway. Run login again later"},
+		"slow_down":         {answeringServer(t, 429, `{"error":"slow_down"}`), `answered "slow_down".`},
+		"a refusal":         {answeringServer(t, 400, `{"error":"invalid_client"}`), `answered "invalid_client".`},
+		"another answer":    {answeringServer(t, 200, "{}"), "answered without a usable device_code"},
 	} {
 		status, out := runCommand(t, map[string]string{"QWEN_OAUTH_BASE_URL": tt.server, "QWEN_DIR": t.TempDir()}, "login").wait(t)
 		if status != 1 || !strings.Contains(out, tt.want) || strings.Contains(out, "/api/v1") {
@@ -182,23 +184,13 @@ func TestLoginSaysWhyItCannotStart(t *testing.T) {
 // TestStatusBelievesTheServer compares what a running server says with what the files of this environment say.
 func TestStatusBelievesTheServer(t *testing.T) {
 	t.Parallel()
-	serving := func(env map[string]string) string {
-		p := start(t, env, "serve")
-		return p.url[strings.LastIndexByte(p.url, ':')+1:]
-	}
-	answering := func(status int, body string) string {
-		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			w.WriteHeader(status)
-			w.Write([]byte(body))
-		}))
-		t.Cleanup(srv.Close)
-		return srv.URL[strings.LastIndexByte(srv.URL, ':')+1:]
-	}
+	port := func(url string) string { return url[strings.LastIndexByte(url, ':')+1:] }
+	serving := func(env map[string]string) string { return port(start(t, env, "serve").url) }
 	const noQwen = "http://127.0.0.1:1"
 	signedIn, signedOut := credentials(t), t.TempDir()
 	ready := serving(map[string]string{"QWEN_DIR": signedIn})
 	unready := serving(map[string]string{"QWEN_DIR": signedOut, "QWEN_OAUTH_BASE_URL": noQwen})
-	refused := answering(503, `{"status":"not_ready","code":"invalid_api_key","reason":"Qwen refuses the key."}`)
+	refused := port(answeringServer(t, 503, `{"status":"not_ready","code":"invalid_api_key","reason":"Qwen refuses the key."}`))
 	for name, tt := range map[string]struct {
 		env    map[string]string
 		status int
@@ -227,7 +219,7 @@ func TestStatusBelievesTheServer(t *testing.T) {
 			[]string{"server:      not known: "}, ""},
 		"any port": {map[string]string{"SERVER_PORT": "0", "QWEN_DIR": signedIn}, 0,
 			[]string{"server:      not known: SERVER_PORT=0", "credentials: signed in to Qwen"}, ""},
-		"another program": {map[string]string{"SERVER_PORT": answering(200, "hello"), "QWEN_DIR": signedIn}, 1,
+		"another program": {map[string]string{"SERVER_PORT": port(answeringServer(t, 200, "hello")), "QWEN_DIR": signedIn}, 1,
 			[]string{"server:      not known: another program answers"}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {

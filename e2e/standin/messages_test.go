@@ -1,98 +1,73 @@
 package main
 
 import (
-	"net/http"
 	"strings"
 	"testing"
 )
 
-func TestMessages(t *testing.T) {
-	const tool = `"tools":[{"name":"now","input_schema":{"type":"object","required":["zone"],"properties":{"zone":{"type":"string"}}}}]`
-	const hi = `"messages":[{"role":"user","content":"Hi"}],"max_tokens":100`
-	const hiAnswer = `This is qwen-go-proxy's stand-in for Qwen, not a model. You said: "Hi"`
-	text := func(s string) object { return object{"type": "text", "text": s} }
-	thinking := object{"type": "thinking", "thinking": thought, "signature": thoughtSignature}
-	call := object{"type": "tool_use", "name": "now", "input": object{"zone": "Hi"}}
-	for _, test := range []struct {
-		name, body   string
-		content      []any
-		reason, stop any
-	}{
-		{"text", hi, []any{text(hiAnswer)}, "end_turn", nil},
-		{"parts", `"messages":[{"role":"user","content":[{"type":"image","source":{"type":"base64"}},{"type":"text","text":"Hi"}]}],"max_tokens":100`,
-			[]any{text(hiAnswer + " Images sent along: 1.")}, "end_turn", nil},
-		{"stop sequence", hi + `,"stop_sequences":["no"," for"]`, []any{text("This is qwen-go-proxy's stand-in")}, "stop_sequence", " for"},
-		{"thinking", hi + `,"thinking":{"type":"enabled","budget_tokens":1024}`, []any{thinking, text(hiAnswer)}, "end_turn", nil},
-		{"call", hi + "," + tool, []any{call}, "tool_use", nil},
-		{"result of a call", `"messages":[{"role":"user","content":"Hi"},{"role":"assistant","content":[{"type":"tool_use","id":"c","name":"now","input":{}}]},
-			{"role":"user","content":[{"type":"tool_result","tool_use_id":"c","content":[{"type":"text","text":"noon"}]}]}],"max_tokens":100,` + tool,
-			[]any{text(`This is qwen-go-proxy's stand-in for Qwen, not a model. The tool answered: "noon"`)}, "end_turn", nil},
+// said returns what part of an answer says: its text, thoughts and arguments.
+func said(v any) (s string) {
+	switch v := v.(type) {
+	case string:
+		return v
+	case []any:
+		for _, item := range v {
+			s += said(item)
+		}
+	case object:
+		for _, name := range []string{"summary", "content", "text", "thinking", "arguments", "partial_json"} {
+			s += said(v[name])
+		}
+		if input, ok := v["input"].(object); ok && len(input) > 0 {
+			s += marshalText(input)
+		}
+	}
+	return s
+}
+
+// TestResponsesAndMessages: an answer says the same whole and in a stream. The SDKs in examples/sdk check the shapes.
+func TestResponsesAndMessages(t *testing.T) {
+	const responses, messages = "/v1/responses", "/apps/anthropic/v1/messages"
+	const schema = `{"type":"object","required":["zone"],"properties":{"zone":{"type":"string"}}}`
+	const function, tool = `"tools":[{"type":"function","name":"now","parameters":` + schema + `}]`, `"tools":[{"name":"now","input_schema":` + schema + `}]`
+	const hi = `"max_tokens":100,"messages":[{"role":"user","content":"Hi"}`
+	const intro = `This is qwen-go-proxy's stand-in for Qwen, not a model. `
+	const answer = intro + `You said: "Hi"`
+	for _, test := range []struct{ name, path, body, want, last string }{
+		{"text", responses, `"input":"Hi"`, answer, "response.completed"},
+		{"parts", responses, `"instructions":"Be brief.","input":[{"role":"user","content":[{"type":"input_text","text":"Hi"},{"type":"input_image","image_url":"x"}]}]`,
+			answer + " Images sent along: 1.", "response.completed"},
+		{"too long", responses, `"input":"Hi","max_output_tokens":2`, "This is", "response.incomplete"},
+		{"thinking", responses, `"input":"Hi","enable_thinking":true`, thought + answer, "response.completed"},
+		{"call", responses, `"input":"Hi",` + function, `{"zone":"Hi"}`, "response.completed"},
+		{"output of a call", responses, `"input":[{"role":"user","content":"Hi"},{"type":"function_call","call_id":"c","name":"now","arguments":"{}"},` +
+			`{"type":"function_call_output","call_id":"c","output":"noon"}],` + function, intro + `The tool answered: "noon"`, "response.completed"},
+		{"text", messages, hi + `]`, answer, "message_stop"},
+		{"stop sequence", messages, hi + `],"stop_sequences":["no"," for"]`, "This is qwen-go-proxy's stand-in", "message_stop"},
+		{"thinking", messages, hi + `],"thinking":{"type":"enabled","budget_tokens":1024}`, thought + answer, "message_stop"},
+		{"call", messages, hi + `],` + tool, `{"zone":"Hi"}`, "message_stop"},
+		{"result of a call", messages, hi + `,{"role":"assistant","content":[{"type":"tool_use","id":"c","name":"now","input":{}}]},` +
+			`{"role":"user","content":[{"type":"tool_result","tool_use_id":"c","content":[{"type":"text","text":"noon"}]}]}],` + tool, intro + `The tool answered: "noon"`, "message_stop"},
 	} {
-		t.Run(test.name, func(t *testing.T) {
+		t.Run(test.path+" "+test.name, func(t *testing.T) {
 			s := newStandIn()
 			s.wordDelay = 0
 			c := newClient(t, s)
 			c.signIn()
-			status, whole := c.post("/apps/anthropic/v1/messages", `{"model":"m",`+test.body+`}`)
-			if status != http.StatusOK {
-				t.Fatalf("%d %v", status, whole)
-			}
-			withoutIDs(whole)
-			wantEqual(t, "message", []any{"message", "assistant", "m", test.content, test.reason, test.stop},
-				[]any{whole["type"], whole["role"], whole["model"], whole["content"], whole["stop_reason"], whole["stop_sequence"]})
-
-			resp, stream := c.do("POST", "/apps/anthropic/v1/messages", "application/json", `{"model":"m","stream":true,`+test.body+`}`)
-			wantEqual(t, "Content-Type", "text/event-stream;charset=UTF-8", resp.Header.Get("Content-Type"))
-			wantEqual(t, "the stream's message", any(whole), withoutIDs(streamedMessage(t, stream)))
-		})
-	}
-}
-
-// streamedMessage returns the message that a stream's events make.
-func streamedMessage(t testing.TB, stream string) object {
-	t.Helper()
-	events := namedEvents(t, stream)
-	if first, last := events[0]["type"], events[len(events)-1]["type"]; first != "message_start" || last != "message_stop" {
-		t.Fatalf("the stream begins with %v and ends with %v", first, last)
-	}
-	message := events[0]["message"].(object)
-	var content []any
-	var block object // the open one; nil where none is
-	var input string
-	for _, event := range events {
-		if name, _ := event["type"].(string); strings.HasPrefix(name, "content_block_") {
-			index := float64(len(content))
-			if name != "content_block_start" {
-				index--
-			}
-			wantEqual(t, name+" index", any(index), event["index"])
-			if (block == nil) != (name == "content_block_start") {
-				t.Fatalf("%s in the wrong place:\n%s", name, stream)
-			}
-		}
-		switch event["type"] {
-		case "content_block_start":
-			block, input = event["content_block"].(object), ""
-			content = append(content, block)
-		case "content_block_delta":
-			delta := event["delta"].(object)
-			for _, member := range []string{"text", "thinking", "signature"} {
-				if piece, ok := delta[member].(string); ok {
-					block[member] = block[member].(string) + piece
+			_, whole := c.post(test.path, `{"model":"m",`+test.body+`}`)
+			wantEqual(t, "answer", test.want, said(whole["output"])+said(whole["content"]))
+			_, stream := c.do("POST", test.path, "application/json", `{"model":"m","stream":true,`+test.body+`}`)
+			var got, last string
+			for event := range strings.SplitSeq(strings.TrimSuffix(stream, "\n\n"), "\n\n") {
+				name, data, _ := strings.Cut(event, "\ndata: ")
+				o := parseObject(t, data)
+				last, _ = o["type"].(string)
+				wantEqual(t, "name of the event", "event: "+last, name)
+				if strings.HasSuffix(last, "delta") {
+					got += said(o["delta"])
 				}
 			}
-			piece, _ := delta["partial_json"].(string)
-			input += piece
-		case "content_block_stop":
-			if block["type"] == "tool_use" {
-				block["input"] = parseObject(t, input)
-			}
-			block = nil
-		case "message_delta":
-			message["stop_reason"], message["stop_sequence"] = dig(event, "delta", "stop_reason"), dig(event, "delta", "stop_sequence")
-			message["usage"].(object)["output_tokens"] = dig(event, "usage", "output_tokens")
-		}
+			wantEqual(t, "stream", test.want+" "+test.last, got+" "+last)
+		})
 	}
-	message["content"] = content
-	return message
 }
