@@ -160,12 +160,10 @@ func unusable(err error) bool {
 // readRegular reads at most limit bytes of a regular file. It opens nothing else: opening a FIFO waits for a writer.
 func readRegular(path string, limit int64) ([]byte, fs.FileInfo, error) {
 	info, err := os.Stat(path)
-	switch {
-	case err != nil:
+	if err != nil {
 		return nil, nil, err
-	case info.IsDir():
-		return nil, nil, &fs.PathError{Op: "read", Path: path, Err: syscall.EISDIR}
-	case !info.Mode().IsRegular():
+	}
+	if !info.Mode().IsRegular() {
 		return nil, nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
 	}
 	f, err := os.Open(path)
@@ -187,11 +185,9 @@ func (s *credentialStore) check() error {
 		n.discard()
 		return nil
 	}
-	dir, hint := absolute(s.dir), "set QWEN_DIR to a directory that it can write"
-	if errors.Is(err, fs.ErrPermission) {
-		hint = fmt.Sprintf("run: sudo mkdir -p %[1]q && sudo chown -R %[2]d %[1]q", dir, os.Getuid())
-	}
-	return fmt.Errorf("user id %d can't write the directory %q: a sign-in would be lost when the proxy stops; %s: %w", os.Getuid(), dir, hint, err)
+	dir, uid := absolute(s.dir), os.Getuid()
+	return fmt.Errorf("user id %d can't write the directory %q, so a sign-in would be lost when the proxy stops. "+
+		"Run sudo chown -R %d %q, or set QWEN_DIR to a directory that this user can write: %w", uid, dir, uid, dir, err)
 }
 
 // parseCredentials reads the content of a credential file that was written at modified.

@@ -50,12 +50,12 @@ func newModels(cfg *config, tokens tokenSource, transport http.RoundTripper, log
 	m := &models{tokens: tokens, transport: transport, log: log, aliases: slices.Sorted(maps.Keys(cfg.aliases)), upstream: cfg.apiKey != "",
 		turn: make(chan struct{}, 1)}
 	ids := cfg.models
-	switch {
-	case len(ids) > 0:
-	case m.upstream:
-		ids = append(slices.Clone(keyModels), cfg.defaultModel)
-	default:
-		ids = append(slices.Clone(oauthModels), cfg.defaultModel)
+	if len(ids) == 0 {
+		builtIn := oauthModels
+		if m.upstream {
+			builtIn = keyModels
+		}
+		ids = append(slices.Clone(builtIn), cfg.defaultModel)
 	}
 	var own []json.RawMessage
 	for _, id := range ids {
@@ -147,25 +147,19 @@ func (m *models) ask(ctx context.Context) ([]json.RawMessage, error) {
 	return list.Data, nil
 }
 
-// all handles GET /v1/models.
-func (m *models) all(x *exchange, r *http.Request) error {
+// show handles GET /v1/models, and GET /v1/models/{id} with one model.
+func (m *models) show(x *exchange, r *http.Request) error {
 	list := m.current(r.Context())
 	if list == nil {
 		return context.Cause(r.Context())
 	}
-	writeJSON(x, http.StatusOK, struct {
-		Object string            `json:"object"`
-		Data   []json.RawMessage `json:"data"`
-	}{"list", list})
-	return nil
-}
-
-// one handles GET /v1/models/{id}.
-func (m *models) one(x *exchange, r *http.Request) error {
-	_, id, _ := strings.Cut(r.URL.Path, "/models/")
-	list := m.current(r.Context())
-	if list == nil {
-		return context.Cause(r.Context())
+	_, id, one := strings.Cut(r.URL.Path, "/models/")
+	if !one {
+		writeJSON(x, http.StatusOK, struct {
+			Object string            `json:"object"`
+			Data   []json.RawMessage `json:"data"`
+		}{"list", list})
+		return nil
 	}
 	for _, object := range list {
 		if modelID(object) == id {
@@ -174,5 +168,5 @@ func (m *models) one(x *exchange, r *http.Request) error {
 		}
 	}
 	return &apiError{status: http.StatusNotFound, typ: typeInvalidRequest, code: "model_not_found", param: "model",
-		message: fmt.Sprintf("The model %q does not exist. GET /v1/models lists the models.", clip(id, 100))}
+		message: fmt.Sprintf("The model %q does not exist. GET /v1/models lists all models.", clip(id, 100))}
 }

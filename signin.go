@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -148,23 +147,22 @@ func statusCommand(ctx context.Context, cfg *config, stdout, _ io.Writer) int {
 	if cfg.envFile != "" {
 		line("settings", "%s, and the environment", cfg.envFile)
 	}
-	server, err := askReady(ctx, cfg)
-	running, ready := err == nil, server.Status == "ready"
-	stopped := errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, errAnyPort)
+	ready, reason, err := askReady(ctx, cfg)
+	stopped := errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist)
 	_, address := cfg.addr()
 	switch {
-	case stopped && err != errAnyPort:
-		line("server", "not running at %s", address)
-	case err != nil:
-		line("server", "not known: %v", err)
 	case ready:
 		line("server", "ready at %s", address)
+	case err == nil:
+		line("server", "not ready at %s: %s", address, reason)
+	case stopped:
+		line("server", "not running at %s", address)
 	default:
-		line("server", "not ready at %s: %s", address, server.Reason)
+		line("server", "not known: %v", err)
 	}
 	t, problem := localCredentials(cfg)
 	if ready && problem != nil {
-		line("credentials", "the server has its own; this environment has none (%v)", problem)
+		line("credentials", "the server has its own; this environment names none that can be used")
 		return 0
 	}
 	file := cfg.apiKeyFile
@@ -188,19 +186,11 @@ func statusCommand(ctx context.Context, cfg *config, stdout, _ io.Writer) int {
 	if file != "" {
 		line("file", "%s", absolute(file))
 	}
-	switch {
-	case problem == nil && server.Code == "not_signed_in":
-		line("next", "the server does not use this file: run login with the server's QWEN_DIR")
-	case problem == errNotSignedIn && !running:
-		line("next", "set QWEN_API_KEY, or sign in with: qwen-go-proxy login")
-	}
-	if ready || stopped && problem == nil {
+	if ready || problem == nil && (stopped || err == errAnyPort) {
 		return 0
 	}
 	return 1
 }
-
-var errNotSignedIn = errors.New("not signed in")
 
 // localCredentials returns the credentials that the environment names. The error says why a server could not use them.
 func localCredentials(cfg *config) (*token, error) {
@@ -212,7 +202,7 @@ func localCredentials(cfg *config) (*token, error) {
 	case unusable(err):
 		return nil, fmt.Errorf("unusable: %w", err)
 	case err != nil:
-		return nil, errNotSignedIn
+		return nil, errors.New("not signed in: set QWEN_API_KEY, or sign in with qwen-go-proxy login")
 	case t.refresh == "" && !t.good(time.Now()):
 		return nil, fmt.Errorf("the token expired at %s and can't be renewed: sign in again", t.expiry.Format(time.DateTime))
 	}
@@ -222,23 +212,17 @@ func localCredentials(cfg *config) (*token, error) {
 	return t, err
 }
 
-// A readyAnswer is what /health/ready answers.
-type readyAnswer struct{ Status, Code, Reason string }
-
-// errNotOurs says that the answer is not the proxy's.
-var errNotOurs = errors.New("another program answers at the server's address")
-
-// askReady asks the server of the same environment whether it is ready. The error says why there is no answer.
-func askReady(ctx context.Context, cfg *config) (readyAnswer, error) {
+// askReady asks the server of the same environment whether it is ready, and why not. The error says why there is no answer.
+func askReady(ctx context.Context, cfg *config) (ready bool, reason string, err error) {
 	res, err := askServer(ctx, cfg, "/health/ready")
 	if err != nil {
-		return readyAnswer{}, err
+		return false, "", err
 	}
 	defer res.Body.Close()
-	var r readyAnswer
-	err = json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&r)
-	if err != nil || (r.Status == "ready") != (res.StatusCode == http.StatusOK) || r.Status == "" {
-		return readyAnswer{}, errNotOurs
+	var answer struct{ Status, Reason string }
+	json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&answer)
+	if answer.Status != "ready" && answer.Status != "not_ready" {
+		return false, "", errors.New("another program answers at the server's address")
 	}
-	return r, nil
+	return answer.Status == "ready", answer.Reason, nil
 }
