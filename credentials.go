@@ -160,10 +160,12 @@ func unusable(err error) bool {
 // readRegular reads at most limit bytes of a regular file. It opens nothing else: opening a FIFO waits for a writer.
 func readRegular(path string, limit int64) ([]byte, fs.FileInfo, error) {
 	info, err := os.Stat(path)
-	if err != nil {
+	switch {
+	case err != nil:
 		return nil, nil, err
-	}
-	if !info.Mode().IsRegular() {
+	case info.IsDir():
+		return nil, nil, &fs.PathError{Op: "read", Path: path, Err: syscall.EISDIR}
+	case !info.Mode().IsRegular():
 		return nil, nil, &fs.PathError{Op: "read", Path: path, Err: errors.New("not a regular file")}
 	}
 	f, err := os.Open(path)
