@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Runs coding agents against `qwen-go-proxy demo`, and those that need more than chat against qwen-go-proxy with an API key
-# of the stand-in in e2e: a prompt, a streamed tool call that the stand-in makes, the tool's result and the answer. It needs
-# Go, curl, npm and Node 22, installs the agents into the directory it is given, and prints a line for each. Agents may be
-# named, to run those alone. Their telemetry and their updates are turned off.
+# Runs coding agents against `qwen-go-proxy demo`. Codex and Claude Code need more than chat: they run against qwen-go-proxy
+# with an API key for the stand-in in e2e. Each agent gets a prompt. The stand-in answers with a streamed tool call, the agent
+# sends the tool's result, and the stand-in answers that. Telemetry and updates of the agents are off.
+#
+# The script needs Go, curl, npm and Node 22. It installs the agents into the given directory and prints a line for each. To
+# run only some agents, name them after the directory.
 set -uo pipefail
 
 usage="usage: $0 directory [qwen-code|opencode|cline|continue|codex|claude-code]..."
@@ -45,7 +47,7 @@ start() {
   exit 1
 }
 
-# start_with_key runs the proxy with an API key of the stand-in, which has responses and messages too.
+# start_with_key runs the proxy with an API key for the stand-in in e2e, which has /responses and /messages too.
 start_with_key() {
   rm -f "$run/standin.url"
   "$run/standin" -key sk-test >"$run/standin.url" &
@@ -57,13 +59,13 @@ start_with_key() {
   start serve QWEN_API_KEY=sk-test API_BASE_URL="$(cat "$run/standin.url")/compatible-mode/v1"
 }
 
-# in_home runs a command for at most five minutes, with a home and a working directory of its own and no more of the
-# environment than it is given, as NAME=value before the command.
+# in_home [NAME=value]... COMMAND runs a command for at most five minutes, in its own home and working directory. Its
+# environment is PATH, HOME and the given variables.
 in_home() {
   (cd "$home/work" && exec timeout -k 5 300 env -i PATH="$PATH" HOME="$home" "$@" </dev/null >"$home/out" 2>&1)
 }
 
-# The recipes. The stand-in calls an agent's first tool with the prompt for its arguments, and that may be a shell.
+# The recipes. The stand-in calls an agent's first tool, which may be a shell, with the prompt as its arguments.
 
 qwen-code() {
   mkdir "$home/.qwen"

@@ -1,5 +1,5 @@
-// The /auth page in a real browser, with e2e/standin in Qwen's place: signing in, denying, both without JavaScript, and the
-// pages of other states. It needs Go and Chromium, and leaves screenshots in a temporary directory.
+// Tests the page /auth in a real browser, with e2e/standin in place of Qwen: approve, deny, both without JavaScript, and the
+// pages of the other states. It needs Go and Chromium, and leaves screenshots in a temporary directory.
 import assert from 'node:assert/strict'
 import { execFileSync, spawn } from 'node:child_process'
 import { mkdtempSync, rmSync } from 'node:fs'
@@ -18,7 +18,8 @@ const browser = await chromium.launch({
     '--disable-background-networking', '--disable-component-update', '--disable-sync'],
 })
 
-// run starts a program and returns the first match of pattern's group in what it prints, and how to end it.
+// run starts a program. It returns the first match of the pattern's group in the program's output, and a function that ends the
+// program.
 async function run(name, args, env, output, pattern) {
   const child = spawn(join(temporary, name), args, { cwd: temporary, env, stdio: ['ignore', 'pipe', 'pipe'] })
   const ended = new Promise(resolve => child.on('exit', resolve))
@@ -33,8 +34,8 @@ async function run(name, args, env, output, pattern) {
   return { found, end: () => (child.kill(), ended) }
 }
 
-// check runs one scenario in a new context, on a proxy of its own. Qwen's stand-in approves a sign-in by itself after
-// approveAfter ("0" never does). With settings the proxy runs on those, without a stand-in.
+// check runs one scenario in a new browser context with its own proxy. The stand-in approves a sign-in by itself after
+// approveAfter ("0": never). If settings are given, the proxy runs with these and without a stand-in.
 async function check(name, { approveAfter = '0', settings, ...options }, scenario) {
   const qwen = settings ? undefined : await run('standin', ['-approve-after', approveAfter, '-interval', '1s'], {}, 'stdout', /^(http.*)$/)
   const proxy = await run('qwen-go-proxy', [], {
@@ -62,7 +63,7 @@ async function check(name, { approveAfter = '0', settings, ...options }, scenari
 
 const heading = (page, text) => page.getByRole('heading', { level: 1, name: text, exact: true }).waitFor({ timeout: 20_000 })
 
-// decide follows the link into a new tab and presses a button of the stand-in's page there.
+// decide opens the link in a new tab and presses a button on the stand-in's page.
 async function decide(page, button) {
   const code = await page.locator('.code').textContent()
   const opened = page.context().waitForEvent('page')
@@ -82,7 +83,7 @@ async function chat(origin) {
   assert.match((await answer.json()).choices[0].message.content, /You said: "Hello"/)
 }
 
-// wantContrast checks the text that the page shows now for WCAG 2.2's 1.4.3, level AA, at its strictest.
+// wantContrast checks all visible text for the contrast of 4.5 that WCAG 2.2, 1.4.3, level AA, wants of small text.
 async function wantContrast(page) {
   const low = await page.evaluate(() => {
     const parse = color => color.match(/[\d.]+/g).map(Number)
@@ -107,7 +108,7 @@ try {
     await heading(page, 'Signed in')
     assert.match(await page.title(), /^Signed in/)
     assert.equal(await page.getByText(origin + '/v1', { exact: true }).count(), 1)
-    assert.equal(new URL(page.url()).pathname, '/auth') // it has turned in place
+    assert.equal(new URL(page.url()).pathname, '/auth') // the same page, without a reload
     await chat(origin)
   })
 
@@ -115,7 +116,7 @@ try {
     const code = await page.locator('.code').textContent()
     await decide(page, 'Deny')
     await heading(page, 'Sign-in denied')
-    assert.equal(await page.evaluate(() => document.activeElement.tagName), 'H1') // it was on the link, which is gone
+    assert.equal(await page.evaluate(() => document.activeElement.tagName), 'H1') // it was on the link, which is no longer there
     await page.keyboard.press('Tab')
     assert.equal(await page.evaluate(() => document.activeElement.textContent), 'Start again')
     await page.keyboard.press('Enter')

@@ -1,5 +1,5 @@
-// The proxy from web pages, in a real browser: pages that may call it, by fetch and by the openai package, and pages that
-// may not. A stand-in of its own counts what reaches Qwen. It needs Go and Chromium.
+// Calls the proxy from web pages in a real browser, with fetch and with the openai package: from pages that are allowed to call
+// it, and from pages that are not. A small stand-in counts the requests that reach Qwen. It needs Go and Chromium.
 import assert from 'node:assert/strict'
 import { execFileSync, spawn } from 'node:child_process'
 import { createReadStream, existsSync, mkdtempSync, rmSync } from 'node:fs'
@@ -14,7 +14,7 @@ const temporary = mkdtempSync(join(tmpdir(), 'browser-check-'))
 const program = join(temporary, 'qwen-go-proxy')
 execFileSync('go', ['build', '-o', program, '.'], { cwd: join(import.meta.dirname, '../..'), stdio: 'inherit' })
 
-// serve starts a server, and returns its port.
+// serve starts a server and returns its port.
 const servers = []
 async function serve(handler) {
   const server = createServer(handler)
@@ -23,8 +23,8 @@ async function serve(handler) {
   return server.address().port
 }
 
-// qwen answers in Qwen's place, and notes what it was asked: a stream of four words and then no end, of which it notes
-// when the other side has left it; or an error, where the prompt is "refuse".
+// qwen stands in for Qwen and notes the requests. It answers with a stream of four words. For the prompt "refuse" it answers with
+// an error. For "without end" the stream does not end, and qwen counts the clients that left it.
 const qwen = { asked: [], left: 0 }
 const words = ['One', ' two', ' three', ' four']
 const qwenPort = await serve(async (request, response) => {
@@ -50,7 +50,7 @@ const qwenPort = await serve(async (request, response) => {
   response.end('data: [DONE]\n\n')
 })
 
-// pages serves an empty page, and the openai package as the ES modules that it ships. The browser finds it under every name.
+// pages serves an empty page and the ES modules of the openai package. The browser finds it under every host name.
 const pages = (request, response) => {
   const { pathname } = new URL(request.url, 'http://localhost')
   const file = join(import.meta.dirname, 'node_modules', pathname)
@@ -65,11 +65,11 @@ const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM ?? execFileSync('which', ['chromium'], { encoding: 'utf8' }).trim(),
   args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
     '--disable-background-networking', '--disable-component-update', '--disable-sync',
-    // The last port's pages are taken for pages from the internet.
+    // Chromium treats pages from the last port as pages from the internet.
     '--host-resolver-rules=MAP *.example 127.0.0.1', `--ip-address-space-overrides=127.0.0.1:${publicPort}=public`],
 })
 
-// check opens a page of origin and runs one scenario there, against a proxy of its own with the given environment.
+// check opens a page of the origin and runs one scenario in it. The scenario has its own proxy with the given environment.
 async function check(name, origin, env, scenario) {
   qwen.asked = []
   qwen.left = 0
@@ -101,7 +101,7 @@ async function check(name, origin, env, scenario) {
   }
 }
 
-// until waits for what happens beside the page.
+// until waits for a condition outside the page.
 async function until(what, condition) {
   for (let i = 0; i < 100; i++) {
     if (condition()) return
@@ -123,7 +123,7 @@ const streamByFetch = async ([base, headers]) => {
   return { status: answer.status, headers: Object.fromEntries(answer.headers), text, reads }
 }
 
-// byPackage runs in the page: it streams a chat with the openai package and returns what an application sees of it.
+// byPackage runs in the page. It streams a chat with the openai package and returns what an application sees.
 const byPackage = async ([base, options, prompt, abortAfter, more]) => {
   const { default: OpenAI } = await import('/openai/index.mjs')
   const client = new OpenAI({ baseURL: base + '/v1', apiKey: 'a-key', dangerouslyAllowBrowser: true, ...options })
@@ -144,7 +144,7 @@ const byPackage = async ([base, options, prompt, abortAfter, more]) => {
 const chat = '/v1/chat/completions'
 const requestID = /^[A-Za-z0-9._-]{1,128}$/
 
-// wantServed checks that the page may use the proxy in all ways.
+// wantServed checks that the page can use the proxy in all ways.
 async function wantServed(page, base) {
   const { status, text } = await page.evaluate(streamByFetch, [base, {}])
   assert.equal(status, 200)
@@ -152,7 +152,7 @@ async function wantServed(page, base) {
   assert.equal((await page.evaluate(byPackage, [base, {}, 'Hello'])).text, words.join(''))
 }
 
-// wantRefused checks that the page gets nothing of the proxy, whatever it sends, and that nothing of it goes to Qwen.
+// wantRefused checks that the page gets nothing from the proxy, whatever it sends, and that no request of the page reaches Qwen.
 async function wantRefused(page, base, log) {
   const outcomes = await page.evaluate(async base => {
     const url = base + '/v1/chat/completions', body = '{"messages":[{"role":"user","content":"Spend"}]}'
@@ -173,7 +173,7 @@ async function wantRefused(page, base, log) {
       outcomes[name] = await attempt().then(async answer => `${answer.type} ${answer.status} ${await answer.text()}`, e => e.message)
     }
     outcomes.beacon = navigator.sendBeacon(url, blob)
-    // A form with a body that is JSON: its one field's name and value have the = between them in a string.
+    // A form whose body is JSON: the = between the field's name and its value is inside a JSON string.
     for (const enctype of ['text/plain', 'application/x-www-form-urlencoded', 'multipart/form-data']) {
       const frame = document.body.appendChild(document.createElement('iframe'))
       frame.name = enctype
@@ -189,10 +189,10 @@ async function wantRefused(page, base, log) {
   const failed = 'Failed to fetch', opaque = 'opaque 0 '
   assert.deepEqual(outcomes, { json: failed, key: failed, text: failed, 'no-cors text': opaque, 'no-cors form': opaque,
     'no-cors multipart': opaque, 'no-cors blob': opaque, models: failed, health: failed, beacon: true })
-  // That all of it came as far as the proxy, which refused it, is in the log: two preflights, and nine requests without one.
+  // The proxy's log shows that it got all requests and refused them: two preflights, and nine requests without one.
   const refused = line => /^(POST|OPTIONS) .* 403$/.test(line)
   await until('the forms and the beacon are refused', () => log.filter(refused).length === 11)
-  assert.deepEqual(log.filter(line => !refused(line) && !line.includes('favicon')), ['GET /v1/models 200', 'GET /health/detailed 200']) // answered, and kept from the page
+  assert.deepEqual(log.filter(line => !refused(line) && !line.includes('favicon')), ['GET /v1/models 200', 'GET /health/detailed 200']) // answered, but the browser keeps the answers from the page
   assert.deepEqual(qwen.asked.filter(line => !line.startsWith('GET ')), [])
 }
 
@@ -281,7 +281,7 @@ try {
     assert.deepEqual(qwen.asked, [])
   })
 
-  // A page from the internet may call this machine where its user allows it, which the browser asks of a secure page alone.
+  // A page from the internet may call this machine if the user allows it. The browser asks the user for secure pages only.
   await check('a page from the internet that its user lets call this machine', `http://localhost:${publicPort}`, {}, async (page, base, log, context) => {
     await context.grantPermissions(['local-network-access'])
     await wantServed(page, base)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Imports the workflows beside this file into a real n8n, runs each against qwen-go-proxy in front of the stand-in for Qwen in
-# e2e, and looks at what comes of it:
+# Imports the workflows beside this file into a real n8n, runs each of them, and checks the results. n8n talks to qwen-go-proxy,
+# and qwen-go-proxy to the stand-in for Qwen in e2e.
 #
 #	examples/n8n/check.sh [directory]
 #
-# It needs Go, Node 20 to 24, npm and curl. n8n is installed into the directory, ~/.cache/qwen-go-proxy/n8n where none is
-# given, and stays there for the next run: 2.3 GB, and some minutes the first time. N8N_VERSION is another version of it.
+# It needs Go, Node 20 to 24, npm and curl. It installs n8n into the directory (~/.cache/qwen-go-proxy/n8n by default). That
+# takes some minutes and 2.3 GB the first time; n8n stays there for the next run. N8N_VERSION selects another version.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -26,7 +26,7 @@ trap cleanup EXIT
 if [ "$(node -p 'require(process.argv[1]).version' "$install/node_modules/n8n/package.json" 2>/dev/null)" != "$version" ]; then
   echo "installing n8n $version into $install"
   mkdir -p "$install"
-  # n8n takes xlsx from its vendor's own host; the registry has one that serves here.
+  # n8n takes xlsx from its vendor's own host. The version in the registry is good enough here.
   echo '{"private":true,"overrides":{"xlsx":"0.18.5"}}' >"$install/package.json"
   npm install --prefix "$install" --no-audit --no-fund --loglevel=error "n8n@$version"
 fi
@@ -37,13 +37,13 @@ free_port() {
 }
 
 n8n_port=$(free_port)
-# n8n keeps to itself, in a folder of its own.
+# n8n uses its own folder and calls nobody.
 n8n=(env N8N_USER_FOLDER="$work" N8N_LISTEN_ADDRESS=127.0.0.1 N8N_PORT="$n8n_port" N8N_RUNNERS_BROKER_PORT="$(free_port)"
   N8N_RUNNERS_TASK_REQUEST_TIMEOUT=300 N8N_DIAGNOSTICS_ENABLED=false N8N_PERSONALIZATION_ENABLED=false
   N8N_VERSION_NOTIFICATIONS_ENABLED=false N8N_TEMPLATES_ENABLED=false N8N_HIRING_BANNER_ENABLED=false
   N8N_DYNAMIC_BANNERS_ENABLED=false NO_COLOR=1 node "$install/node_modules/n8n/bin/n8n")
 
-# await FILE waits until there is something in a file.
+# await FILE waits until a file is not empty.
 await() {
   for _ in $(seq 100); do
     [ -s "$1" ] && return
@@ -53,7 +53,7 @@ await() {
   exit 1
 }
 
-# proxy NAME VARIABLE=VALUE… starts a proxy, with a log of that name, and sets port to its port.
+# proxy NAME VARIABLE=VALUE… starts a proxy whose log is NAME.log, and sets port to its port.
 proxy() {
   local log=$work/$1.log
   : >"$log"
@@ -68,7 +68,7 @@ proxy() {
   exit 1
 }
 
-# workflow FILE ID PORT [SED-EXPRESSION…] imports a workflow under an id of its own, with the proxy's port in it.
+# workflow FILE ID PORT [SED-EXPRESSION…] prepares a workflow for import, with the given id and the proxy's port.
 workflow() {
   local expressions=() expression
   for expression in "s/^  \"id\": \"qwen[A-Za-z]*\",/  \"id\": \"$2\",/" "s/localhost:8080/localhost:$3/" "${@:4}"; do
@@ -77,12 +77,12 @@ workflow() {
   sed "${expressions[@]}" "$1" >"$work/workflows/$2.json"
 }
 
-# run ID executes a workflow from its manual trigger; what comes of it is for result.
+# run ID executes a workflow from its manual trigger. result shows the outcome.
 run() {
   "${n8n[@]}" execute --id="$1" --rawOutput >"$work/run" 2>&1 || true
 }
 
-# result EXPRESSION evaluates JavaScript in which out(node) are the items that a node of the last run put out.
+# result EXPRESSION evaluates JavaScript. In it, out(node) returns the items that a node of the last run put out.
 result() {
   node -e '
     const text = require("fs").readFileSync(process.argv[1], "utf8");
@@ -93,7 +93,7 @@ result() {
   ' "$work/run" "$1" 2>/dev/null || head -c 2000 "$work/run"
 }
 
-# check NAME GOT WANT compares, and says so.
+# check NAME GOT WANT compares the two and prints the result.
 check() {
   if [ "$2" = "$3" ]; then
     echo "ok      $1: $2"
@@ -125,10 +125,10 @@ proxy lacking API_BASE_URL="http://localhost:$(cat "$work/lacking.port")" # has 
 lacking=$port
 
 workflow 1-first-request.json first "$plain"
-# For the check, the caller says which model; the stand-in's error-502 fails.
+# Here, the caller chooses the model. The stand-in's model error-502 fails.
 workflow 2-webhook-chatbot.json chat "$limited" "s/model: 'qwen3-coder-plus'/model: \$json.body.model ?? 'qwen3-coder-plus'/"
 workflow 3-content-moderation.json moderation "$plain"
-# The stand-in judges nothing. Asked by a schema instead, it gives the one verdict that this allows for.
+# The stand-in can't judge a text. With a schema that allows one verdict only, it gives this verdict.
 workflow 3-content-moderation.json verdicts "$plain" "s/type: 'json_object'/type: 'json_schema', json_schema: { name: 'verdict', \
 schema: { type: 'object', required: ['verdict'], properties: { verdict: { enum: [\$itemIndex ? 'block' : 'allow'] } } } }/"
 workflow 4-llm-chain.json chain "$plain"
@@ -138,7 +138,7 @@ workflow 5-agent-with-tool.json agent "$plain"
 workflow 5-agent-with-tool.json agent-responses "$plain" '/"responsesApiEnabled": false,/d'
 
 echo 'importing credentials and workflows'
-# import runs an import of n8n's, which exits with status 0 even where it failed.
+# import runs an import command of n8n. It checks the output, because a failed import exits with status 0 too.
 import() {
   "${n8n[@]}" "$@" >"$work/import.log" 2>&1
   grep -q '^Successfully imported' "$work/import.log" || { cat "$work/import.log"; exit 1; }
@@ -186,7 +186,7 @@ check '2-webhook-chatbot, retried after 429' "$(say '{"message":"Hello again"}')
 check '2-webhook-chatbot, the log has the 429' "$(grep -c '"status":429' "$work/limited.log")" 1
 failure=$(say '{"message":"Hello","model":"error-502"}') || true
 check '2-webhook-chatbot, Qwen fails' "$failure" '{"error":"The model error-502 fails with status 502."}'
-# n8n's error holds the whole request: the caller must not see the key.
+# n8n's error contains the whole request. The caller must not see the key.
 check '2-webhook-chatbot, the failure shows no key' "$(grep -ci -e bearer -e authorization <<<"$failure")" 0
 
 exit "$failed"

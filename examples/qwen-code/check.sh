@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs qwen-go-proxy beside the real token manager of Qwen Code on one directory, against a stand-in for Qwen: two
-# minutes. It needs Go, Node and npm. QWEN_CODE_TOKEN_LIFE (35s at least) and QWEN_CODE_DURATION change how long.
+# Runs qwen-go-proxy and the real token manager of Qwen Code in one directory for two minutes, against a stand-in for Qwen.
+# It needs Go, Node 20 and npm. QWEN_CODE_DURATION (2m) sets the time, QWEN_CODE_TOKEN_LIFE (1m, at least 35s) a token's life.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -1,8 +1,8 @@
-// Runs one process of Qwen Code's own token manager, as a neighbour of qwen-go-proxy: asks it for credentials again and
-// again, tries them on the API, and prints the outcome as JSON lines, until stdin ends.
+// Runs one process of Qwen Code's own token manager beside qwen-go-proxy. Until stdin ends, it asks the manager for credentials
+// again and again, uses them for a request, and prints the outcome as JSON lines.
 //
 //   QWEN_CODE_DIR  the unpacked package of Qwen Code
-//   QWEN_HOME      the directory of oauth_creds.json, which Qwen Code heeds
+//   QWEN_HOME      the directory of oauth_creds.json, which Qwen Code obeys
 //   OAUTH_URL      stands in for Qwen's OAuth server
 
 import { readdirSync, readFileSync } from "node:fs";
@@ -11,7 +11,7 @@ import { pathToFileURL } from "node:url";
 
 const { QWEN_CODE_DIR, OAUTH_URL } = process.env;
 
-// Neither the chunk's name nor what it exports is a promise: it is the one that knows the lock file.
+// The chunk's name changes with each version. This finds the chunk by the name of the lock file in it.
 const chunks = join(QWEN_CODE_DIR, "chunks");
 const chunk = readdirSync(chunks)
   .filter((name) => name.endsWith(".js"))

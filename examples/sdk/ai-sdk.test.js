@@ -1,5 +1,5 @@
-// The Vercel AI SDK, the newest major version and the one before it, each with its provider for OpenAI-compatible servers and its
-// provider for OpenAI, which uses the Responses API by default.
+// The Vercel AI SDK: the newest major version and the one before it, each with its provider for OpenAI-compatible servers and with
+// its provider for OpenAI, which uses the Responses API by default.
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
 import * as ai6 from 'ai-6'
@@ -17,7 +17,7 @@ const id = 'qwen3-coder-plus'
 const suite = (name, ai, createOpenAI, createOpenAICompatible) => describe(name, { concurrency: true }, () => {
   const { APICallError, Output, RetryError, embedMany, generateText, jsonSchema, stepCountIs, streamText, tool } = ai
 
-  // providers are the ways to a model, of which some have embeddings and text completions.
+  // providers are the ways to a model. Some have embeddings and text completions too.
   const compatible = ({ url }, apiKey = 'any') => createOpenAICompatible({
     name: 'qwen', baseURL: url, apiKey, includeUsage: true, supportsStructuredOutputs: true,
   })

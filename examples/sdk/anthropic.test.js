@@ -78,7 +78,7 @@ describe('anthropic', { concurrency: true }, () => {
     const stream = await connect(proxy).messages.create({ ...question, messages: [{ role: 'user', content: long }], stream: true })
     let events = 0
     for await (const _ of stream) if (++events === 8) stream.controller.abort()
-    assert.ok(events < 100, `${events} events`) // those that had come already still count
+    assert.ok(events < 100, `${events} events`) // events that had already arrived still count
     await noOpenStreams(proxy)
   })
 

@@ -1,4 +1,4 @@
-// `qwen-go-proxy demo`, with OpenAI's SDK.
+// `qwen-go-proxy demo` with OpenAI's SDK.
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
 import OpenAI6 from 'openai-6'

@@ -1,4 +1,4 @@
-// LangChain's OpenAI integration. Its default settings retry a failure for more than a minute: the tests of errors do not.
+// LangChain's OpenAI integration. By default it retries a failure for more than a minute, so the tests of errors turn that off.
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
 import { HumanMessage, ToolMessage } from '@langchain/core/messages'

@@ -81,7 +81,7 @@ const suite = (name, OpenAI, { zodResponseFormat, zodTextFormat }) => describe(n
 
   test('embeddings, as base64 and as numbers', async () => {
     const input = ['Hello', 'there']
-    const base64 = await openai.embeddings.create({ model: 'text-embedding-v4', input }) // which it asks for, and decodes
+    const base64 = await openai.embeddings.create({ model: 'text-embedding-v4', input }) // the SDK asks for base64 and decodes it
     const float = await openai.embeddings.create({ model: 'text-embedding-v4', input, encoding_format: 'float' })
     for (const i of [0, 1]) {
       const got = Float32Array.from(base64.data[i].embedding)
@@ -147,7 +147,7 @@ const suite = (name, OpenAI, { zodResponseFormat, zodTextFormat }) => describe(n
       const stream = await open(new OpenAI({ baseURL: proxy.url, apiKey: 'any' }), model, long)
       let chunks = 0
       for await (const _ of stream) if (++chunks === 8) stream.controller.abort()
-      assert.ok(chunks < 100, `${chunks} chunks`) // those that had come already still count
+      assert.ok(chunks < 100, `${chunks} chunks`) // chunks that had already arrived still count
       await noOpenStreams(proxy)
     })
 

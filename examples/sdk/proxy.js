@@ -1,4 +1,4 @@
-// What the tests of all SDKs share: qwen-go-proxy in front of the stand-in for Qwen, and the errors that it answers.
+// Shared by the tests of all SDKs: qwen-go-proxy in front of the stand-in for Qwen, and the tests of errors.
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
 import { mkdtempSync, rmSync } from 'node:fs'
@@ -8,7 +8,7 @@ import { createInterface } from 'node:readline'
 import test, { after } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 
-// run runs a program until the tests of the file have ended. It returns what the pattern finds in a line of the output.
+// run runs a program until the tests of the file have ended. It returns the first match of the pattern's group in the output.
 async function run(name, args, env, output, pattern) {
   const program = spawn(join(import.meta.dirname, 'node_modules/.bin', name), args, { env, stdio: ['ignore', 'pipe', 'pipe'] })
   const ended = new Promise(resolve => program.on('exit', resolve))
@@ -46,7 +46,7 @@ export async function start(env = {}, credentials = key, command = 'serve') {
 // requests returns the proxy's counts.
 const requests = async ({ origin }) => (await (await fetch(origin + '/health/detailed')).json()).requests
 
-// noOpenStreams waits until the proxy has none, which must be soon: a stream of `long` takes far longer.
+// noOpenStreams waits until the proxy has no open stream. It fails after two seconds; a stream of `long` takes much longer.
 export async function noOpenStreams({ origin }) {
   for (const end = Date.now() + 2000; ; await sleep(10)) {
     const open = (await requests({ origin })).open_streams
@@ -55,7 +55,7 @@ export async function noOpenStreams({ origin }) {
   }
 }
 
-// The stand-in repeats what it is told, a word every 40 ms: with this it has not ended before the client leaves.
+// The stand-in repeats the prompt, a word every 40 ms. This prompt is so long that the client leaves before the stream ends.
 export const long = 'word '.repeat(500)
 
 export const weather = {
@@ -73,7 +73,7 @@ const errors = [
   { name: 'an endpoint that is not there', path: '/nowhere', status: 404, message: /There is no/ },
   { name: 'a body too large', env: { MAX_BODY_BYTES: '2000' }, text: long, status: 413, message: /2000/ },
   {
-    name: 'the rate limit', env: { RATE_LIMIT_RPS: '0.01', RATE_LIMIT_BURST: '1' }, spent: true, maxRetries: 0, // each waits 100 s
+    name: 'the rate limit', env: { RATE_LIMIT_RPS: '0.01', RATE_LIMIT_BURST: '1' }, spent: true, maxRetries: 0, // each retry would wait 100 s
     status: 429, message: /RATE_LIMIT_RPS/,
   },
   { name: 'Qwen breaking off before an answer', model: 'error-midstream', status: 502, message: /Qwen could not be reached/ },
@@ -81,9 +81,9 @@ const errors = [
     { name: `${status} from Qwen`, model: `error-${status}`, status, message: new RegExp(`fails with status ${status}`) })),
 ]
 
-// testErrors tests how the errors surface: ask({ url, key, model, text, maxRetries }) asks for an answer that is no stream,
-// maxRetries undefined where the SDK's default is meant. read(error, status) returns { status, message, requestID } of the
-// SDK's exception, having checked its class. tries is how often the SDK asks where a failure may pass.
+// testErrors tests which exceptions the SDK raises. ask({ url, key, model, text, maxRetries }) asks for an answer without
+// streaming; maxRetries is undefined for the SDK's default. read(error, status) checks the exception's class and returns
+// { status, message, requestID }. tries is how often the SDK asks in all if a failure is temporary.
 export function testErrors(ask, read, tries = 3) {
   for (const { name, env, key = 'any', path = '', model = 'qwen3-coder-plus', text = 'Hello', spent, maxRetries, status, message } of errors) {
     test(`error: ${name}`, async () => {
@@ -101,8 +101,8 @@ export function testErrors(ask, read, tries = 3) {
   }
 }
 
-// testRateLimit tests that ask({ origin, url }), at the SDK's default settings, gets its answer when the time that the proxy's
-// limiter names in Retry-After has passed. Until then it is refused at most `most` times: 1 where the SDK heeds Retry-After.
+// testRateLimit tests that ask({ origin, url }), at the SDK's default settings, gets its answer after the time in Retry-After.
+// Until then the proxy refuses it at most `most` times: 1 if the SDK obeys Retry-After.
 export function testRateLimit(ask, most = 1) {
   test('the rate limit passes', async () => {
     const proxy = await start({ RATE_LIMIT_RPS: '0.2', RATE_LIMIT_BURST: '1' })
