@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -47,23 +46,22 @@ type standIn struct {
 	approveAfter time.Duration // a sign-in approves itself after this
 	wordDelay    time.Duration // pause between the words of a stream
 
-	mu      sync.Mutex                // guards all below
-	signIns map[string]*standInSignIn // by device code
-	tokens  map[string]bool           // access tokens, and refresh tokens until they are redeemed
+	mu      sync.Mutex        // guards all below
+	signIns map[string]string // by code: the error of a poll, "" once the sign-in is approved
+	tokens  map[string]bool   // access tokens, and refresh tokens until they are redeemed
 }
 
-// A standInSignIn is one device authorization, RFC 8628 §3.2.
-type standInSignIn struct {
-	userCode string
-	issued   time.Time
-	decision string // "approve" or "deny"; "" while nobody has decided
-}
+// The errors of a poll, RFC 8628 §3.5.
+const (
+	standInPending = "authorization_pending"
+	standInDenied  = "access_denied"
+)
 
 // newStandIn returns a standIn with the settings of the demo command.
 func newStandIn() *standIn {
 	s := &standIn{
 		approveAfter: demoApproval, wordDelay: 40 * time.Millisecond,
-		signIns: map[string]*standInSignIn{}, tokens: map[string]bool{},
+		signIns: map[string]string{}, tokens: map[string]bool{},
 	}
 	s.HandleFunc("POST /api/v1/oauth2/device/code", s.authorizeDevice)
 	s.HandleFunc("POST /api/v1/oauth2/token", s.token)
@@ -82,16 +80,17 @@ func standInError(w http.ResponseWriter, status int, code, message string) {
 	writeJSON(w, status, object{"error": object{"message": message, "type": "stand_in_error", "param": nil, "code": code}})
 }
 
-// authorizeDevice answers a device authorization request, RFC 8628 §3.1.
+// authorizeDevice answers a device authorization request, RFC 8628 §3.1. One code is the device's and the user's.
 func (s *standIn) authorizeDevice(w http.ResponseWriter, r *http.Request) {
-	deviceCode, userCode := rand.Text(), rand.Text()[:4]+"-"+rand.Text()[:4]
+	code := rand.Text()[:4] + "-" + rand.Text()[:4]
 	s.mu.Lock()
-	s.signIns[deviceCode] = &standInSignIn{userCode: userCode, issued: time.Now()}
+	s.signIns[code] = standInPending
 	s.mu.Unlock()
+	time.AfterFunc(s.approveAfter, func() { s.decide(code, "approve") })
 	page := "http://" + r.Host + "/authorize"
 	writeJSON(w, http.StatusOK, object{
-		"device_code": deviceCode, "user_code": userCode, "expires_in": 900, "interval": 1,
-		"verification_uri": page, "verification_uri_complete": page + "?user_code=" + userCode + "&client=qwen-code",
+		"device_code": code, "user_code": code, "expires_in": 900, "interval": 1,
+		"verification_uri": page, "verification_uri_complete": page + "?user_code=" + code + "&client=qwen-code",
 	})
 }
 
@@ -99,19 +98,18 @@ func (s *standIn) authorizeDevice(w http.ResponseWriter, r *http.Request) {
 func (s *standIn) token(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	refusal := ""
+	code := r.PostFormValue("device_code")
+	refusal, known := s.signIns[code]
 	if old := r.PostFormValue("refresh_token"); s.tokens[old] {
 		delete(s.tokens, old)
-	} else if signIn := s.signIns[r.PostFormValue("device_code")]; signIn != nil {
-		refusal = map[string]string{"": "authorization_pending", "deny": "access_denied"}[s.decision(signIn)]
-	} else {
+	} else if !known {
 		refusal = "invalid_grant"
 	}
 	if refusal != "" {
 		writeJSON(w, http.StatusBadRequest, object{"error": refusal})
 		return
 	}
-	delete(s.signIns, r.PostFormValue("device_code"))
+	delete(s.signIns, code)
 	access, refresh := rand.Text(), rand.Text()
 	s.tokens[access], s.tokens[refresh] = true, true
 	writeJSON(w, http.StatusOK, object{
@@ -119,12 +117,20 @@ func (s *standIn) token(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// decision returns how a sign-in was decided: "approve", "deny", or "" while it is open. The caller holds s.mu.
-func (s *standIn) decision(signIn *standInSignIn) string {
-	if signIn.decision == "" && time.Since(signIn.issued) >= s.approveAfter {
-		return "approve"
+// decide approves or denies the sign-in of code if that is open, and returns its state.
+func (s *standIn) decide(code, decision string) (state string, known bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.signIns[code] == standInPending {
+		switch decision {
+		case "approve":
+			s.signIns[code] = ""
+		case "deny":
+			s.signIns[code] = standInDenied
+		}
 	}
-	return signIn.decision
+	state, known = s.signIns[code]
+	return state, known
 }
 
 var standInTemplate = template.Must(template.New("page").Parse(`<!doctype html>
@@ -141,9 +147,9 @@ button { font: inherit; padding: .4rem 1.2rem; margin-right: .5rem }
 <h1>Sign-in</h1>
 <p>This is qwen-go-proxy's stand-in for Qwen's sign-in page. No account is involved, and nothing leaves this machine.</p>
 <p class="code">{{.UserCode}}</p>
-{{if eq .State "approve"}}<p><strong>Approved.</strong> You may close this page.</p>
-{{else if eq .State "deny"}}<p><strong>Denied.</strong> You may close this page.</p>
-{{else if not .State}}<p><strong>No sign-in with this code is open.</strong> Follow the link that qwen-go-proxy shows.</p>
+{{if not .Known}}<p><strong>No sign-in with this code is open.</strong> Follow the link that qwen-go-proxy shows.</p>
+{{else if not .State}}<p><strong>Approved.</strong> You may close this page.</p>
+{{else if eq .State "access_denied"}}<p><strong>Denied.</strong> You may close this page.</p>
 {{else}}<p>Is this the code that qwen-go-proxy shows?</p>
 <form method="post" action="/authorize">
 <input type="hidden" name="user_code" value="{{.UserCode}}">
@@ -157,22 +163,11 @@ button { font: inherit; padding: .4rem 1.2rem; margin-right: .5rem }
 
 // page shows the sign-in of a user code. Its buttons decide the sign-in, once.
 func (s *standIn) page(w http.ResponseWriter, r *http.Request) {
-	userCode, decision := r.FormValue("user_code"), r.PostFormValue("decision")
-	state := ""
-	s.mu.Lock()
-	for _, signIn := range s.signIns {
-		if signIn.userCode != userCode {
-			continue
-		}
-		if s.decision(signIn) == "" && (decision == "approve" || decision == "deny") {
-			signIn.decision = decision
-		}
-		state = cmp.Or(s.decision(signIn), "open")
-	}
-	s.mu.Unlock()
+	code := r.FormValue("user_code")
+	state, known := s.decide(code, r.PostFormValue("decision"))
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'")
-	_ = standInTemplate.Execute(w, object{"UserCode": userCode, "State": state, "ApproveAfter": s.approveAfter}) // a client that has left needs no page
+	_ = standInTemplate.Execute(w, object{"UserCode": code, "Known": known, "State": state, "ApproveAfter": s.approveAfter}) // a client that has left needs no page
 }
 
 // A standInChat is a chat completion request: the members that the stand-in heeds.
