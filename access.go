@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math"
 	"net"
@@ -14,20 +15,33 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"unicode/utf8"
 )
 
-// A digest is the SHA-256 of a key. Digests all have one length, so comparing them does not reveal a key's.
-type digest [sha256.Size]byte
+// A proxyKey is one of the keys that clients must send. Digests all have one length, so comparing them does not reveal a key's.
+type proxyKey struct {
+	digest [sha256.Size]byte // of the key
+	name   string            // for the log and the metrics; several keys may have the same
+}
+
+// newProxyKey returns the proxyKey of a key. Without a name it is named after its digest.
+func newProxyKey(key, name string) proxyKey {
+	k := proxyKey{sha256.Sum256([]byte(key)), name}
+	if name == "" {
+		k.name = fmt.Sprintf("key-%x", k.digest[:3])
+	}
+	return k
+}
 
 // An access decides which requests may come in, by three things: the client's key, the web page that a browser sends it for, and
 // the host name that it was sent to. It is safe for concurrent use.
 type access struct {
 	log      *slog.Logger
-	keys     atomic.Pointer[[]digest] // empty: no key is needed
-	keysFile string                   // "" for none
-	trusted  []netip.Prefix           // reverse proxies whose X-Forwarded-For is believed
-	origins  []string                 // nil is the loopback origins; "*" alone is all
-	hostname string                   // the machine's own name, in lower case
+	keys     atomic.Pointer[[]proxyKey] // empty: no key is needed
+	keysFile string                     // "" for none
+	trusted  []netip.Prefix             // reverse proxies whose X-Forwarded-For is believed
+	origins  []string                   // nil is the loopback origins; "*" alone is all
+	hostname string                     // the machine's own name, in lower case
 	csrf     *http.CrossOriginProtection
 }
 
@@ -42,13 +56,9 @@ func newAccess(cfg *config, log *slog.Logger) *access {
 }
 
 // setKeys puts keys into use. It reports whether they differ from the last ones.
-func (a *access) setKeys(keys []string) bool {
-	digests := make([]digest, len(keys))
-	for i, key := range keys {
-		digests[i] = sha256.Sum256([]byte(key))
-	}
-	old := a.keys.Swap(&digests)
-	return old == nil || !slices.Equal(*old, digests)
+func (a *access) setKeys(keys []proxyKey) bool {
+	old := a.keys.Swap(&keys)
+	return old == nil || !slices.Equal(*old, keys)
 }
 
 // required reports whether a client needs a key.
@@ -74,6 +84,7 @@ type client struct {
 	trusted  bool       // the request came from one of TRUSTED_PROXIES, or through a Unix socket
 	told     bool       // addr is from the X-Forwarded-For of such a peer
 	admitted bool       // it has one of the proxy's keys, or needs none
+	key      string     // the name of its key; "" if it needs none
 	rate     rateKey    // its bucket in the rate limiter: by key if the client has a valid one, otherwise by address
 }
 
@@ -87,8 +98,8 @@ func (a *access) client(r *http.Request) client {
 	}
 	c.rate, c.admitted = addressKey(c.addr), !a.required()
 	if !c.admitted {
-		if d, ok := a.key(r); ok {
-			c.rate, c.admitted = digestKey(d[:]), true
+		if key, ok := a.key(r); ok {
+			c.rate, c.admitted, c.key = digestKey(key.digest[:]), true, key.name
 		}
 	}
 	return c
@@ -241,15 +252,17 @@ func (a *access) forwardedFor(peer netip.Addr, lines []string) (addr netip.Addr,
 	return addr, true
 }
 
-// key returns the digest of the key that r carries, and whether it is one of the proxy's. The time it takes says nothing about
-// the keys.
-func (a *access) key(r *http.Request) (digest, bool) {
-	d := digest(sha256.Sum256([]byte(clientKey(r))))
-	found := 0
-	for _, key := range *a.keys.Load() {
-		found |= subtle.ConstantTimeCompare(d[:], key[:])
+// key returns the proxy's key that r carries, and whether there is one. The time it takes says nothing about the keys.
+func (a *access) key(r *http.Request) (proxyKey, bool) {
+	digest := sha256.Sum256([]byte(clientKey(r)))
+	keys, found := *a.keys.Load(), -1
+	for i := range keys {
+		found = subtle.ConstantTimeSelect(subtle.ConstantTimeCompare(digest[:], keys[i].digest[:]), i, found)
 	}
-	return d, found == 1
+	if found < 0 {
+		return proxyKey{}, false
+	}
+	return keys[found], true
 }
 
 // clientKey returns the key that r carries, "" for none: the bearer token, x-api-key, or the password of HTTP Basic.
@@ -266,12 +279,12 @@ func clientKey(r *http.Request) string {
 
 // readProxyKeys returns the keys in file: one a line, with an optional name of one word. # begins a comment, at the start of a
 // line or after white space.
-func readProxyKeys(file string) ([]string, error) {
+func readProxyKeys(file string) ([]proxyKey, error) {
 	b, _, err := readRegular(file, math.MaxInt64)
 	if err != nil {
 		return nil, err
 	}
-	var keys []string
+	var keys []proxyKey
 	for line := range strings.Lines(string(b)) {
 		fields := strings.Fields(line) // the key, its name, a comment
 		if i := slices.IndexFunc(fields, func(s string) bool { return s[0] == '#' }); i >= 0 {
@@ -281,14 +294,15 @@ func readProxyKeys(file string) ([]string, error) {
 		case len(fields) > 2:
 			return nil, errors.New("a line has more than a key, a name of one word, and a comment after #")
 		case len(fields) > 0:
-			keys = append(keys, fields[0])
+			key, name := fields[0], strings.Join(fields[1:], "")
+			if !validKey(key) || !printable(name) || !utf8.ValidString(name) {
+				return nil, errors.New("a key or its name has unprintable characters")
+			}
+			keys = append(keys, newProxyKey(key, name))
 		}
 	}
-	switch {
-	case len(keys) == 0:
+	if len(keys) == 0 {
 		return nil, errors.New("the file holds no key")
-	case !allValidKeys(keys):
-		return nil, errors.New("a key has blanks or unprintable characters")
 	}
 	return keys, nil
 }

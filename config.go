@@ -67,7 +67,7 @@ type config struct {
 	aliases      map[string]string
 	models       []string // nil is the built-in list
 
-	proxyKeys      []string // nil is open
+	proxyKeys      []proxyKey // nil is open
 	proxyKeysFile  string
 	trustedProxies []netip.Prefix
 	corsOrigins    []string // nil is the loopback origins
@@ -405,7 +405,7 @@ func (e *env) apiKey(key, fileKey string) (value, file string, err error) {
 }
 
 // proxyKeys returns the keys that clients must send, nil for none, and the file they came from.
-func (e *env) proxyKeys(key, fileKey string) (keys []string, file string) {
+func (e *env) proxyKeys(key, fileKey string) (keys []proxyKey, file string) {
 	_, set := e.lookup(key)
 	_, fileSet := e.lookup(fileKey)
 	file = e.get(fileKey)
@@ -420,19 +420,18 @@ func (e *env) proxyKeys(key, fileKey string) (keys []string, file string) {
 			e.errs = append(e.errs, fmt.Errorf("%s=%q: want a readable file with one key a line: %w", fileKey, file, err))
 		}
 	case set:
-		keys = e.list(key)
-		if len(keys) == 0 {
+		values := e.list(key)
+		if len(values) == 0 {
 			e.problem(key, "", "comma-separated keys, or the variable unset to need none")
 		}
-		if !allValidKeys(keys) {
+		if slices.ContainsFunc(values, func(k string) bool { return !validKey(k) }) {
 			e.errs = append(e.errs, fmt.Errorf("%s: want keys of printable characters without blanks (the value is not shown)", key))
+		}
+		for _, value := range values {
+			keys = append(keys, newProxyKey(value, ""))
 		}
 	}
 	return keys, file
-}
-
-func allValidKeys(keys []string) bool {
-	return !slices.ContainsFunc(keys, func(k string) bool { return !validKey(k) })
 }
 
 // validKey reports whether s can stand behind "Bearer " in a header.

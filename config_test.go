@@ -19,7 +19,7 @@ import (
 
 // compareConfigs lets cmp.Diff look into configurations.
 var compareConfigs = cmp.Options{
-	cmp.AllowUnexported(config{}),
+	cmp.AllowUnexported(config{}, proxyKey{}),
 	cmp.Comparer(func(a, b *url.URL) bool { return a == b || a != nil && b != nil && a.String() == b.String() }),
 	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
 }
@@ -137,7 +137,7 @@ func TestConfigGoodValues(t *testing.T) {
 			}},
 
 		{"keys", map[string]string{"QWEN_API_KEY": " sk-1 ", "PROXY_API_KEYS": "one, two:2 ,"},
-			func(c *config) { c.apiKey, c.proxyKeys = "sk-1", []string{"one", "two:2"} }},
+			func(c *config) { c.apiKey, c.proxyKeys = "sk-1", proxyKeys("one", "two:2") }},
 
 		{"trusted proxies", map[string]string{"TRUSTED_PROXIES": " 10.1.2.3/8 , 192.168.0.1,2001:db8::1/32, ::1, ::ffff:10.1.2.3, ::ffff:10.1.2.3/104"},
 			func(c *config) {
@@ -327,12 +327,21 @@ func TestConfigHidesSecrets(t *testing.T) {
 	}
 }
 
+// proxyKeys returns the keys of texts, each with a name behind a blank or without one.
+func proxyKeys(texts ...string) (keys []proxyKey) {
+	for _, text := range texts {
+		key, name, _ := strings.Cut(text, " ")
+		keys = append(keys, newProxyKey(key, name))
+	}
+	return keys
+}
+
 func TestConfigKeyFiles(t *testing.T) {
 	dir := t.TempDir()
 	for _, tt := range []struct {
 		name, content string
 		apiKey        string   // "" for an error
-		proxyKeys     []string // nil for an error
+		proxyKeys     []string // with their names; nil for an error
 	}{
 		{"one key", "sk-1", "sk-1", []string{"sk-1"}},
 		{"white space around", "\n sk-1 \r\n\n", "sk-1", []string{"sk-1"}},
@@ -340,7 +349,10 @@ func TestConfigKeyFiles(t *testing.T) {
 		{"CRLF", "one\r\ntwo\r\n", "", []string{"one", "two"}},
 		{"comments and blank lines", "# for n8n\n\none\n  # for the team\ntwo#2\n", "", []string{"one", "two#2"}},
 		{"quotes", `"sk-1"`, "", []string{`"sk-1"`}},
-		{"names and comments", "sk-1 alice\nsk-2\tn8n # the server\n sk-3 # bob's\n", "", []string{"sk-1", "sk-2", "sk-3"}},
+		{"names and comments", "sk-1 alice\nsk-2\tn8n # the server\n sk-3 # bob's\n", "", []string{"sk-1 alice", "sk-2 n8n", "sk-3"}},
+		{"two keys with a name, one without ASCII", "sk-1 Zoë\nsk-2 Zoë\n", "", []string{"sk-1 Zoë", "sk-2 Zoë"}},
+		{"a control character in a name", "sk-1 a\x1b[31m", "", nil},
+		{"a name that is not UTF-8", "sk-1 a\xff", "", nil},
 		{"two blanks within", "sk 1 2", "", nil},
 		{"beyond ASCII", "sk-é", "", nil},
 		{"a NUL", "sk\x00", "", nil},
@@ -363,7 +375,7 @@ func TestConfigKeyFiles(t *testing.T) {
 				if name == "QWEN_API_KEY_FILE" {
 					want.apiKey, want.apiKeyFile = tt.apiKey, file
 				} else {
-					want.proxyKeys, want.proxyKeysFile = tt.proxyKeys, file
+					want.proxyKeys, want.proxyKeysFile = proxyKeys(tt.proxyKeys...), file
 				}
 				wantEqual(t, name, want, got, compareConfigs)
 			}
