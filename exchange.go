@@ -27,14 +27,18 @@ type record struct {
 	ids        [1]string // X-Request-ID, as the value of a header
 	route      string    // the path of its route; "" if there is none, or the request was refused before
 	client     netip.Addr
+	key        string // the name of the client's key; "" if it needs none
 	start      time.Time
-	anthropic  bool      // the client expects the errors of Anthropic's API
-	quiet      bool      // the access line is at debug level
-	called     bool      // the request has gone to Qwen
-	replayed   bool      // it has gone there more than once, because the connection failed
-	upstreamID string    // Qwen's own request id
-	firstByte  time.Time // when the first byte of Qwen's answer's body came; zero until then
-	err        *apiError // what failed first; nil if nothing did
+	model      string     // the one that Qwen is asked for; "" until it is known
+	stream     bool       // the client asks for an event stream; known with model
+	usage      tokenUsage // of Qwen's answer
+	anthropic  bool       // the client expects the errors of Anthropic's API
+	quiet      bool       // the access line is at debug level
+	called     bool       // the request has gone to Qwen
+	replayed   bool       // it has gone there more than once, because the connection failed
+	upstreamID string     // Qwen's own request id
+	firstByte  time.Time  // when the first byte of Qwen's answer's body came; zero until then
+	err        *apiError  // what failed first; nil if nothing did
 }
 
 // id returns the request's X-Request-ID.
@@ -166,7 +170,7 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, de
 	if !log.Enabled(r.Context(), level) {
 		return
 	}
-	attrs := append(make([]slog.Attr, 0, 16),
+	attrs := append(make([]slog.Attr, 0, 24),
 		slog.String("request_id", x.id()),
 		slog.String("method", clip(r.Method, 20)),
 		slog.String("path", clip(r.URL.Path, 200)),
@@ -181,6 +185,17 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, de
 		client = x.client.String()
 	}
 	attrs = append(attrs, slog.Int64("bytes", x.bytes), slog.String("client", client))
+	if x.key != "" {
+		attrs = append(attrs, slog.String("key", x.key))
+	}
+	if x.model != "" {
+		attrs = append(attrs, slog.String("model", clip(x.model, 100)), slog.Bool("stream", x.stream))
+	}
+	for i, kind := range tokenKinds {
+		if x.usage.told[i] {
+			attrs = append(attrs, slog.Int64(kind+"_tokens", x.usage.tokens[i]))
+		}
+	}
 	if x.upstreamID != "" {
 		attrs = append(attrs, slog.String("upstream_request_id", x.upstreamID))
 	}

@@ -127,6 +127,13 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 	if h.reason() != nil {
 		status = "degraded"
 	}
+	tokens, counted := map[string]int64{}, h.metrics.allTokens()
+	for i, kind := range tokenKinds {
+		tokens[kind] = 0
+		for _, counts := range counted {
+			tokens[kind] += counts[i].Load()
+		}
+	}
 	var mem runtime.MemStats
 	runtime.ReadMemStats(&mem)
 	writeJSON(x, http.StatusOK, map[string]any{
@@ -140,6 +147,7 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 			"rate_limited":    h.metrics.rateLimited.Load(),
 			"upstream_errors": h.metrics.upstreamFailures(),
 		},
+		"tokens":     tokens,
 		"memory":     map[string]uint64{"heap_bytes": withoutBallast(mem.HeapAlloc), "system_bytes": withoutBallast(mem.Sys)},
 		"goroutines": runtime.NumGoroutine(),
 		"auth":       a,

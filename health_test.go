@@ -87,7 +87,8 @@ func TestHealthDetailed(t *testing.T) {
 				}
 				auth["expires_at"] = true
 			}
-			want := map[string]any{"status": tt.status, "version": version().Version, "requests": counts, "auth": tt.auth}
+			want := map[string]any{"status": tt.status, "version": version().Version, "requests": counts, "auth": tt.auth,
+				"tokens": map[string]any{"input": 0.0, "output": 0.0, "cached": 0.0}}
 			wantEqual(t, "/health/detailed", want, got)
 		})
 	}

@@ -34,6 +34,7 @@
 //	signin.go       the commands login, logout and status
 //	health.go       the health endpoints, and the healthcheck command
 //	metrics.go      counts, and the page for Prometheus
+//	usage.go        the token usage in an answer
 //	log.go          the log's format, and a writer that never blocks
 //	demo.go         the demo command, and its stand-in for Qwen
 package main

@@ -3,12 +3,14 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -28,7 +30,17 @@ type metrics struct {
 	upstreamErrors   [len(categories)]atomic.Int64
 
 	routes []*routeCounts // the first is for requests that no route matches
+
+	mu     sync.Mutex // guards the two maps
+	models map[string]bool
+	tokens map[[2]string]*tokenCounts // by model and the name of the client's key
 }
+
+// A tokenCounts counts tokens by tokenKinds.
+type tokenCounts [len(tokenKinds)]atomic.Int64
+
+// maxModelSeries bounds the models that tokens are counted by, because clients name them. Those that come later count as "other".
+const maxModelSeries = 100
 
 // categories are the values of the category label: the types of errors that Qwen or the network to it can cause.
 var categories = [...]string{typeAuthentication, typeConfiguration, typeInvalidRequest, typeNetwork, typeRateLimit, typeServer, typeStreaming}
@@ -66,7 +78,8 @@ func (h *histogram) observe(d time.Duration) {
 
 // newMetrics returns the counts of a server that starts now.
 func newMetrics() *metrics {
-	return &metrics{started: time.Now(), routes: []*routeCounts{{path: "other"}}}
+	return &metrics{started: time.Now(), routes: []*routeCounts{{path: "other"}},
+		models: map[string]bool{}, tokens: map[[2]string]*tokenCounts{}}
 }
 
 // register makes the counts for the route of path. It must be called before requests are served.
@@ -89,6 +102,36 @@ func (m *metrics) ended(x *exchange, took time.Duration) {
 			}
 		}
 	}
+}
+
+// spent counts the tokens that the answer of x has told.
+func (m *metrics) spent(x *exchange) {
+	if !slices.Contains(x.usage.told[:], true) {
+		return
+	}
+	m.mu.Lock()
+	model := x.model
+	if len(m.models) < maxModelSeries {
+		m.models[model] = true
+	} else if !m.models[model] {
+		model = "other"
+	}
+	counts := m.tokens[[2]string{model, x.key}]
+	if counts == nil {
+		counts = new(tokenCounts)
+		m.tokens[[2]string{model, x.key}] = counts
+	}
+	m.mu.Unlock()
+	for i, n := range x.usage.tokens {
+		counts[i].Add(n)
+	}
+}
+
+// allTokens returns the counts of tokens by model and the name of the client's key.
+func (m *metrics) allTokens() map[[2]string]*tokenCounts {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return maps.Clone(m.tokens)
 }
 
 // upstreamFailures returns how many requests failed because of Qwen or the network to it.
@@ -129,13 +172,16 @@ func (p *page) add(value float64, labels ...string) { p.sample("", value, labels
 func (p *page) sample(suffix string, value float64, labels ...string) {
 	p.WriteString(p.family + suffix)
 	for i := 0; i < len(labels); i += 2 {
-		fmt.Fprintf(p, "%c%s=%q", "{,"[min(i, 1)], labels[i], labels[i+1])
+		fmt.Fprintf(p, `%c%s="%s"`, "{,"[min(i, 1)], labels[i], labelEscapes.Replace(labels[i+1]))
 	}
 	if len(labels) > 0 {
 		p.WriteByte('}')
 	}
 	fmt.Fprintf(p, " %v\n", value)
 }
+
+// labelEscapes has all the escapes of the format. Other characters, as in a model's name, stand for themselves.
+var labelEscapes = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
 // counter and gauge write a family with one sample.
 func (p *page) counter(name, help string, value float64) {
@@ -179,6 +225,13 @@ func (p *page) counts(m *metrics) {
 	p.begin("qwen_proxy_upstream_errors_total", "counter", "Requests that failed at Qwen or on the way to it, by the log's error_type.")
 	for i, category := range categories {
 		p.add(float64(m.upstreamErrors[i].Load()), "category", category)
+	}
+	p.begin("qwen_proxy_tokens_total", "counter", "Tokens that Qwen's answers told of, by model, the name of the client's key, and kind.")
+	tokens := m.allTokens()
+	for _, by := range slices.SortedFunc(maps.Keys(tokens), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
+		for i, kind := range tokenKinds {
+			p.add(float64(tokens[by][i].Load()), "model", by[0], "key", by[1], "kind", kind)
+		}
 	}
 }
 

@@ -114,7 +114,7 @@ func (p *proxy) forward(path, required string) handler {
 			}
 			c.completion, member = true, "messages"
 		}
-		if err := p.prepare(body, member); err != nil {
+		if err := p.prepare(x, body, member); err != nil {
 			return err
 		}
 		if c.token, err = p.tokens.Token(r.Context()); err != nil {
@@ -139,8 +139,8 @@ func (p *proxy) messages(path string) handler {
 }
 
 // prepare checks the members of a body that the proxy depends on. It puts in the default model if there is none, and an alias's
-// model. All other bytes stay as they are.
-func (p *proxy) prepare(body *requestBody, required string) error {
+// model. All other bytes stay as they are. It notes in x what the request asks for.
+func (p *proxy) prepare(x *exchange, body *requestBody, required string) error {
 	names := []string{"model", "stream", required}
 	if required == "" {
 		names = names[:2]
@@ -159,12 +159,13 @@ func (p *proxy) prepare(body *requestBody, required string) error {
 			return invalidRequest(required, "invalid_type", "%q must be a string or an array.", required)
 		}
 	}
-	switch string(found[1].of(body.data)) {
+	stream := string(found[1].of(body.data))
+	switch stream {
 	case "", "null", "true", "false":
 	default:
 		return invalidRequest("stream", "invalid_type", `"stream" must be true or false.`)
 	}
-	model := found[0]
+	model, name := found[0], p.cfg.defaultModel
 	switch v := model.of(body.data); {
 	case len(v) == 0: // missing: it goes first
 		at := bytes.IndexByte(body.data, '{') + 1
@@ -177,12 +178,16 @@ func (p *proxy) prepare(body *requestBody, required string) error {
 		body.replace(model.start, model.end, jsonString(p.cfg.defaultModel))
 	case v[0] != '"':
 		return invalidRequest("model", "invalid_type", `"model" must be a string.`)
-	case len(p.cfg.aliases) > 0 && len(v) <= 1<<10: // a longer one is no alias
-		var name string
-		if json.Unmarshal(v, &name) == nil && p.cfg.aliases[name] != "" {
-			body.replace(model.start, model.end, jsonString(p.cfg.aliases[name]))
+	default:
+		if name = ""; len(v) <= 1<<10 { // a longer one is no alias, and too long for the log
+			json.Unmarshal(v, &name) // Qwen judges what is not valid
+		}
+		if real, ok := p.cfg.aliases[name]; ok {
+			name = real
+			body.replace(model.start, model.end, jsonString(name))
 		}
 	}
+	x.model, x.stream = name, stream == "true"
 	return nil
 }
 
@@ -457,11 +462,14 @@ func (c *call) modifyResponse(res *http.Response) error {
 	if res.StatusCode != http.StatusOK {
 		return c.passError(res)
 	}
+	compressed := isCompressed(h) // it passes unread: its own format shows a cut
+	if !compressed {
+		upstream.usage = &c.x.usage
+	}
 	body := &answerBody{Closer: upstream, call: c, text: upstream, delimited: delimited}
 	res.Body = body
 	mediaType, _, _ := strings.Cut(h.Get("Content-Type"), ";")
 	stream := strings.EqualFold(strings.TrimSpace(mediaType), "text/event-stream")
-	compressed := isCompressed(h) // it passes unread: its own format shows a cut
 	switch {
 	case stream && !compressed:
 		c.passStream(res, body)

@@ -107,6 +107,7 @@ func track(cfg *config, log *slog.Logger, m *metrics, next handler) http.Handler
 		took := time.Since(x.start)
 		m.inFlight.Add(-1)
 		m.ended(x, took)
+		m.spent(x)
 		x.log(r, log, took, cfg.debug)
 		if !whole {
 			panic(http.ErrAbortHandler) // net/http cuts the connection, so that the answer does not look whole
@@ -181,7 +182,7 @@ func callHandler(x *exchange, r *http.Request, log *slog.Logger, next handler) (
 // stack for as long as a stream lasts, and double it to 16 kB.
 func (s *server) dispatch(x *exchange, r *http.Request) error {
 	c := s.access.client(r)
-	x.client = c.addr
+	x.client, x.key = c.addr, c.key
 	s.access.allowOrigin(x.Header(), r)
 	if err := s.access.check(r, c); err != nil {
 		return err

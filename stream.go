@@ -18,7 +18,8 @@ var errBroken = &apiError{status: http.StatusBadGateway, typ: typeStreaming, cod
 // while it waits for Qwen: a client may take its time.
 type upstreamBody struct {
 	io.ReadCloser
-	call *call
+	call  *call
+	usage *tokenUsage // looks for usage in what is read; nil does not
 }
 
 func (b *upstreamBody) Read(p []byte) (int, error) {
@@ -27,6 +28,9 @@ func (b *upstreamBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if n > 0 && b.call.x.firstByte.IsZero() {
 		b.call.x.firstByte = time.Now()
+	}
+	if b.usage != nil {
+		b.usage.look(p[:n])
 	}
 	return n, err
 }
