@@ -34,6 +34,7 @@ type config struct {
 	debug     bool   // per-request detail in the log
 	demo      bool   // a stand-in answers in Qwen's place
 	greet     bool   // the log goes to a terminal, and a user reads it
+	colors    bool   // that terminal takes colors
 
 	envFile      string // the file that settings were read from; "" for none
 	notifySocket string // of the service manager; "" for none

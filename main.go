@@ -197,6 +197,9 @@ func configure(c command, lookup func(string) (string, bool), envFile string, st
 	cfg.notifySocket, _ = lookup("NOTIFY_SOCKET") // set by the service manager: not a setting
 	if format, _ := settings("LOG_FORMAT"); isTerminal(stderr) && strings.TrimSpace(format) == "" {
 		cfg.greet, cfg.logFormat = true, "text"
+		noColor, _ := lookup("NO_COLOR") // no-color.org
+		term, _ := lookup("TERM")
+		cfg.colors = noColor == "" && term != "" && term != "dumb"
 	}
 	return cfg, errors.Join(fileErr, err)
 }

@@ -144,7 +144,7 @@ func start(t *testing.T, env map[string]string, adapt ...func(*exec.Cmd)) *progr
 			t.Logf("stderr of process %d:\n%s", p.cmd.Process.Pid, p.stderr)
 		}
 	})
-	p.url = p.stderr.await(t, `(?m)(?:"msg":"listening".*"url":"|msg=listening.* url=|^Listening on )([^"\s]+)`)
+	p.url = p.stderr.await(t, `(?m)(?:"msg":"listening".*"url":"|listening  .* url=|^Listening on )([^"\s]+)`)
 	return p
 }
 

@@ -103,8 +103,9 @@ qwen-go-proxy listens on unix:` + socket + `.
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			user := startAtTerminal(t, tt.env).stderr
-			user.await(t, `time=\d\d:\d\d:\d\d level=INFO msg=listening`)
-			got, _, _ := strings.Cut(strings.ReplaceAll(user.String(), "\r\n", "\n"), "time=")
+			user.await(t, `(?m)^\d\d:\d\d:\d\d listening  address=`)
+			got := strings.ReplaceAll(user.String(), "\r\n", "\n")
+			got = got[:regexp.MustCompile(`(?m)^\d\d:\d\d:\d\d `).FindStringIndex(got)[0]]
 			for line := range strings.Lines(got) {
 				if n := utf8.RuneCountInString(strings.TrimSpace(line)); n > 78 {
 					t.Errorf("%d columns: %s", n, line)
@@ -119,7 +120,7 @@ qwen-go-proxy listens on unix:` + socket + `.
 func TestDemoAtATerminalSaysHowToStop(t *testing.T) {
 	t.Parallel()
 	user := startAtTerminal(t, nil, "demo").stderr
-	user.await(t, `(?s)Base URL .*Stop      Ctrl-C; .*level=INFO msg=listening.*To sign in to Qwen`)
+	user.await(t, `(?s)Base URL .*Stop      Ctrl-C; .*\d listening  address=.*To sign in to Qwen`)
 }
 
 func TestASecondInterruptIsAnnounced(t *testing.T) {
