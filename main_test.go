@@ -573,8 +573,7 @@ func TestPanicsStayInside(t *testing.T) {
 
 // A file that is embedded but kept out of the build context would break the image alone.
 func TestDockerContextHasWhatIsEmbedded(t *testing.T) {
-	b, err := os.ReadFile(".dockerignore")
-	fatalIf(t, err)
+	b := readFile(t, ".dockerignore")
 	lines := strings.Split(string(b), "\n")
 	pkg, err := build.ImportDir(".", 0)
 	fatalIf(t, err)
@@ -590,8 +589,7 @@ func TestDockerContextHasWhatIsEmbedded(t *testing.T) {
 
 // TestMapOfTheFiles: the package comment has a line for each file.
 func TestMapOfTheFiles(t *testing.T) {
-	b, err := os.ReadFile("main.go")
-	fatalIf(t, err)
+	b := readFile(t, "main.go")
 	var want, got []string
 	for _, m := range regexp.MustCompile(`(?m)^//\t(\w+\.go) `).FindAllStringSubmatch(string(b), -1) {
 		got = append(got, m[1])

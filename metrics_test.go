@@ -127,48 +127,31 @@ const ordinaryChat = `{"messages":[]}`
 
 func TestMetricsCountByRouteAndStatus(t *testing.T) {
 	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
-		b, _ := io.ReadAll(r.Body)
-		if _, status, ok := strings.Cut(string(b), "status "); ok {
-			n, _ := strconv.Atoi(status[:3])
-			answerJSON(w, n, `{"error":{"message":"no"}}`)
-			return
-		}
-		answerJSON(w, http.StatusOK, `{"choices":[]}`)
+		status, _ := strconv.Atoi(r.Header.Get("X-Request-Id"))
+		answerJSON(w, max(status, 200), `{"error":{"message":"no"}}`)
 	}, nil)
-	for _, r := range []struct{ method, path, body string }{
-		{"GET", "/", ""}, {"HEAD", "/health", ""}, {"GET", "/health", ""}, {"GET", "/health/ready", ""}, {"GET", "/health/detailed", ""}, {"GET", "/auth", ""},
-		{"GET", "/v1/models", ""}, {"GET", "/models", ""}, {"GET", "/v1/models/qwen3-coder-plus", ""}, {"GET", "/models/a/b", ""},
-		{"POST", "/v1/chat/completions", ordinaryChat}, {"POST", "/chat/completions", ordinaryChat}, {"POST", "/v1//chat/completions", ordinaryChat},
-		{"POST", "/v1/chat/completions", `{`},
-		{"POST", "/v1/chat/completions", `{"messages":["status 422"]}`},
-		{"POST", "/v1/chat/completions", `{"messages":["status 418"]}`}, {"POST", "/v1/chat/completions", `{"messages":["status 451"]}`},
-		{"POST", "/v1/chat/completions", `{"messages":["status 599"]}`},
-		{"POST", "/embeddings", `{"input":"x"}`}, {"POST", "/v1/responses", `{"input":"x"}`},
-		{"GET", "/v1/chat/completions", ""}, {"DELETE", "/v1/models", ""}, {"GET", "/v1/nonsense", ""}, {"BREW", "/pot", ""}, {"GET", "/metrics/", ""},
+	want := map[string]float64{}
+	for _, tt := range []struct{ request, id, series string }{
+		{"GET /health", "", `{route="/health",status="200"}`},
+		{"HEAD /health", "", `{route="/health",status="200"}`},
+		{"GET /metrics", "", `{route="/metrics",status="200"}`},
+		{"GET /metrics/", "", `{route="/metrics",status="200"}`},
+		{"GET /models/a/b", "", `{route="/v1/models/{id}",status="404"}`},
+		{"POST /v1/chat/completions", "200", `{route="/v1/chat/completions",status="200"}`},
+		{"POST /v1//chat/completions", "200", `{route="/v1/chat/completions",status="200"}`},
+		{"POST /chat/completions", "422", `{route="/v1/chat/completions",status="422"}`},
+		{"POST /chat/completions", "418", `{route="/v1/chat/completions",status="418"}`},
+		{"POST /chat/completions", "451", `{route="/v1/chat/completions",status="451"}`},
+		{"POST /chat/completions", "599", `{route="/v1/chat/completions",status="599"}`},
+		{"POST /embeddings", "200", `{route="/v1/embeddings",status="200"}`},
+		{"GET /v1/chat/completions", "", `{route="other",status="405"}`},
+		{"DELETE /v1/models", "", `{route="other",status="405"}`},
+		{"GET /v1/nonsense", "", `{route="other",status="404"}`},
+		{"BREW /pot", "", `{route="other",status="404"}`},
 	} {
-		p.do(r.method, r.path, strings.NewReader(r.body))
-	}
-	p.do("GET", "/metrics", nil)
-	want := map[string]float64{
-		`{route="/",status="200"}`:                    1,
-		`{route="/health",status="200"}`:              2,
-		`{route="/health/ready",status="200"}`:        1,
-		`{route="/health/detailed",status="200"}`:     1,
-		`{route="/auth",status="200"}`:                1,
-		`{route="/metrics",status="200"}`:             2, // /metrics/ is the same
-		`{route="/v1/models",status="200"}`:           2,
-		`{route="/v1/models/{id}",status="200"}`:      1,
-		`{route="/v1/models/{id}",status="404"}`:      1,
-		`{route="/v1/chat/completions",status="200"}`: 3,
-		`{route="/v1/chat/completions",status="400"}`: 1,
-		`{route="/v1/chat/completions",status="422"}`: 1,
-		`{route="/v1/chat/completions",status="418"}`: 1,
-		`{route="/v1/chat/completions",status="451"}`: 1,
-		`{route="/v1/chat/completions",status="599"}`: 1,
-		`{route="/v1/embeddings",status="200"}`:       1,
-		`{route="/v1/responses",status="200"}`:        1,
-		`{route="other",status="404"}`:                2,
-		`{route="other",status="405"}`:                2,
+		method, path, _ := strings.Cut(tt.request, " ")
+		p.send(method, path, header("X-Request-ID", tt.id))
+		want[tt.series]++
 	}
 	got := p.metrics()
 	counts := got.of("qwen_proxy_requests_total")
@@ -417,8 +400,7 @@ func TestDeployedFilesNameMetricsThatExist(t *testing.T) {
 		names[name] = true
 	}
 	for _, file := range []string{"deploy/grafana-dashboard.json", "deploy/alerts.yaml"} {
-		b, err := os.ReadFile(file)
-		fatalIf(t, err)
+		b := readFile(t, file)
 		found := regexp.MustCompile(`\b(qwen_proxy|process|go)_[a-z_]+`).FindAllString(string(b), -1)
 		if len(found) < 5 {
 			t.Errorf("%s names %d metrics", file, len(found))
@@ -429,8 +411,7 @@ func TestDeployedFilesNameMetricsThatExist(t *testing.T) {
 			}
 		}
 	}
-	docs, err := os.ReadFile("docs/operations.md")
-	fatalIf(t, err)
+	docs := readFile(t, "docs/operations.md")
 	for name := range names {
 		name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
 		if strings.HasPrefix(name, "qwen_proxy_") && !strings.Contains(string(docs), "`"+name+"`") {

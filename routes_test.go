@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -27,8 +26,7 @@ func endpoints(t *testing.T) (list []string) {
 }
 
 func TestREADMEListsEveryRoute(t *testing.T) {
-	b, err := os.ReadFile("README.md")
-	fatalIf(t, err)
+	b := readFile(t, "README.md")
 	_, section, _ := strings.Cut(string(b), "\n## Endpoints\n")
 	section, _, _ = strings.Cut(section, "\n## ")
 	var listed []string

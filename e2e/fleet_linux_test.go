@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -59,8 +58,7 @@ func startFleet(t *testing.T, env map[string]string) *fleet {
 		f.addrs = append(f.addrs, free(fmt.Sprintf("127.0.0.1%d", i+1)))
 		replace[fmt.Sprintf("10.0.0.1%d:8080", i+1)] = f.addrs[i]
 	}
-	b, err := os.ReadFile("../deploy/haproxy.cfg")
-	fatalIf(t, err)
+	b := readFile(t, "../deploy/haproxy.cfg")
 	config := string(b)
 	for from, to := range replace {
 		if !strings.Contains(config, from) {

@@ -277,8 +277,7 @@ func (p *program) memory(name string) (bytes int) {
 	if runtime.GOOS != "linux" {
 		p.t.Skip("needs /proc")
 	}
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
-	fatalIf(p.t, err)
+	status := readFile(p.t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
 	_, after, _ := strings.Cut(string(status), "\n"+name+":")
 	if _, err := fmt.Sscanf(after, "%d kB", &bytes); err != nil {
 		p.t.Fatalf("%s: %v in %s", name, err, status)
