@@ -53,7 +53,7 @@ func (b *bodyReader) read(w http.ResponseWriter, r *http.Request) (*requestBody,
 	if err := b.fill(&body.buffer, w, r); err != nil {
 		body.release()
 		if r.ProtoMajor == 1 { // the rest of the body may still come; HTTP/2 needs no new connection
-			w.Header()["Connection"] = valueClose
+			w.Header().Set("Connection", "close")
 		}
 		return nil, err
 	}

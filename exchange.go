@@ -24,8 +24,8 @@ type exchange struct {
 
 // A record is what the access log and the metrics say about a request. Each part of the proxy fills in what it knows.
 type record struct {
-	ids        [1]string // X-Request-ID, as the value of a header
-	route      string    // the path of its route; "" if there is none, or the request was refused before
+	id         string // X-Request-ID
+	route      string // the path of its route; "" if there is none, or the request was refused before
 	client     netip.Addr
 	key        string // the name of the client's key; "" if it needs none
 	start      time.Time
@@ -40,9 +40,6 @@ type record struct {
 	firstByte  time.Time  // when the first byte of Qwen's answer's body came; zero until then
 	err        *apiError  // what failed first; nil if nothing did
 }
-
-// id returns the request's X-Request-ID.
-func (rec *record) id() string { return rec.ids[0] }
 
 // fail notes what failed. The first failure counts: others follow from it.
 func (rec *record) fail(err *apiError) {
@@ -139,7 +136,7 @@ func (x *exchange) answerError(err error) bool {
 
 // errorBody returns the JSON of e in the shape that the client expects.
 func (x *exchange) errorBody(e *apiError) []byte {
-	b := e.body(x.id())
+	b := e.body(x.id)
 	if x.anthropic {
 		b = append([]byte(`{"type":"error",`), b[1:]...)
 	}
@@ -171,7 +168,7 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, de
 		return
 	}
 	attrs := append(make([]slog.Attr, 0, 24),
-		slog.String("request_id", x.id()),
+		slog.String("request_id", x.id),
 		slog.String("method", clip(r.Method, 20)),
 		slog.String("path", clip(r.URL.Path, 200)),
 		slog.Int("status", status),

@@ -151,7 +151,7 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 		"memory":     map[string]uint64{"heap_bytes": withoutBallast(mem.HeapAlloc), "system_bytes": withoutBallast(mem.Sys)},
 		"goroutines": runtime.NumGoroutine(),
 		"auth":       a,
-		"request_id": x.id(),
+		"request_id": x.id,
 	})
 	return nil
 }

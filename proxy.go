@@ -247,24 +247,20 @@ func forwardedHeaders(h http.Header) http.Header {
 	return forwarded
 }
 
-// Values of headers to Qwen that never change. Nothing writes to them.
+// The headers of every request to Qwen, and those of requests with a sign-in's token. Nothing writes to the values.
 var (
-	valueJSON      = []string{"application/json"}
-	valueUserAgent = []string{userAgent}
-	valueOAuth     = []string{"qwen-oauth"}
-	valueEnable    = []string{"enable"}
+	upstreamHeaders = http.Header{"Content-Type": {"application/json"}, "User-Agent": {userAgent}}
+	oauthHeaders    = http.Header{"X-Dashscope-Authtype": {"qwen-oauth"}, "X-Dashscope-Cachecontrol": {"enable"}}
 )
 
 // rewrite points the request at Qwen and sets the bearer token. ReverseProxy has removed hop-by-hop headers by then, so no client
 // can have the token removed.
 func (c *call) rewrite(r *httputil.ProxyRequest) {
 	h := r.Out.Header
-	h["Content-Type"] = valueJSON
-	h["User-Agent"] = valueUserAgent
-	h["X-Request-Id"] = c.x.ids[:]
+	maps.Copy(h, upstreamHeaders)
+	h["X-Request-Id"] = []string{c.x.id}
 	if !c.token.isKey() {
-		h["X-Dashscope-Authtype"] = valueOAuth
-		h["X-Dashscope-Cachecontrol"] = valueEnable
+		maps.Copy(h, oauthHeaders)
 	}
 	r.Out.Method = http.MethodPost
 	r.Out.Trailer = nil // HTTP/2 would send it
@@ -520,7 +516,7 @@ func (c *call) readWhole(res *http.Response, delimited bool) error {
 		if text, err = translate(c.whole.data, "message"); err != nil {
 			return notAnAnswer(res.StatusCode, err)
 		}
-		res.Header["Content-Type"] = valueJSON
+		res.Header.Set("Content-Type", "application/json")
 	}
 	setBody(res, text)
 	return nil
@@ -554,7 +550,7 @@ func (c *call) passError(res *http.Response) error {
 	if isCompressed(res.Header) {
 		detail, ok = "(compressed)", true
 	} else {
-		res.Header["Content-Type"] = valueJSON
+		res.Header.Set("Content-Type", "application/json")
 	}
 	detail = clip(c.token.redact(res.Status+" "+detail), 150)
 	if ok && err == nil && len(text) <= maxErrorBody && !c.tokenIn(text) {

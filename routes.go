@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"path"
 	"runtime/debug"
@@ -115,14 +116,8 @@ func track(cfg *config, log *slog.Logger, m *metrics, next handler) http.Handler
 	})
 }
 
-// Header values that never change. net/http reads them only.
-var (
-	valueNosniff    = []string{"nosniff"}
-	valueDeny       = []string{"DENY"}
-	valueNoReferrer = []string{"no-referrer"}
-	valueHSTS       = []string{"max-age=31536000"}
-	valueClose      = []string{"close"}
-)
+// securityHeaders are in every answer. Nothing writes to the values.
+var securityHeaders = http.Header{"X-Content-Type-Options": {"nosniff"}, "X-Frame-Options": {"DENY"}, "Referrer-Policy": {"no-referrer"}}
 
 // begin returns the exchange of r, and sets the headers that every answer has.
 func begin(cfg *config, w http.ResponseWriter, r *http.Request) *exchange {
@@ -133,24 +128,22 @@ func begin(cfg *config, w http.ResponseWriter, r *http.Request) *exchange {
 	bare := strings.TrimPrefix(r.URL.Path, "/v1")
 	x := &exchange{
 		answerWriter: answerWriter{w: w, rc: http.NewResponseController(w), timeout: cfg.writeTimeout, http2: r.ProtoMajor == 2},
-		record: record{ids: [1]string{requestID(r)}, start: time.Now(),
+		record: record{id: requestID(r), start: time.Now(),
 			anthropic: bare == "/messages" || strings.HasPrefix(bare, "/messages/")},
 	}
 	h := w.Header()
-	h["X-Request-Id"] = x.ids[:]
+	h["X-Request-Id"] = []string{x.id}
 	if _, ok := r.Header["Anthropic-Version"]; ok {
-		h["Request-Id"] = x.ids[:] // where Anthropic's clients look for it
+		h["Request-Id"] = []string{x.id} // where Anthropic's clients look for it
 	}
-	h["X-Content-Type-Options"] = valueNosniff
-	h["X-Frame-Options"] = valueDeny
-	h["Referrer-Policy"] = valueNoReferrer
+	maps.Copy(h, securityHeaders)
 	if r.TLS != nil {
-		h["Strict-Transport-Security"] = valueHSTS
+		h.Set("Strict-Transport-Security", "max-age=31536000")
 	}
 	if len(r.TransferEncoding) > 0 {
 		// net/http takes a request with both Transfer-Encoding and Content-Length, and then hides the
 		// latter. "the server MUST close the connection after responding to such a request" (RFC 9112 §6.1).
-		h["Connection"] = valueClose
+		h.Set("Connection", "close")
 	}
 	if !x.http2 && r.Body != http.NoBody {
 		// net/http reads what a handler leaves of the body, and would wait for it without end.
@@ -167,7 +160,7 @@ func callHandler(x *exchange, r *http.Request, log *slog.Logger, next handler) (
 		case http.ErrAbortHandler: // ReverseProxy could not pass the answer on
 			x.fail(errClientLeft)
 		default:
-			log.Error("a bug in the proxy: please report it", "request_id", x.id(), "panic", v, "stack", string(debug.Stack()))
+			log.Error("a bug in the proxy: please report it", "request_id", x.id, "panic", v, "stack", string(debug.Stack()))
 			x.fail(errDefect)
 			whole = x.status == 0 && x.answerError(errDefect)
 		}
