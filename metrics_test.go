@@ -392,7 +392,9 @@ func TestDeployedFilesNameMetricsThatExist(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("elsewhere there are no metrics of the process")
 	}
-	p := startWith(t, func(w http.ResponseWriter, r *http.Request) { answerJSON(w, http.StatusOK, `{"choices":[],"usage":{"prompt_tokens":1}}`) }, nil)
+	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
+		answerJSON(w, http.StatusOK, `{"choices":[],"usage":{"prompt_tokens":1}}`)
+	}, nil)
 	p.post("/v1/chat/completions", ordinaryChat)
 	names := map[string]bool{}
 	for series := range p.metrics() {
