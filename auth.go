@@ -63,7 +63,7 @@ func authHandler(tokens tokenSource) handler {
 		}
 		if start && (a.Status == signInStarting || a.Status == signInFailed) {
 			return &apiError{status: http.StatusServiceUnavailable, typ: typeNetwork, code: "sign_in_unavailable", retryAfter: 5 * time.Second,
-				message: a.Message, err: st.flow.state().err}
+				message: a.Message, err: st.flow.signIn().err}
 		}
 		writeJSON(x, http.StatusOK, a)
 		return nil
@@ -92,7 +92,7 @@ func newAuthAnswer(r *http.Request, st sourceStatus) *authAnswer {
 		return a
 	}
 
-	in := st.flow.state()
+	in := st.flow.signIn()
 	a.Status, a.Demo = in.status, st.flow.demo
 	switch in.status {
 	case signInPending:

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -85,13 +86,13 @@ func (t *token) LogValue() slog.Value {
 	return slog.GroupValue(slog.Time("expires", t.expiry))
 }
 
-// apiBase returns the base URL of the API that resourceURL names. It adds https:// if there is no scheme, and /v1 at the end if
-// that is missing. Tokens go only to Qwen's own hosts, or to this machine.
-func apiBase(resourceURL string) (*url.URL, error) {
-	if resourceURL == "" {
-		resourceURL = "https://portal.qwen.ai/v1"
+// apiBase returns the base URL of the API that t is for. set, which is API_BASE_URL, wins over t's resource_url. A resource_url
+// gets https:// if it has no scheme, and /v1 if it does not end so. Tokens go only to Qwen's own hosts, or to this machine.
+func apiBase(set *url.URL, t *token) (*url.URL, error) {
+	if set != nil {
+		return set, nil
 	}
-	s := strings.TrimRight(resourceURL, "/")
+	s := strings.TrimRight(cmp.Or(t.resourceURL, "https://portal.qwen.ai/v1"), "/")
 	if !strings.Contains(s, "://") {
 		s = "https://" + s
 	}

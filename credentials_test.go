@@ -373,7 +373,7 @@ func TestAPIBase(t *testing.T) {
 		{"evil.com%2f.qwen.ai", "not a URL"},
 		{"https://[::1", "not a URL"},
 	} {
-		u, err := apiBase(tt.resourceURL)
+		u, err := apiBase(nil, &token{resourceURL: tt.resourceURL})
 		if err == nil {
 			wantEqual(t, tt.resourceURL, tt.want, u.String())
 		} else if s := err.Error(); u != nil || !strings.Contains(s, tt.want) || !strings.Contains(s, "API_BASE_URL") || strings.Contains(s, "s3cret") || len(s) > 500 {

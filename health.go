@@ -113,7 +113,7 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 		a.Reason = err.message
 	}
 	if st.flow != nil {
-		a.SignIn = st.flow.state().status
+		a.SignIn = st.flow.signIn().status
 	}
 	if t := st.token; t != nil {
 		if !t.expiry.IsZero() {

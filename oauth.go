@@ -342,17 +342,17 @@ type deviceFlow struct {
 	closed bool                    // no more sign-ins
 }
 
-// state returns the state of the sign-in under way, or of the last one.
-func (f *deviceFlow) state() *signIn { return f.current.Load() }
+// signIn returns the state of the sign-in under way, or of the last one.
+func (f *deviceFlow) signIn() *signIn { return f.current.Load() }
 
 // start starts a sign-in unless one is under way. It does not wait for it.
 func (f *deviceFlow) start() {
-	if f.state().active() {
+	if f.signIn().active() {
 		return // the usual case for a request, and it takes no lock
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.closed || f.state().active() {
+	if f.closed || f.signIn().active() {
 		return
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
@@ -369,7 +369,7 @@ func (f *deviceFlow) startAndWait(ctx context.Context, wait time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	f.start()
-	for in := f.state(); in.status == signInStarting && in.err == nil; in = f.state() {
+	for in := f.signIn(); in.status == signInStarting && in.err == nil; in = f.signIn() {
 		select {
 		case <-in.changed:
 		case <-ctx.Done():
@@ -382,7 +382,7 @@ func (f *deviceFlow) startAndWait(ctx context.Context, wait time.Duration) {
 func (f *deviceFlow) end(status string, reason error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.state().active() {
+	if f.signIn().active() {
 		f.cancel(reason)
 		f.replace(&signIn{status: status, ended: time.Now()})
 	}

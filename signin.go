@@ -206,9 +206,7 @@ func localCredentials(cfg *config) (*token, error) {
 	case t.refresh == "" && !t.good(time.Now()):
 		return nil, fmt.Errorf("the token expired at %s and can't be renewed: sign in again", t.expiry.Format(time.DateTime))
 	}
-	if t.base = cfg.apiBase; t.base == nil {
-		t.base, err = apiBase(t.resourceURL)
-	}
+	t.base, err = apiBase(cfg.apiBase, t)
 	return t, err
 }
 

@@ -133,9 +133,7 @@ func (s *oauthSource) prepare(t *token) *token {
 		return nil
 	}
 	t.authorization = "Bearer " + t.access
-	if t.base = s.base; t.base == nil {
-		t.base, t.baseErr = apiBase(t.resourceURL)
-	}
+	t.base, t.baseErr = apiBase(s.base, t)
 	buffer := s.buffer
 	if life := t.expiry.Sub(t.obtained); life > 0 {
 		buffer = min(buffer, life/2)
@@ -174,7 +172,7 @@ func (s *oauthSource) wait(ctx context.Context, not *token) (*token, error) {
 			return st.token, nil
 		}
 		if err := s.problem(st, now); err != nil {
-			if err.status == http.StatusUnauthorized && now.Sub(s.flow.state().ended) > time.Minute {
+			if err.status == http.StatusUnauthorized && now.Sub(s.flow.signIn().ended) > time.Minute {
 				s.flow.start() // the last link is dead, and the message says that there is one in the log
 			}
 			return nil, err
@@ -198,12 +196,12 @@ func (s *oauthSource) problem(st *authState, now time.Time) *apiError {
 		return baseRefused(st.token.baseErr)
 	case good:
 		return nil
-	case st.token == nil && s.flow.demo:
-		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in",
-			message: fmt.Sprintf("The demo is not signed in yet. Its sign-in approves itself %v after it began: try again then.", demoApproval)}
 	case st.token == nil:
-		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in",
-			message: "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."}
+		message := "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."
+		if s.flow.demo {
+			message = fmt.Sprintf("The demo is not signed in yet. Its sign-in approves itself %v after it began: try again then.", demoApproval)
+		}
+		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in", message: message}
 	case st.final != nil:
 		return signInRefused(st.final)
 	case st.retryAt.After(now):
@@ -290,7 +288,7 @@ func (s *oauthSource) run(ctx, abort context.Context) {
 		case <-s.wake:
 		case <-nap.C:
 		}
-		for s.due(time.Now()) <= 0 {
+		for ctx.Err() == nil && s.due(time.Now()) <= 0 {
 			s.refresh(ctx, abort)
 		}
 		nap.Reset(min(s.due(time.Now()), maxNap))
@@ -391,8 +389,12 @@ func (s *oauthSource) due(now time.Time) time.Duration {
 
 // refresh renews the token once, if that is still due. If that fails, it notes why.
 func (s *oauthSource) refresh(ctx, abort context.Context) {
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
+	select {
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
+	case <-ctx.Done():
+		return
+	}
 	if s.due(time.Now()) > 0 {
 		return // another token, or none, has come into use meanwhile
 	}

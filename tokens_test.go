@@ -613,7 +613,7 @@ func TestSignIn(t *testing.T) {
 		s.want("access-1", 0)
 		s.wantAuth("signed_in")
 		s.wantAsked("device")
-		if got := s.flow.state().status; got != signInComplete {
+		if got := s.flow.signIn().status; got != signInComplete {
 			t.Errorf("sign-in %q, want complete", got)
 		}
 		if err := s.ready(); err != nil {
@@ -648,7 +648,7 @@ func TestSignInEnds(t *testing.T) {
 				s.start()
 				time.Sleep(tt.after)
 				synctest.Wait()
-				if got := s.flow.state().status; got != tt.status {
+				if got := s.flow.signIn().status; got != tt.status {
 					t.Fatalf("sign-in %q, want %q", got, tt.status)
 				}
 				s.wantLogged("sign-in ended without success", 1)
@@ -1060,4 +1060,20 @@ func TestARefreshThatIsNoLongerDueDoesNothing(t *testing.T) {
 	if st := s.state.Load(); st.failed != nil {
 		t.Errorf("the state is %+v", st)
 	}
+}
+
+// TestShutdownDoesNotWaitForASignInToBeStored: a sign-in that is stored may wait for the lock of another process.
+func TestShutdownDoesNotWaitForASignInToBeStored(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, -time.Hour), nil, func(*http.Request) (int, string) { return 200, tokenAnswer(1, 3600) })
+		s.turn <- struct{}{}
+		stop := s.start()
+		time.Sleep(time.Second)
+		stop()
+		<-s.turn
+		if took := time.Since(s.begin); took != time.Second {
+			t.Errorf("run ended after %v, want 1s", took)
+		}
+		s.wantAsked()
+	})
 }
