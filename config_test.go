@@ -164,17 +164,6 @@ func TestConfigGoodValues(t *testing.T) {
 	}
 }
 
-func TestConfigAddr(t *testing.T) {
-	for host, want := range map[string]string{
-		"127.0.0.1": "tcp 127.0.0.1:80", "::1": "tcp [::1]:80", "localhost": "tcp localhost:80", "unix:/run/s": "unix /run/s",
-	} {
-		network, address := (&config{host: host, port: 80}).addr()
-		if got := network + " " + address; got != want {
-			t.Errorf("addr of %q = %q, want %q", host, got, want)
-		}
-	}
-}
-
 // TestConfigBadValues checks that every error has the form NAME="value": want …, and is the only one.
 func TestConfigBadValues(t *testing.T) {
 	const (

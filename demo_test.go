@@ -8,7 +8,6 @@ import (
 	"net/url"
 	"strings"
 	"testing"
-	"testing/synctest"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -78,11 +77,6 @@ func (c *standInClient) poll(deviceCode string) object {
 		"grant_type": {"urn:ietf:params:oauth:grant-type:device_code"}, "device_code": {deviceCode}})
 }
 
-func (c *standInClient) refresh(token any) object {
-	c.t.Helper()
-	return c.object("POST", "/api/v1/oauth2/token", url.Values{"grant_type": {"refresh_token"}, "refresh_token": {token.(string)}})
-}
-
 // signIn signs in by way of the page, and sends the access token from here on.
 func (c *standInClient) signIn() (tokens object) {
 	c.t.Helper()
@@ -120,22 +114,6 @@ func TestStandInPage(t *testing.T) {
 	if got := c.poll(deviceCode); got["error"] != "access_denied" {
 		t.Errorf("polling what was denied: %v", got)
 	}
-}
-
-func TestStandInTokens(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := newStandInClient(t)
-		first := c.signIn()
-		second := c.refresh(first["refresh_token"])
-		if second["status"] != 200 || second["refresh_token"] == first["refresh_token"] || second["access_token"] == first["access_token"] {
-			t.Errorf("refresh: %v", second)
-		}
-		for _, token := range []any{first["refresh_token"], "unknown"} {
-			if got := c.refresh(token); got["status"] != 400 || got["error"] != "invalid_grant" {
-				t.Errorf("a refresh token that is not good: %v", got)
-			}
-		}
-	})
 }
 
 func TestStandInChat(t *testing.T) {

@@ -493,33 +493,20 @@ func TestShutdownCutsAStreamAtItsTimeout(t *testing.T) {
 
 func TestHealthcheckAsksTheServerOfTheSameEnvironment(t *testing.T) {
 	cert, key := certificate(t)
-	for _, tt := range []struct {
-		name string
-		env  map[string]string
-	}{
-		{"TCP", nil},
-		{"all addresses", map[string]string{"SERVER_HOST": "0.0.0.0"}},
-		{"IPv6", map[string]string{"SERVER_HOST": "::1"}},
-		{"TLS", map[string]string{"ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}},
-		{"Unix socket", map[string]string{"SERVER_HOST": "unix:" + filepath.Join(t.TempDir(), "s")}},
+	for name, env := range map[string]map[string]string{
+		"TCP":           {"SERVER_HOST": "127.0.0.1"},
+		"all addresses": {"SERVER_HOST": "0.0.0.0"},
+		"IPv6":          {"SERVER_HOST": "::1"},
+		"TLS":           {"SERVER_HOST": "127.0.0.1", "ENABLE_TLS": "true", "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key},
+		"Unix socket":   {"SERVER_HOST": "unix:" + filepath.Join(t.TempDir(), "s")},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			env := map[string]string{"QWEN_API_KEY": "sk-test"}
-			for k, v := range tt.env {
-				env[k] = v
-			}
-			p := start(t, env)
-			if i := strings.LastIndexByte(p.url, ':'); !strings.HasPrefix(p.url, "unix:") {
-				env["SERVER_PORT"] = p.url[i+1:]
-			}
-			if env["SERVER_HOST"] == "" {
-				env["SERVER_HOST"] = "127.0.0.1"
-			}
-			var stderr bytes.Buffer
-			if status := run(t.Context(), []string{"healthcheck"}, lookup(env), "", io.Discard, &stderr); status != 0 {
-				t.Errorf("exit status %d: %s", status, &stderr)
-			}
-		})
+		env["QWEN_API_KEY"] = "sk-test"
+		if p := start(t, env); !strings.HasPrefix(p.url, "unix:") {
+			env["SERVER_PORT"] = p.url[strings.LastIndexByte(p.url, ':')+1:]
+		}
+		if status, out := runCommand(t, env, "healthcheck").wait(t); status != 0 {
+			t.Errorf("%s: exit status %d: %s", name, status, out)
+		}
 	}
 }
 

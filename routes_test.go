@@ -52,6 +52,9 @@ func TestA404NamesEveryRoute(t *testing.T) {
 			t.Errorf("%q does not name %s", message, path)
 		}
 	}
+	if line := p.stderr.await(t, `(?m)^(.*"status":404.*)$`); !strings.Contains(line, `"error":"There is no /v1/nonsense."`) {
+		t.Errorf("the log has %s", line)
+	}
 }
 
 // TestEveryRouteIsCounted: with and without /v1 it counts under the name that the README gives it.
@@ -73,15 +76,6 @@ func TestEveryRouteIsCounted(t *testing.T) {
 		}
 	}
 	wantEqual(t, "requests by route", want, got)
-}
-
-func TestA404IsAShortLineInTheLog(t *testing.T) {
-	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"})
-	p.get("/v1/nonsense")
-	line := p.stderr.await(t, `(?m)^(.*"status":404.*)$`)
-	if !strings.Contains(line, `"error":"There is no /v1/nonsense."`) {
-		t.Errorf("the log has %s", line)
-	}
 }
 
 func TestAnotherMethodIsNotAllowed(t *testing.T) {

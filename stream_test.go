@@ -119,15 +119,10 @@ func TestACompressedErrorPassesAsItCame(t *testing.T) {
 		w.WriteHeader(429)
 		io.WriteString(w, packed)
 	}, nil)
-	req, err := http.NewRequest("POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
-	fatalIf(t, err)
-	res, err := (&http.Transport{DisableCompression: true}).RoundTrip(req)
-	fatalIf(t, err)
-	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
+	res, body := p.send("POST", "/v1/chat/completions", header("Accept-Encoding", "gzip")) // else the client unpacks
 	h := res.Header
-	if err != nil || res.StatusCode != 429 || string(body) != packed || h.Get("Content-Encoding") != "gzip" || h.Get("Retry-After") != "7" || h.Get("Content-Type") != "application/json;charset=UTF-8" {
-		t.Errorf("%s %v %q, %v", res.Status, h, body, err)
+	if res.StatusCode != 429 || body != packed || h.Get("Content-Encoding") != "gzip" || h.Get("Retry-After") != "7" || h.Get("Content-Type") != "application/json;charset=UTF-8" {
+		t.Errorf("%s %v %q", res.Status, h, body)
 	}
 	p.stderr.await(t, `"status":429.*"error_type":"rate_limit_error"`)
 }

@@ -720,6 +720,25 @@ func TestUnusableFileIsLeftUntilASignInIsComplete(t *testing.T) {
 	}
 }
 
+// TestAFileThatVanishes: the token in memory stays in use, and the next refresh writes the file again.
+func TestAFileThatVanishes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSourceTest(t, fileOf(0, time.Hour), nil, answering("", "", tokenAnswer(1, 3600)))
+		s.start()
+		time.Sleep(time.Second)
+		fatalIf(t, os.Remove(s.store.path()))
+		time.Sleep(50 * time.Minute)
+		s.want("access-0", 0)
+		s.wantLogged("the credential file has vanished", 1)
+		time.Sleep(10 * time.Minute)
+		s.want("access-1", 0)
+		if got := s.read()["refresh_token"]; got != "refresh-1" {
+			t.Errorf("the file has refresh token %v", got)
+		}
+		s.wantAsked("refresh-0")
+	})
+}
+
 func TestTokenIsUsedWhereItCannotBeStored(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "file")
@@ -730,41 +749,6 @@ func TestTokenIsUsedWhereItCannotBeStored(t *testing.T) {
 		synctest.Wait()
 		s.want("access-1", 0)
 		s.wantLogged("the credentials could not be stored and are lost when the proxy stops", 1)
-	})
-}
-
-func TestTokenGoesToNoForeignHost(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, "", nil, answering(deviceAnswer(nil), `{"access_token":"access-1","refresh_token":"refresh-1","resource_url":"https://evil.example"}`, ""))
-		s.start()
-		time.Sleep(5 * time.Second)
-		synctest.Wait()
-		if tok, err := s.Token(t.Context()); err != nil || tok.base != nil || tok.baseErr == nil {
-			t.Errorf("got %v, base %v, %v; want a token without base", err, tok.base, tok.baseErr)
-		}
-		if err := s.ready(); err == nil || err.code != "resource_url_refused" || !strings.Contains(err.message, "API_BASE_URL") {
-			t.Errorf("ready: %v, want resource_url_refused", err)
-		}
-		s.wantLogged("set API_BASE_URL to it", 1)
-	})
-}
-
-func TestShutdownStoresTheRefreshUnderWay(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, fileOf(0, -time.Hour), nil, func(*http.Request) (int, string) {
-			time.Sleep(10 * time.Second)
-			return 200, tokenAnswer(1, 3600)
-		})
-		stop := s.start()
-		time.Sleep(4 * time.Second)
-		begin := time.Now()
-		stop()
-		if took := time.Since(begin); took != 6*time.Second {
-			t.Errorf("run returned after %v, want 6s", took)
-		}
-		if got := s.read()["refresh_token"]; got != "refresh-1" {
-			t.Errorf("stored refresh token %v, want the new one", got)
-		}
 	})
 }
 

@@ -70,21 +70,6 @@ func (p *program) warned() (lines []string) {
 	return lines
 }
 
-// warnings checks what p has warned of: want in this order, each a substring of one line.
-func (p *program) warnings(want ...string) {
-	p.t.Helper()
-	got := p.warned()
-	if len(got) != len(want) {
-		p.t.Errorf("%d warnings, want %d:\n%s\nwant:\n%s", len(got), len(want), strings.Join(got, ""), strings.Join(want, "\n"))
-		return
-	}
-	for i := range want {
-		if !strings.Contains(got[i], want[i]) {
-			p.t.Errorf("warning %d is %swant %q in it", i, got[i], want[i])
-		}
-	}
-}
-
 // expired reports whether the token that was issued last has expired.
 func (w *witness) expired() bool {
 	w.mu.Lock()
@@ -171,44 +156,6 @@ func TestStorageThatFails(t *testing.T) {
 	}
 }
 
-// TestReadOnlyDirectoryFromTheStart signs in where nothing can be stored.
-func TestReadOnlyDirectoryFromTheStart(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	w := newWitness(t, t.TempDir(), 3*time.Second)
-	env := w.env()
-	reason := readOnly(t, dir)
-	env["QWEN_DIR"] = filepath.Join(dir, "qwen")
-	p := start(t, env)
-	p.becomes(http.StatusOK)
-	n := w.counts().refreshes
-	p.serving(w.refreshed(n), http.StatusOK, "")
-	p.serving(after(500*time.Millisecond), http.StatusOK, "")
-	p.warnings("can't write the directory", "waiting for sign-in", "the credentials could not be stored and are lost", "the refreshed token is only kept in memory")
-	if got := p.stderr.String(); strings.Count(got, reason) != 3 || !strings.Contains(got, "QWEN_DIR") && !strings.Contains(got, "chown") {
-		t.Errorf("want %q three times, and what to do", reason)
-	}
-	if c := w.counts(); c.deviceAuthorizations != 1 || c.replays != 0 {
-		t.Errorf("%+v: want one sign-in and no replay", c)
-	}
-	p.terminate()
-}
-
-// readOnly makes dir/qwen a directory that can't be written, and returns what a process is told that tries.
-func readOnly(t *testing.T, dir string) (reason string) {
-	t.Helper()
-	qwen := filepath.Join(dir, "qwen")
-	fatalIf(t, os.Mkdir(qwen, 0o700))
-	if err := syscall.Mount("tmpfs", qwen, "tmpfs", syscall.MS_RDONLY, "size=64k,mode=0700"); err == nil {
-		t.Cleanup(func() { syscall.Unmount(qwen, syscall.MNT_DETACH) })
-		return "read-only file system"
-	}
-	if fatalIf(t, os.Chmod(qwen, 0o555)); os.Getuid() == 0 {
-		t.Skip("permissions do not bind root, and a mount is not permitted here")
-	}
-	return "permission denied"
-}
-
 // TestFileMountedByItself can't be replaced: the refresh token is not spent, and the log says what to mount.
 func TestFileMountedByItself(t *testing.T) {
 	t.Parallel()
@@ -230,27 +177,6 @@ func TestFileMountedByItself(t *testing.T) {
 		t.Errorf("%+v: want no refresh token spent", c)
 	}
 	w.wantFileAlone()
-}
-
-// TestFileThatVanishes: the token in memory stays in use, and the next refresh writes the file again.
-func TestFileThatVanishes(t *testing.T) {
-	t.Parallel()
-	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 16*time.Second)
-	p := start(t, w.env())
-	p.becomes(http.StatusOK)
-	fatalIf(t, os.Remove(w.file()))
-	const warning = "the credential file has vanished"
-	p.serving(func() bool { return strings.Contains(p.stderr.String(), warning) }, http.StatusOK, "")
-	p.serving(w.refreshed(1), http.StatusOK, "")
-	p.serving(func() bool { _, err := w.load(); return err == nil }, http.StatusOK, "") // a busy disk takes its time to sync
-	p.warnings(warning)
-	if stored, err := w.load(); err != nil || stored.Expiry <= time.Now().UnixMilli() {
-		t.Errorf("stored: %v, %v", stored, err)
-	}
-	p.terminate()
-	if c := w.counts(); c.refreshesRefused+c.unauthorized != 0 {
-		t.Errorf("%+v: want nothing refused", c)
-	}
 }
 
 // TestShutdownDuringARefreshThatHangs: the refresh is finished first and stored, and the log says so. A second signal gives it

@@ -210,19 +210,6 @@ func TestNoReplayOnceAnAnswerHasBegun(t *testing.T) {
 	}
 }
 
-func TestEveryUpstreamIDComesBack(t *testing.T) {
-	t.Parallel()
-	p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("X-Request-Id", "qwen-1")
-		w.Header().Set("Content-Type", "text/html")
-		io.WriteString(w, "<html>")
-	}, map[string]string{"MAX_BODY_BYTES": "9223372036854775807", "MAX_BUFFERED_BYTES": "9223372036854775807"})
-	res, _ := p.post("/v1/chat/completions", fmt.Sprintf(`{"messages":[%q]}`, strings.Repeat("x", 6000)))
-	if res.StatusCode != 502 || res.Header.Get("X-Upstream-Request-Id") != "qwen-1" {
-		t.Errorf("%s %v", res.Status, res.Header)
-	}
-}
-
 // TestNoRequestHidesInAnother sends requests that announce their body's length twice, Transfer-Encoding in the disguises
 // that request smuggling is tried with (those of the public corpora: an odd byte around name or value, lists, repeats, line
 // folding). Two ends may read such a request differently, so none may make the server answer twice.

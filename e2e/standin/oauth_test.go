@@ -56,14 +56,10 @@ func TestPolling(t *testing.T) {
 			[]poll{{0, "authorization_pending"}, {2 * time.Second, "authorization_pending"}, {3 * time.Second, ""}}},
 		{"a poll too early is told once", func(s *standIn) {},
 			[]poll{{0, "authorization_pending"}, {1899 * time.Millisecond, "slow_down"}, {1900 * time.Millisecond, "authorization_pending"}}},
-		{"without an interval none is too early", func(s *standIn) { s.interval = 0 },
-			[]poll{{0, "authorization_pending"}, {0, "authorization_pending"}, {5 * time.Second, ""}}},
 		{"only the page approves", func(s *standIn) { s.approveAfter = 0 },
 			[]poll{{14 * time.Minute, "authorization_pending"}, {time.Minute, "expired_token"}}},
 		{"a code expires unredeemed", func(s *standIn) { s.codeLife = 10 * time.Second },
 			[]poll{{9 * time.Second, ""}, {9 * time.Second, "invalid_grant"}}},
-		{"a code that is approved too late", func(s *standIn) {},
-			[]poll{{15 * time.Minute, "expired_token"}}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
