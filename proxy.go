@@ -25,6 +25,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 )
 
 // anthropicPath is where Qwen's hosts have their Anthropic-compatible interface.
@@ -179,9 +180,7 @@ func (p *proxy) prepare(x *exchange, body *requestBody, required string) error {
 	case v[0] != '"':
 		return invalidRequest("model", "invalid_type", `"model" must be a string.`)
 	default:
-		if name = ""; len(v) <= 1<<10 { // a longer one is no alias, and too long for the log
-			json.Unmarshal(v, &name) // Qwen judges what is not valid
-		}
+		name = modelName(v)
 		if real, ok := p.cfg.aliases[name]; ok {
 			name = real
 			body.replace(model.start, model.end, jsonString(name))
@@ -189,6 +188,19 @@ func (p *proxy) prepare(x *exchange, body *requestBody, required string) error {
 	}
 	x.model, x.stream = name, stream == "true"
 	return nil
+}
+
+// modelName returns the model that v, a JSON string, names; "" if it is invalid, or too long to be an alias or to be logged.
+func modelName(v []byte) string {
+	switch {
+	case len(v) > 1<<10:
+		return ""
+	case utf8.Valid(v) && bytes.IndexByte(v, '\\') < 0: // without this, json.Unmarshal would allocate for each request
+		return string(v[1 : len(v)-1])
+	}
+	var name string
+	json.Unmarshal(v, &name)
+	return name
 }
 
 // A call is one request to Qwen and its answer. It is the Rewrite, the Transport and the ModifyResponse of a ReverseProxy.
