@@ -44,7 +44,9 @@ type bodyReader struct {
 
 func newBodyReader(cfg *config) bodyReader {
 	largest := min(cfg.maxBody, largestBody)
-	return bodyReader{max: largest, timeout: cfg.readTimeout, memory: newBufferMemory(cfg.maxBuffered, largest)}
+	large := max(cfg.maxBuffered-cfg.maxBuffered/8, largest+perRequest+smallShare) // a largest body always fits
+	memory := &bufferMemory{all: max(cfg.maxBuffered, large), large: large, spares: make(chan []byte, maxSpares)}
+	return bodyReader{max: largest, timeout: cfg.readTimeout, memory: memory}
 }
 
 // read reads r's body to its end. The caller releases it. The error is an *apiError.
@@ -215,12 +217,6 @@ type bufferMemory struct {
 	large  int64        // of those, what buffers may use beyond their first smallShare
 	held   atomic.Int64 // bytes in use
 	spares chan []byte  // mapped memory of spareSize that is not in use
-}
-
-// newBufferMemory returns memory of size bytes. There is always room for a body of largest bytes.
-func newBufferMemory(size, largest int64) *bufferMemory {
-	large := max(size-size/8, largest+perRequest+smallShare)
-	return &bufferMemory{all: max(size, large), large: large, spares: make(chan []byte, maxSpares)}
 }
 
 // A buffer holds what has come over the network. It is outside of Go's heap unless it is small: the collector

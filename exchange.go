@@ -134,11 +134,33 @@ func (x *exchange) answerError(err error) bool {
 	return true
 }
 
-// errorBody returns the JSON of e in the shape that the client expects.
+// errorBody returns e as JSON on one line, in OpenAI's shape, and with the type that Anthropic's clients look for.
 func (x *exchange) errorBody(e *apiError) []byte {
-	b := e.body(x.id)
+	type detail struct {
+		Message string  `json:"message"`
+		Type    string  `json:"type"`
+		Param   *string `json:"param"`
+		Code    *string `json:"code"`
+	}
+	var answer struct {
+		Type      string `json:"type,omitempty"`
+		Error     detail `json:"error"`
+		RequestID string `json:"request_id"`
+	}
 	if x.anthropic {
-		b = append([]byte(`{"type":"error",`), b[1:]...)
+		answer.Type = "error"
+	}
+	answer.Error = detail{Message: strings.TrimSpace(e.message + " " + e.hint), Type: e.typ}
+	if e.param != "" {
+		answer.Error.Param = &e.param
+	}
+	if e.code != "" {
+		answer.Error.Code = &e.code
+	}
+	answer.RequestID = x.id
+	b, err := json.Marshal(answer)
+	if err != nil {
+		panic(err) // strings alone always marshal
 	}
 	return b
 }
@@ -313,31 +335,6 @@ func toAPIError(err error) *apiError {
 	}
 	return &apiError{status: http.StatusBadGateway, typ: typeNetwork, code: "upstream_unreachable",
 		message: "Qwen could not be reached. Try again. If that does not help, check the proxy's network and its log.", err: err}
-}
-
-// body returns the JSON of OpenAI's error shape, on one line.
-func (e *apiError) body(requestID string) []byte {
-	type detail struct {
-		Message string  `json:"message"`
-		Type    string  `json:"type"`
-		Param   *string `json:"param"`
-		Code    *string `json:"code"`
-	}
-	d := detail{Message: strings.TrimSpace(e.message + " " + e.hint), Type: e.typ}
-	if e.param != "" {
-		d.Param = &e.param
-	}
-	if e.code != "" {
-		d.Code = &e.code
-	}
-	b, err := json.Marshal(struct {
-		Error     detail `json:"error"`
-		RequestID string `json:"request_id"`
-	}{d, requestID})
-	if err != nil {
-		panic(err) // strings alone always marshal
-	}
-	return b
 }
 
 // retryAfterSeconds is the Retry-After header's value for d (RFC 9110 §10.2.3), at least 1.

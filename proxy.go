@@ -518,7 +518,7 @@ func (c *call) readWhole(res *http.Response, delimited bool) error {
 	err := c.whole.fill(res.Body, c.bodies.max, func(int) {})
 	text := net.Buffers{c.whole.data}
 	switch {
-	case err == errTooLong || err == nil && len(c.whole.data) > 0 && !beginsJSON(c.whole.data):
+	case err == errTooLong || err == nil && !mayBeJSON(c.whole.data):
 		return notAnAnswer(res.StatusCode, err)
 	case err != nil:
 		return err

@@ -80,8 +80,8 @@ func (b *answerBody) checkBegin(status int) error {
 	text := bufio.NewReaderSize(b.text, 64)
 	_, err := text.Peek(1)
 	begin, _ := text.Peek(text.Buffered())
-	switch begin = bytes.TrimSpace(begin); {
-	case err == io.EOF || len(begin) > 0 && !beginsJSON(begin):
+	switch {
+	case err == io.EOF || !mayBeJSON(begin):
 		return notAnAnswer(status, nil)
 	case err != nil:
 		return b.call.brokenBy(err)
@@ -90,10 +90,10 @@ func (b *answerBody) checkBegin(status int) error {
 	return nil
 }
 
-// beginsJSON reports whether text begins a JSON object or array.
-func beginsJSON(text []byte) bool {
+// mayBeJSON reports whether a JSON object or array can begin with text.
+func mayBeJSON(text []byte) bool {
 	first := byteAt(text, skipSpace(text, 0))
-	return first == '{' || first == '['
+	return first == 0 || first == '{' || first == '['
 }
 
 // A streamWriter passes Qwen's answer on to the client. Between two events of a stream that is silent it writes comments
