@@ -226,7 +226,7 @@ func (p *page) counts(m *metrics) {
 	for i, category := range categories {
 		p.add(float64(m.upstreamErrors[i].Load()), "category", category)
 	}
-	p.begin("qwen_proxy_tokens_total", "counter", "Tokens that Qwen's answers told of, by model, the name of the client's key, and kind.")
+	p.begin("qwen_proxy_tokens_total", "counter", "Tokens that Qwen's answers reported, by model, name of the client's key, and kind.")
 	tokens := m.allTokens()
 	for _, by := range slices.SortedFunc(maps.Keys(tokens), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
 		for i, kind := range tokenKinds {
