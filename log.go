@@ -68,9 +68,9 @@ const (
 	yellow = 33
 )
 
-// paint returns s in a color; 0 is the terminal's own.
+// paint returns s in a color.
 func (h terminalHandler) paint(color int, s string) string {
-	if !h.colors || color == 0 || s == "" {
+	if !h.colors || s == "" {
 		return s
 	}
 	return fmt.Sprintf("\x1b[%dm%s\x1b[m", color, s)

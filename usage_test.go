@@ -252,6 +252,9 @@ func FuzzUsage(f *testing.F) {
 		whole.look(answer)
 		for piece := range slices.Chunk(answer, max(1, size&0xff)) {
 			pieces.look(piece)
+			if len(pieces.rest) > maxUsage {
+				t.Fatalf("%d bytes are kept", len(pieces.rest))
+			}
 		}
 		if diff := cmp.Diff(whole.figures(), pieces.figures()); diff != "" {
 			t.Errorf("in one piece and in many:\n%s", diff)

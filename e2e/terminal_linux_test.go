@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -133,12 +134,27 @@ func TestASecondInterruptIsAnnounced(t *testing.T) {
 	}
 }
 
-func TestLogFormatCountsAtATerminal(t *testing.T) {
+// TestLogAtATerminal: the log is for people, with colors where the terminal takes them, unless LOG_FORMAT is set.
+func TestLogAtATerminal(t *testing.T) {
 	t.Parallel()
-	user := startAtTerminal(t, map[string]string{"LOG_FORMAT": "json", "QWEN_API_KEY": "sk-test"}).stderr
-	user.await(t, `"msg":"listening"`)
-	if got := user.String(); !strings.HasPrefix(got, "Listening on ") && !strings.HasPrefix(got, "{") {
-		t.Errorf("the user reads:\n%s", got)
+	for _, tt := range []struct {
+		env  map[string]string
+		want string // of the line of a request
+	}{
+		{map[string]string{"TERM": "xterm"}, `(?m)^\x1b\[2m\d\d:\d\d:\d\d\x1b\[m \x1b\[32m200\x1b\[m +\d+ ms  GET /\r$`},
+		{map[string]string{"TERM": "xterm", "NO_COLOR": "1"}, `(?m)^\d\d:\d\d:\d\d 200 +\d+ ms  GET /\r$`},
+		{map[string]string{"TERM": "dumb"}, `(?m)^\d\d:\d\d:\d\d 200 +\d+ ms  GET /\r$`},
+		{nil, `(?m)^\d\d:\d\d:\d\d 200 +\d+ ms  GET /\r$`},
+		{map[string]string{"TERM": "xterm", "LOG_FORMAT": "text"}, `(?m)^time=\S+ level=INFO msg=request request_id=\S+ method=GET path=/ status=200 `},
+		{map[string]string{"TERM": "xterm", "LOG_FORMAT": "json"}, `(?m)^\{"time":"[^"]+","level":"INFO","msg":"request","request_id":"[^"]+","method":"GET","path":"/","status":200,`},
+	} {
+		t.Run(fmt.Sprint(tt.env), func(t *testing.T) {
+			env := map[string]string{"QWEN_API_KEY": "sk-test"}
+			maps.Copy(env, tt.env)
+			p := startAtTerminal(t, env)
+			p.requests(1, func(_ int, r *http.Request) { r.URL.Path = "/" })
+			p.stderr.await(t, tt.want)
+		})
 	}
 }
 
