@@ -24,9 +24,7 @@ func TestFIFOInPlaceOfTheCredentialFile(t *testing.T) {
 	}
 	p.stderr.await(t, `the credential file can't be used.*not a regular file`)
 	p.stop()
-	if status := p.wait(); status != 0 {
-		t.Errorf("exit status %d, want 0", status)
-	}
+	p.wantExit(0)
 }
 
 // TestRootLeavesTheCredentialsToTheServicesUser: root runs login and logout for a service with a user of its own.

@@ -45,7 +45,6 @@ var (
 	fatalIf     = testkit.FatalIf
 	wantEqual   = testkit.WantEqual
 	wantError   = testkit.WantError
-	until       = testkit.Until
 	writeFile   = testkit.WriteFile
 	readFile    = testkit.ReadFile
 	certificate = testkit.Certificate
@@ -106,6 +105,14 @@ func (p *program) wait() int {
 	case <-time.After(20 * time.Second):
 		p.t.Fatal("the program did not end")
 		return -1
+	}
+}
+
+// wantExit checks the program's exit status.
+func (p *program) wantExit(want int) {
+	p.t.Helper()
+	if status := p.wait(); status != want {
+		p.t.Errorf("exit status %d, want %d", status, want)
 	}
 }
 
@@ -387,9 +394,7 @@ func TestDemoFromSignInToAnswer(t *testing.T) {
 		t.Errorf("models: %s", body)
 	}
 	p.stop()
-	if status := p.wait(); status != 0 {
-		t.Errorf("exit status %d, want 0", status)
-	}
+	p.wantExit(0)
 }
 
 func TestServeStartsWithoutNetwork(t *testing.T) {
@@ -447,9 +452,7 @@ func TestShutdownLetsAStreamFinish(t *testing.T) {
 	if err != nil || string(rest) != "\ndata: [DONE]\n\n" {
 		t.Errorf("rest of the stream: %q, %v", rest, err)
 	}
-	if status := p.wait(); status != 0 {
-		t.Errorf("exit status %d, want 0", status)
-	}
+	p.wantExit(0)
 }
 
 func TestShutdownDelay(t *testing.T) {
@@ -465,9 +468,7 @@ func TestShutdownDelay(t *testing.T) {
 		got = append(got, res.StatusCode)
 	}
 	wantEqual(t, "readiness, health and a request during the delay", []int{503, 200, 200}, got)
-	if status := p.wait(); status != 0 {
-		t.Errorf("exit status %d, want 0", status)
-	}
+	p.wantExit(0)
 	if took := time.Since(stopped); took < time.Second {
 		t.Errorf("it took %v to stop, less than the delay", took)
 	}
@@ -486,9 +487,7 @@ func TestShutdownCutsAStreamAtItsTimeout(t *testing.T) {
 	if err == nil || !strings.Contains(string(rest), `"code":"shutting_down"`) {
 		t.Errorf("rest of the stream: %q, %v; want an error event and a cut", rest, err)
 	}
-	if status := p.wait(); status != 0 {
-		t.Errorf("exit status %d, want 0", status)
-	}
+	p.wantExit(0)
 }
 
 func TestHealthcheckAsksTheServerOfTheSameEnvironment(t *testing.T) {

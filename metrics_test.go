@@ -412,8 +412,6 @@ func metricsHandler(t testing.TB, m *metrics) http.Handler {
 	return newHandler(cfg, log, tokens, newAccess(cfg, log), m, &health{tokens: tokens, metrics: m}, benchTransport{http.Header{"Content-Type": {"application/json"}}})
 }
 
-const chatPath = "/v1/chat/completions"
-
 // TestMetricsBlameQwenForNothingOfOurs: neither a client that left, nor a shutdown, nor a bug in the proxy is Qwen's failure.
 func TestMetricsBlameQwenForNothingOfOurs(t *testing.T) {
 	m := newMetrics()

@@ -42,6 +42,16 @@ func (c *terminal) wait(t *testing.T) (int, string) {
 	}
 }
 
+// wantCommand runs a command, checks its exit status and that part is in what it prints, and returns that.
+func wantCommand(t *testing.T, env map[string]string, want int, part string, args ...string) string {
+	t.Helper()
+	status, out := runCommand(t, env, args...).wait(t)
+	if status != want || !strings.Contains(out, part) {
+		t.Errorf("%s: exit status %d, want %d and %q:\n%s", args, status, want, part, out)
+	}
+	return out
+}
+
 // qwenEnv starts a stand-in that approves nothing by itself, and returns an environment that leads there.
 func qwenEnv(t *testing.T) (*standIn, map[string]string) {
 	qwen := newStandIn()
@@ -103,18 +113,12 @@ func TestLoginStoresTheCredentials(t *testing.T) {
 		t.Errorf("chat after login: %s %s", res.Status, body)
 	}
 
-	if status, out := runCommand(t, env, "logout").wait(t); status != 0 || !strings.Contains(out, "Signed out") {
-		t.Errorf("logout: exit status %d:\n%s", status, out)
-	}
+	wantCommand(t, env, 0, "Signed out", "logout")
 	if b, _ := os.ReadFile(file); string(b) != "{}\n" {
 		t.Errorf("after logout the file holds %q", b)
 	}
-	if status, out := runCommand(t, env, "logout").wait(t); status != 0 || !strings.Contains(out, "Nobody was signed in") {
-		t.Errorf("second logout: exit status %d:\n%s", status, out)
-	}
-	if status, out := runCommand(t, env, "status").wait(t); status != 1 || !strings.Contains(out, "not signed in") {
-		t.Errorf("status after logout: exit status %d:\n%s", status, out)
-	}
+	wantCommand(t, env, 0, "Nobody was signed in", "logout")
+	wantCommand(t, env, 1, "not signed in", "status")
 	server.stderr.await(t, `"msg":"signed out by another process"`)
 	res, body := server.post("/v1/chat/completions", `{"messages":[]}`)
 	wantError(t, res, body, 401, typeAuthentication, "not_signed_in")
@@ -294,9 +298,7 @@ func TestLogoutLeavesForeignFilesAlone(t *testing.T) {
 	os.MkdirAll(env["QWEN_DIR"], 0o700)
 	file := filepath.Join(env["QWEN_DIR"], credentialFile)
 	os.WriteFile(file, []byte(`{"acc`), 0o600)
-	if status, out := runCommand(t, env, "logout").wait(t); status != 1 || !strings.Contains(out, "cut short") {
-		t.Errorf("exit status %d:\n%s", status, out)
-	}
+	wantCommand(t, env, 1, "cut short", "logout")
 	if b, _ := os.ReadFile(file); string(b) != `{"acc` {
 		t.Errorf("the file holds %q", b)
 	}
@@ -305,9 +307,7 @@ func TestLogoutLeavesForeignFilesAlone(t *testing.T) {
 func TestWithAnAPIKeyThereIsNoOAuth(t *testing.T) {
 	qwen, env := qwenEnv(t)
 	env["QWEN_API_KEY"] = "sk-sp-mine"
-	if status, out := runCommand(t, env, "login").wait(t); status != 2 || !strings.Contains(out, "QWEN_API_KEY") {
-		t.Errorf("login: exit status %d:\n%s", status, out)
-	}
+	wantCommand(t, env, 2, "QWEN_API_KEY", "login")
 	if status, out := runCommand(t, env, "status").wait(t); status != 0 || !strings.Contains(out, "API key") || strings.Contains(out, "sk-sp-mine") {
 		t.Errorf("status: exit status %d:\n%s", status, out)
 	}

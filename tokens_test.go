@@ -99,6 +99,19 @@ func (s *sourceTest) read() map[string]any {
 	return members
 }
 
+// wantStored checks a member of the credential file.
+func (s *sourceTest) wantStored(name, want string) {
+	s.t.Helper()
+	wantEqual(s.t, "stored "+name, any(want), s.read()[name])
+}
+
+func (s *sourceTest) wantReady() {
+	s.t.Helper()
+	if err := s.ready(); err != nil {
+		s.t.Errorf("not ready: %v", err)
+	}
+}
+
 func (s *sourceTest) note(r *http.Request) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -408,9 +421,7 @@ func TestOAuthServerIsDown(t *testing.T) {
 			for range 599 {
 				time.Sleep(time.Second)
 				s.want("access-0", 0)
-				if err := s.ready(); err != nil {
-					t.Fatalf("not ready: %v", err)
-				}
+				s.wantReady()
 			}
 			time.Sleep(time.Second) // it has expired
 			synctest.Wait()
@@ -616,9 +627,7 @@ func TestSignIn(t *testing.T) {
 		if got := s.flow.signIn().status; got != signInComplete {
 			t.Errorf("sign-in %q, want complete", got)
 		}
-		if err := s.ready(); err != nil {
-			t.Errorf("not ready: %v", err)
-		}
+		s.wantReady()
 		want := map[string]any{"access_token": "access-1", "refresh_token": "refresh-1", "token_type": "Bearer", "resource_url": "portal.qwen.ai",
 			"expiry_date": float64(time.Now().Add(time.Hour).UnixMilli())}
 		wantEqual(t, "credential file", want, s.read())
@@ -713,9 +722,7 @@ func TestUnusableFileIsLeftUntilASignInIsComplete(t *testing.T) {
 			time.Sleep(5 * time.Second)
 			synctest.Wait()
 			s.want("access-1", 0)
-			if got := s.read()["access_token"]; got != "access-1" {
-				t.Errorf("the file has access token %v", got)
-			}
+			s.wantStored("access_token", "access-1")
 		})
 	}
 }
@@ -732,9 +739,7 @@ func TestAFileThatVanishes(t *testing.T) {
 		s.wantLogged("the credential file has vanished", 1)
 		time.Sleep(10 * time.Minute)
 		s.want("access-1", 0)
-		if got := s.read()["refresh_token"]; got != "refresh-1" {
-			t.Errorf("the file has refresh token %v", got)
-		}
+		s.wantStored("refresh_token", "refresh-1")
 		s.wantAsked("refresh-0")
 	})
 }
@@ -818,9 +823,7 @@ func TestNewSignInOfAnAccountThatWasNotServed(t *testing.T) {
 		s.want("access-1", 0)
 		s.wantAuth("signed_in")
 		s.wantAsked("device")
-		if err := s.ready(); err != nil {
-			t.Errorf("not ready: %v", err)
-		}
+		s.wantReady()
 	})
 }
 
@@ -848,9 +851,7 @@ func TestSignInWinsOverARefreshUnderWay(t *testing.T) {
 			if st := s.state.Load(); st.final != nil || st.failed != nil {
 				t.Errorf("what became of the old refresh token counts for the new sign-in: %v, %v", st.final, st.failed)
 			}
-			if got := s.read()["access_token"]; got != "access-1" {
-				t.Errorf("stored access token %v, want the new sign-in's", got)
-			}
+			s.wantStored("access_token", "access-1")
 		})
 	}
 }
@@ -1030,9 +1031,7 @@ func TestNoRefreshBesideAnUnusableFile(t *testing.T) {
 			synctest.Wait()
 			s.want("access-1", 0)
 			s.wantAsked("refresh-0")
-			if got := s.read()["refresh_token"]; got != "refresh-1" {
-				t.Errorf("the file has refresh token %v", got)
-			}
+			s.wantStored("refresh_token", "refresh-1")
 		})
 	}
 }
