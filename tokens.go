@@ -311,10 +311,10 @@ func (s *oauthSource) readFile() error {
 	switch {
 	case unusable(err):
 		return err
-	case st.token == nil && t == nil:
+	case st.token == nil && t == nil: // signed out as before
 	case err != nil:
 		s.signedOut()
-	case t == st.token:
+	case t == st.token: // there is no file, or only one that is older than t
 		if !t.unstored {
 			return errors.New("the credential file has vanished; the token in memory stays in use, and the next refresh writes the file again")
 		}
@@ -439,15 +439,22 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token
 	file, noRoom := s.store.reserve()
 	if noRoom == nil {
 		defer file.discard()
+		var theirs *token
 		lock, err := s.store.lock(ctx, func() bool {
-			t, err := s.newest(current)
-			return err == nil && t.access != current.access && t.good(time.Now())
+			if t, err := s.newest(current); err == nil && t.access != current.access && t.good(time.Now()) {
+				theirs = t
+			}
+			return theirs != nil
 		})
 		defer lock.release()
-		if err != nil && !errors.Is(err, errLocked) && ctx.Err() == nil {
-			return notStored(err)
-		} else if err != nil {
+		switch {
+		case theirs != nil:
+			return theirs, nil
+		case err == nil:
+		case errors.Is(err, errLocked), ctx.Err() != nil:
 			return nil, err
+		default:
+			return notStored(err)
 		}
 	} else if !current.unstored {
 		return notStored(noRoom)
