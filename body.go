@@ -27,9 +27,9 @@ const (
 	// At most maxSpares buffers of spareSize are kept for the next body. They are not charged while they are unused.
 	spareSize = 256 << 10
 	maxSpares = 32
-	// editRoom is left behind a body for what the proxy puts into it. A first byte there shows that it is too long.
+	// editRoom bytes behind a body are for what the proxy puts into it. A body that reaches into them is too long.
 	editRoom = 128
-	// largestBody bounds MAX_BODY_BYTES: address space is reserved for a body of unknown length.
+	// largestBody bounds MAX_BODY_BYTES: a body of unknown length reserves as much address space.
 	largestBody = min(64<<30, math.MaxInt) - editRoom
 	// In each READ_TIMEOUT readQuantum of a body has to arrive, and a sixteenth of what has arrived before.
 	readQuantum = 4 << 10
