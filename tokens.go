@@ -219,7 +219,7 @@ func signInRefused(err error) *apiError {
 // baseRefused is the answer if the credentials name an API that is not Qwen's.
 func baseRefused(err error) *apiError {
 	return &apiError{status: http.StatusInternalServerError, typ: typeConfiguration, code: "resource_url_refused",
-		message: "The proxy does not send the token there: " + err.Error() + "."}
+		message: "The proxy did not send the request: " + err.Error() + "."}
 }
 
 // errNotServed is the answer while the API refuses even fresh tokens.
@@ -511,7 +511,7 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token
 func (s *oauthSource) stored(t *token, err error) {
 	t.unstored = err != nil
 	if err != nil {
-		s.log.Error("the credentials could not be stored and are lost when the proxy stops; mend this and sign in again",
+		s.log.Error("the credentials could not be stored and are lost when the proxy stops; fix this and sign in again",
 			"file", s.store.path(), "error", err)
 	}
 }
