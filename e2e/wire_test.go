@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"io"
 	"maps"
@@ -10,7 +9,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -269,68 +267,6 @@ func validToken(s string) bool {
 	return s != "" && strings.IndexFunc(s, func(r rune) bool {
 		return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("!#$%&'*+-.^_`|~", r))
 	}) < 0
-}
-
-// TestARequestIsReplayedOnce: the API works for a while on each reused connection and then closes it without an answer,
-// whatever number of idle connections there is to try.
-func TestARequestIsReplayedOnce(t *testing.T) {
-	t.Parallel()
-	for _, idle := range []int{1, 5, 20} {
-		for _, key := range []string{"", "key-1"} {
-			t.Run(fmt.Sprintf("%d idle connections, Idempotency-Key %q", idle, key), func(t *testing.T) {
-				t.Parallel()
-				var mu sync.Mutex
-				used := map[string]bool{} // connections
-				var warm sync.WaitGroup
-				warm.Add(idle)
-				var executed executions
-				p := startWith(t, func(w http.ResponseWriter, r *http.Request) {
-					body, _ := io.ReadAll(r.Body)
-					if bytes.Contains(body, []byte("warm")) {
-						warm.Done()
-						warm.Wait() // so that each takes a connection
-					} else {
-						executed.count(body)
-						if got := r.Header.Get("Idempotency-Key"); got != key {
-							t.Errorf("Idempotency-Key %q", got)
-						}
-					}
-					mu.Lock()
-					reused := used[r.RemoteAddr]
-					used[r.RemoteAddr] = true
-					mu.Unlock()
-					if reused {
-						time.Sleep(100 * time.Millisecond)
-						panic(http.ErrAbortHandler)
-					}
-					answerJSON(w, 200, "{}")
-				}, map[string]string{"LOG_LEVEL": "info"})
-				var clients sync.WaitGroup
-				for range idle {
-					clients.Go(func() { p.post("/v1/chat/completions", `{"messages":["warm"]}`) })
-				}
-				clients.Wait()
-				req, _ := http.NewRequest("POST", p.url+"/v1/chat/completions", strings.NewReader(`{"messages":[]}`))
-				req.Header["Idempotency-Key"] = []string{key}
-				res, err := http.DefaultClient.Do(req)
-				fatalIf(t, err)
-				res.Body.Close()
-				if res.StatusCode != 200 {
-					t.Error(res.Status)
-				}
-				if _, n := executed.most(); n != 2 {
-					t.Errorf("the API executed one request %d times, want 2", n)
-				}
-				p.stderr.await(t, fmt.Sprintf(`(?s)(?:"msg":"request".*){%d}`, idle+1))
-				if n := strings.Count(p.stderr.String(), `"replayed":true`); n != 1 {
-					t.Errorf("%d requests are logged as replayed, want 1", n)
-				}
-				if n := p.metric("qwen_proxy_upstream_replays_total"); n != 1 {
-					t.Errorf("%v replays are counted, want 1", n)
-				}
-			})
-		}
-	}
 }
 
 // TestADeadKeptAliveConnectionCostsNoRequest: the API closes each connection once it has been idle, at
