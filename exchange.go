@@ -29,8 +29,8 @@ type record struct {
 	client     netip.Addr
 	key        string // the name of the client's key; "" if it needs none
 	start      time.Time
-	model      string     // the one that Qwen is asked for; "" until it is known
-	stream     bool       // the client asks for an event stream; known with model
+	model      string     // the model that goes to Qwen; "" until it is known
+	stream     bool       // the client asks for a stream; known if model is
 	usage      tokenUsage // of Qwen's answer
 	anthropic  bool       // the client expects the errors of Anthropic's API
 	quiet      bool       // the access line is at debug level
@@ -211,7 +211,7 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, de
 		attrs = append(attrs, slog.String("model", clip(x.model, 100)), slog.Bool("stream", x.stream))
 	}
 	for i, kind := range tokenKinds {
-		if x.usage.told[i] {
+		if x.usage.known[i] {
 			attrs = append(attrs, slog.Int64(kind+"_tokens", x.usage.tokens[i]))
 		}
 	}

@@ -115,7 +115,7 @@ func accessLine(colors bool, x *exchange, target string, took time.Duration) str
 
 func TestARequestAtATerminal(t *testing.T) {
 	tokens := func(input, output int64) tokenUsage {
-		return tokenUsage{tokens: [3]int64{input, output}, told: [3]bool{input > 0, output > 0}}
+		return tokenUsage{tokens: [3]int64{input, output}, known: [3]bool{input > 0, output > 0}}
 	}
 	const chat = "/v1/chat/completions"
 	answered := func(status int, rec record) *exchange { return &exchange{answerWriter{status: status}, rec} }
@@ -146,7 +146,7 @@ func TestARequestAtATerminal(t *testing.T) {
 func TestWidthAtATerminal(t *testing.T) {
 	for _, long := range []string{strings.Repeat("x", 300), strings.Repeat("長", 300), strings.Repeat("\n", 300), strings.Repeat("\xff", 300), strings.Repeat("\u202e", 300)} {
 		for _, took := range []time.Duration{0, 999 * time.Hour} {
-			rec := record{model: long, key: long, usage: tokenUsage{tokens: [3]int64{999_900, 999_900, 999_900}, told: [3]bool{true, true, true}}}
+			rec := record{model: long, key: long, usage: tokenUsage{tokens: [3]int64{999_900, 999_900, 999_900}, known: [3]bool{true, true, true}}}
 			got := accessLine(false, &exchange{answerWriter{status: 200}, rec}, "/"+long, took)
 			line, rest, _ := strings.Cut(got, "\n")
 			if columns(line) > 100 || rest != "" || strings.ContainsFunc(line, unicode.IsControl) {

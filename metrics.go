@@ -16,7 +16,8 @@ import (
 )
 
 // metrics are the server's counts since its start, for /metrics and /health/detailed. Make them with newMetrics. They are safe for
-// concurrent use once every route is registered. Counting a request takes no lock and no allocation.
+// concurrent use once every route is registered. Counting a request without tokens takes no lock and no
+// allocation.
 type metrics struct {
 	started     time.Time
 	requests    atomic.Int64 // started
@@ -31,15 +32,15 @@ type metrics struct {
 
 	routes []*routeCounts // the first is for requests that no route matches
 
-	mu     sync.Mutex // guards the two maps
+	mu     sync.Mutex // guards the maps
 	models map[string]bool
-	tokens map[[2]string]*tokenCounts // by model and the name of the client's key
+	tokens map[[2]string]*tokenCounts // by model and name of the client's key
 }
 
 // A tokenCounts counts tokens by tokenKinds.
 type tokenCounts [len(tokenKinds)]atomic.Int64
 
-// maxModelSeries bounds the models that tokens are counted by, because clients name them. Those that come later count as "other".
+// maxModelSeries bounds the number of models in the metrics, because clients choose them. Further models count as "other".
 const maxModelSeries = 100
 
 // categories are the values of the category label: the types of errors that Qwen or the network to it can cause.
@@ -104,9 +105,9 @@ func (m *metrics) ended(x *exchange, took time.Duration) {
 	}
 }
 
-// spent counts the tokens that the answer of x has told.
-func (m *metrics) spent(x *exchange) {
-	if !slices.Contains(x.usage.told[:], true) {
+// countTokens counts the tokens that the answer of x has reported.
+func (m *metrics) countTokens(x *exchange) {
+	if !slices.Contains(x.usage.known[:], true) {
 		return
 	}
 	m.mu.Lock()
@@ -127,7 +128,7 @@ func (m *metrics) spent(x *exchange) {
 	}
 }
 
-// allTokens returns the counts of tokens by model and the name of the client's key.
+// allTokens returns the counts of tokens by model and name of the client's key.
 func (m *metrics) allTokens() map[[2]string]*tokenCounts {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -140,7 +140,7 @@ func (p *proxy) messages(path string) handler {
 }
 
 // prepare checks the members of a body that the proxy depends on. It puts in the default model if there is none, and an alias's
-// model. All other bytes stay as they are. It notes in x what the request asks for.
+// model. All other bytes stay as they are. It notes model and stream in x.
 func (p *proxy) prepare(x *exchange, body *requestBody, required string) error {
 	names := []string{"model", "stream", required}
 	if required == "" {

@@ -108,7 +108,7 @@ func track(cfg *config, log *slog.Logger, m *metrics, next handler) http.Handler
 		took := time.Since(x.start)
 		m.inFlight.Add(-1)
 		m.ended(x, took)
-		m.spent(x)
+		m.countTokens(x)
 		x.log(r, log, took, cfg.debug)
 		if !whole {
 			panic(http.ErrAbortHandler) // net/http cuts the connection, so that the answer does not look whole

@@ -9,10 +9,10 @@ import (
 // tokenKinds are the values of the kind label. In OpenAI's shapes input includes cached, in Anthropic's it does not.
 var tokenKinds = [...]string{"input", "output", "cached"}
 
-// usageMembers are the members of a usage object that tell how many tokens of a kind were used.
+// usageMembers are the members of a usage object that the proxy counts.
 var usageMembers = [...]struct {
-	name, inside string // inside is the member of an object called name; "" where name is the figure itself
-	kind         int    // index of tokenKinds
+	name, inside string // inside is a member of the object name; "" if name is the number itself
+	kind         int    // an index of tokenKinds
 }{
 	{"prompt_tokens", "", 0}, {"completion_tokens", "", 1}, {"prompt_tokens_details", "cached_tokens", 2}, // OpenAI's chat and embeddings
 	{"input_tokens", "", 0}, {"output_tokens", "", 1}, {"input_tokens_details", "cached_tokens", 2}, // OpenAI's responses
@@ -25,12 +25,12 @@ const usageMark = `"usage":`
 // maxUsage bounds usageMark with its object, in bytes. They take about 300.
 const maxUsage = 4 << 10
 
-// A tokenUsage holds the latest number of tokens of each kind that an answer has told. It finds them in the answer as it passes, JSON
-// or a stream. It looks only at what follows usageMark, so most of an answer costs one search. The zero value is ready for an answer.
+// A tokenUsage is the number of tokens that an answer, JSON or a stream, has reported so far. It finds the numbers while the answer
+// passes. It parses only what follows usageMark, so most of an answer costs one search. The zero value is ready for an answer.
 type tokenUsage struct {
-	tokens [len(tokenKinds)]int64
-	told   [len(tokenKinds)]bool
-	rest   []byte // the end of what has passed, if an object may begin there; at most maxUsage bytes
+	tokens [len(tokenKinds)]int64 // the latest numbers
+	known  [len(tokenKinds)]bool  // the answer has reported the number
+	rest   []byte                 // the end of what has passed, if a usage object may begin there; at most maxUsage bytes
 }
 
 // look takes the next bytes of the answer. It keeps none of p.
@@ -55,12 +55,12 @@ func (u *tokenUsage) look(p []byte) {
 			end = len(p)
 		}
 		switch {
-		case end-i > maxUsage: // it is something else
+		case end-i > maxUsage: // too large for a usage object
 			end = start
 		case !whole:
 			u.rest = bytes.Clone(p[i:])
 			return
-		case end > start: // most events of DashScope have null here
+		case end > start: // else it is no object: most events of DashScope have null
 			u.take(p[start:end])
 		}
 		p = p[end:]
@@ -70,8 +70,8 @@ func (u *tokenUsage) look(p []byte) {
 	}
 }
 
-// markIn returns the index of usageMark in p, or -1. It searches for the g, which is rarer in an event than the quote and the u:
-// that takes a fifth of the time of bytes.Index.
+// markIn returns the index of usageMark in p, or -1. It searches for the g, which is rare in events. bytes.Index searches for the
+// quote and takes five times as long.
 func markIn(p []byte) int {
 	const g = len(`"usa`)
 	for at := g; at < len(p); at++ {
@@ -100,8 +100,7 @@ func markAtEnd(p []byte) int {
 	return 0
 }
 
-// take puts the figures of object in the place of earlier ones. Anthropic's streams tell the input at their beginning and the
-// output at their end.
+// take replaces the numbers that object has. Anthropic's streams report the input at their beginning and the output at their end.
 func (u *tokenUsage) take(object []byte) {
 	names := make([]string, len(usageMembers))
 	for i, m := range usageMembers {
@@ -121,7 +120,7 @@ func (u *tokenUsage) take(object []byte) {
 			value = inside[0].of(value)
 		}
 		if n, err := strconv.ParseInt(string(value), 10, 64); err == nil && n >= 0 {
-			u.tokens[m.kind], u.told[m.kind] = n, true
+			u.tokens[m.kind], u.known[m.kind] = n, true
 		}
 	}
 }

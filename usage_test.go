@@ -17,12 +17,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// figures returns what u tells of each kind; – is not told.
+// figures returns what u has of each kind; – is not known.
 func (u *tokenUsage) figures() string {
 	var texts []string
 	for i, n := range u.tokens {
 		text := "–"
-		if u.told[i] {
+		if u.known[i] {
 			text = fmt.Sprint(n)
 		}
 		texts = append(texts, text)
@@ -157,7 +157,7 @@ func TestUsageOfEachEndpoint(t *testing.T) {
 		for i, figure := range strings.Fields(usageAnswers[tt.answer].want) {
 			n, err := strconv.ParseFloat(figure, 64)
 			if err != nil {
-				continue // not told
+				continue // not known
 			}
 			wantLine[tokenKinds[i]+"_tokens"] = n
 			if n > 0 {
@@ -211,9 +211,9 @@ func TestUsageThatDoesNotCount(t *testing.T) {
 func TestTokenSeriesAreBounded(t *testing.T) {
 	m := newMetrics()
 	spend := func(model, key string) {
-		m.spent(&exchange{record: record{model: model, key: key, usage: tokenUsage{tokens: [3]int64{1, 0, 0}, told: [3]bool{true, false, false}}}})
+		m.countTokens(&exchange{record: record{model: model, key: key, usage: tokenUsage{tokens: [3]int64{1, 0, 0}, known: [3]bool{true, false, false}}}})
 	}
-	m.spent(&exchange{record: record{model: "told nothing"}})
+	m.countTokens(&exchange{record: record{model: "reports nothing"}})
 	for i := range 2 * maxModelSeries {
 		spend(fmt.Sprint("model ", i), "alice")
 	}
