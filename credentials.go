@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -197,8 +196,6 @@ func (s *credentialStore) check() error {
 func parseCredentials(b []byte, modified time.Time) (*token, error) {
 	var members map[string]json.RawMessage
 	switch err := json.Unmarshal(b, &members); {
-	case len(bytes.TrimSpace(b)) == 0:
-		return nil, errors.New("the file is empty")
 	case err != nil || members == nil:
 		return nil, errors.New("not a JSON object, or cut short")
 	case len(members) == 0:
@@ -219,9 +216,6 @@ func parseCredentials(b []byte, modified time.Time) (*token, error) {
 		return nil, errors.New("its expiry_date is not a number")
 	}
 	ms, _ := expiry.Float64()
-	if ms < 1e11 {
-		ms *= 1000 // seconds by mistake: as milliseconds it would be before 1974
-	}
 	t.expiry = time.UnixMilli(int64(min(max(ms, 1), 1e14))) // the year 5138: JSON has no times beyond 9999
 	return t, nil
 }
@@ -232,7 +226,7 @@ type newFile struct {
 	target string
 }
 
-// reserve makes room for the next file. A full or read-only disk shows before a token is fetched that must not be lost.
+// reserve makes room for the next file. So a full or read-only disk shows before a refresh token is spent.
 func (s *credentialStore) reserve() (*newFile, error) {
 	if s.dir == "" {
 		return &newFile{}, nil

@@ -53,8 +53,8 @@ func TestParseCredentials(t *testing.T) {
 func TestParseCredentialsErrors(t *testing.T) {
 	const broken = "not a JSON object, or cut short"
 	for _, tt := range []struct{ name, content, want string }{
-		{"empty", "", "the file is empty"},
-		{"blank", " \r\n\t", "the file is empty"},
+		{"empty", "", broken},
+		{"blank", " \r\n\t", broken},
 		{"an empty object", "{}", errSignedOut.Error()},
 		{"null", "null\n", broken},
 		{"an array", "[]", broken},
@@ -127,9 +127,6 @@ func TestParseCredentialsExpiry(t *testing.T) {
 		`"1753142400123"`: july2025 + 123,
 		"1753142400123.9": july2025 + 123,
 		"1.7531424e12":    july2025,
-		"1753142400":      july2025, // seconds
-		`"1753142400"`:    july2025,
-		"1753142400.5":    july2025 + 500,
 		"null":            1,
 		"0":               1,
 		"-1":              1,
@@ -447,10 +444,6 @@ func FuzzParseCredentials(f *testing.F) {
 		want, fields := tokenFields(got), tokenFields(again)
 		if got.typ == "" {
 			want["typ"] = "Bearer"
-		}
-		if got.expiry.UnixMilli() < 1e11 { // such a number is taken for seconds, and long past either way
-			delete(want, "expiry")
-			delete(fields, "expiry")
 		}
 		wantEqual(t, "token", want, fields)
 		wantEqual(t, "members", anyMembers(t, got.members), anyMembers(t, again.members))

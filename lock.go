@@ -69,8 +69,8 @@ func seeLock(path string) (lockSight, error) {
 	return lockSight{string(id), info.ModTime().UnixNano()}, nil
 }
 
-// A lockWatch knows since when this process has seen the same lock. It is longer in use than one attempt to get the lock, which
-// gives up before a lock counts as left behind. The zero value is ready to use. It is safe for concurrent use.
+// A lockWatch knows since when this process has seen the same lock. It outlives an attempt to get the lock,
+// which gives up before a lock counts as left behind. The zero value is ready to use. It is safe for concurrent use.
 type lockWatch struct {
 	mu    sync.Mutex
 	seen  lockSight // at the last look

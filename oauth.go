@@ -324,7 +324,7 @@ type signIn struct {
 func (s *signIn) active() bool { return s.status == signInStarting || s.status == signInPending }
 
 // A deviceFlow signs in to Qwen with the device flow, RFC 8628. At most one sign-in is under way at a time, and only that
-// one changes the state: a sign-in that was ended from outside can do nothing more. It is safe for concurrent use.
+// one changes the state. A sign-in that was ended from outside changes nothing any more. It is safe for concurrent use.
 type deviceFlow struct {
 	oauth  *oauthClient
 	log    *slog.Logger

@@ -24,8 +24,8 @@ const (
 	maxRefreshPause = 30 * time.Second
 	// maxNap bounds how long run sleeps, so that it notices a wall clock that jumped and a laptop that slept.
 	maxNap = 5 * time.Second
-	// refusalTime is how long Qwen has to refuse the credentials until the server counts as not ready. For as long after the
-	// last 401 to a fresh token, no 401 leads to a refresh.
+	// refusalTime without a success makes a server whose credentials are refused not ready. For refusalTime after the last 401
+	// to a fresh token, no 401 causes a refresh.
 	refusalTime = time.Minute
 )
 
@@ -460,8 +460,8 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token
 		return notStored(noRoom)
 	}
 
-	// From here on a refresh token is at stake, so that only abort ends this. All calls together take less time than others
-	// wait for the lock.
+	// From here on a refresh token may be spent, so only abort ends this. All calls together take less time than other
+	// processes wait for the lock.
 	calls, cancel := context.WithTimeout(abort, oauthTimeout)
 	defer cancel()
 	var old, fresh *token
@@ -516,8 +516,8 @@ func (s *oauthSource) stored(t *token, err error) {
 	}
 }
 
-// ready counts the server as ready again a minute after the last 401. Only then does a load balancer send a request, which
-// finds out whether it is.
+// ready returns nil again a minute after the last 401. A load balancer then sends a request, which shows whether Qwen accepts the
+// token.
 func (s *oauthSource) ready() *apiError {
 	st, now := s.state.Load(), time.Now()
 	if _, lately := s.refusing(); lately {
@@ -551,7 +551,7 @@ type verdict struct {
 	log     *slog.Logger
 
 	mu      sync.Mutex // guards what follows
-	success time.Time  // when Qwen last accepted the credentials, or since when they are in use; zero for a key that it never accepted
+	success time.Time  // the last success, or when the source began; zero for a key that Qwen never accepted
 	fresh   time.Time  // the last 401 to a fresh token or a key since Qwen last accepted one; zero for none
 	last    time.Time  // the last 401 to any token
 }
@@ -570,8 +570,8 @@ func (v *verdict) reset() {
 	v.success, v.fresh = time.Time{}, time.Time{}
 }
 
-// restart gives a token that another process has stored a minute: it may be another account's. The next 401 still leads to no
-// refresh, which would lead to one by the other process, and so on.
+// restart gives a token of another process a minute, because it may be another account's. The next 401 still causes no refresh:
+// the other process would refresh that token in turn, and so on.
 func (v *verdict) restart() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -636,7 +636,7 @@ func (s *keySource) Token(context.Context) (*token, error) { return s.key.Load()
 // Replace returns no token: the key can't be renewed.
 func (s *keySource) Replace(context.Context, *token) (*token, error) { return nil, s.refused() }
 
-// ready counts a key that was never accepted as refused at its first 401. Otherwise it is as an oauthSource's.
+// ready is as an oauthSource's. A key that Qwen never accepted is refused at its first 401.
 func (s *keySource) ready() *apiError {
 	if _, lately := s.refusing(); lately {
 		return s.refusal
