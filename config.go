@@ -36,6 +36,7 @@ type config struct {
 	greet     bool   // the log goes to a terminal, and a user reads it
 	colors    bool   // that terminal takes colors
 
+	noBrowser    bool   // login opens no browser
 	envFile      string // the file that settings were read from; "" for none
 	notifySocket string // of the service manager; "" for none
 

@@ -43,7 +43,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -68,7 +67,6 @@ func main() {
 // A command is one of the program's, as the usage shows it.
 type command struct {
 	name, summary, help string
-	flags               func(*flag.FlagSet)    // nil for none
 	reads               func(name string) bool // reports whether it reads the setting; nil: it reads none
 	serves              bool                   // it needs the files too that settings name
 	run                 func(ctx context.Context, cfg *config, stdout, stderr io.Writer) int
@@ -84,16 +82,15 @@ func allBut(names ...string) func(string) bool {
 }
 
 func commands() []command {
-	noBrowser := false
 	return []command{
 		{name: "serve", summary: "start the server; this is the default", run: serveCommand, serves: true, reads: allBut(), help: `
 It needs an API key in QWEN_API_KEY, or a Qwen account: without a key and a sign-in it prints a link to sign in with.
 Environment variables configure it, and a file .env in the working directory. docs/configuration.md lists all settings.`},
-		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand(&noBrowser),
-			flags: func(f *flag.FlagSet) { f.BoolVar(&noBrowser, "no-browser", false, "do not open a browser") },
+		{name: "login", summary: "sign in to Qwen at the terminal and store the credentials", run: loginCommand,
 			reads: only("QWEN_DIR", "QWEN_OAUTH_BASE_URL", "QWEN_OAUTH_CLIENT_ID", "QWEN_OAUTH_SCOPE", "QWEN_API_KEY", "QWEN_API_KEY_FILE"), help: `
-It prints a link and a code, opens a browser if there is one, and waits. A running server with the same QWEN_DIR uses the
-credentials within a few seconds. The exit status is 1 if the sign-in was denied, expired or could not be stored.
+It prints a link and a code, opens a browser if there is one, and waits. With -no-browser it opens none. A running server with
+the same QWEN_DIR uses the credentials within a few seconds. The exit status is 1 if the sign-in was denied, expired or could
+not be stored.
 With an API key in QWEN_API_KEY no sign-in is needed.`},
 		{name: "logout", summary: "sign out", run: logoutCommand, reads: only("QWEN_DIR"), help: `
 It replaces the stored credentials with an empty object. That signs out running servers with the same QWEN_DIR and Qwen Code too.`},
@@ -139,26 +136,21 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		return 2
 	}
 	c := all[i]
-	flags := flag.NewFlagSet(c.name, flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	if c.flags != nil {
-		c.flags(flags)
+	noBrowser := false
+	for _, arg := range args {
+		switch flag := strings.Replace(arg, "--", "-", 1); {
+		case flag == "-h" || flag == "-help":
+			fmt.Fprintf(stdout, "usage: qwen-go-proxy %s\n\n%s.\n%s\n", c.name, strings.ToUpper(c.summary[:1])+c.summary[1:], c.help)
+			return 0
+		case flag == "-no-browser" && c.name == "login":
+			noBrowser = true
+		default:
+			fmt.Fprintf(stderr, "qwen-go-proxy %s: unexpected argument %q\n\n", c.name, arg)
+			usage(stderr)
+			return 2
+		}
 	}
-	err := flags.Parse(args)
-	if err == nil && flags.NArg() > 0 {
-		err = fmt.Errorf("unexpected argument %q", flags.Arg(0))
-	}
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-		fmt.Fprintf(stdout, "usage: qwen-go-proxy %s\n\n%s.\n%s\n", c.name, strings.ToUpper(c.summary[:1])+c.summary[1:], c.help)
-		flags.SetOutput(stdout)
-		flags.PrintDefaults()
-		return 0
-	case err != nil:
-		fmt.Fprintf(stderr, "qwen-go-proxy %s: %v\n\n", c.name, err)
-		usage(stderr)
-		return 2
-	case c.reads == nil:
+	if c.reads == nil {
 		return c.run(ctx, nil, stdout, stderr)
 	}
 	cfg, err := configure(c, lookup, envFile, stderr)
@@ -166,6 +158,7 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 		fmt.Fprintf(stderr, "qwen-go-proxy: the configuration is wrong:\n%v\n", err)
 		return 2
 	}
+	cfg.noBrowser = noBrowser
 	return c.run(ctx, cfg, stdout, stderr)
 }
 

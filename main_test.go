@@ -186,7 +186,7 @@ func TestUsageAndExitStatus(t *testing.T) {
 		{args: []string{"help"}, stdout: "usage: qwen-go-proxy [command]"},
 		{args: []string{"--version", "now"}, status: 2, stderr: `unexpected argument "now"`},
 		{args: []string{"frobnicate"}, status: 2, stderr: `unknown command "frobnicate"`},
-		{args: []string{"-port", "80"}, status: 2, stderr: "flag provided but not defined: -port"},
+		{args: []string{"-port", "80"}, status: 2, stderr: `unexpected argument "-port"`},
 		{args: []string{"serve", "now"}, status: 2, stderr: `unexpected argument "now"`},
 		{args: []string{"serve"}, env: map[string]string{"RATE_LIMIT_RPS": "ten"}, status: 2, stderr: `RATE_LIMIT_RPS="ten"`},
 		{args: []string{"healthcheck"}, env: map[string]string{"SERVER_PORT": "0"}, status: 1, stderr: "SERVER_PORT=0"},

@@ -16,24 +16,22 @@ import (
 )
 
 // loginCommand signs in at the terminal and stores the credentials. It changes nothing before everything has succeeded.
-func loginCommand(noBrowser *bool) func(ctx context.Context, cfg *config, stdout, stderr io.Writer) int {
-	return func(ctx context.Context, cfg *config, stdout, stderr io.Writer) int {
-		if cfg.apiKey != "" || cfg.apiKeyFile != "" {
-			fmt.Fprintln(stderr, "qwen-go-proxy login: QWEN_API_KEY or QWEN_API_KEY_FILE is set. With an API key no sign-in is needed; to sign in, unset it")
-			return 2
-		}
-		if err := login(ctx, cfg, *noBrowser, stdout); err != nil {
-			fmt.Fprintf(stderr, "qwen-go-proxy login: %v\n", err)
-			return 1
-		}
-		return 0
+func loginCommand(ctx context.Context, cfg *config, stdout, stderr io.Writer) int {
+	if cfg.apiKey != "" || cfg.apiKeyFile != "" {
+		fmt.Fprintln(stderr, "qwen-go-proxy login: QWEN_API_KEY or QWEN_API_KEY_FILE is set. With an API key no sign-in is needed; to sign in, unset it")
+		return 2
 	}
+	if err := login(ctx, cfg, stdout); err != nil {
+		fmt.Fprintf(stderr, "qwen-go-proxy login: %v\n", err)
+		return 1
+	}
+	return 0
 }
 
 // errGivenUp ends a command that the user interrupts.
 var errGivenUp = errors.New("given up; nothing has changed")
 
-func login(ctx context.Context, cfg *config, noBrowser bool, stdout io.Writer) error {
+func login(ctx context.Context, cfg *config, stdout io.Writer) error {
 	store := &credentialStore{dir: cfg.qwenDir}
 	if err := store.check(); err != nil {
 		return err // now rather than after the user has signed in
@@ -47,7 +45,7 @@ func login(ctx context.Context, cfg *config, noBrowser bool, stdout io.Writer) e
 		return fmt.Errorf("%w. Run login again later, or set QWEN_API_KEY: with a key no sign-in is needed", err)
 	}
 	printSignIn(stdout, auth, false)
-	if !noBrowser && openBrowser(ctx, auth.verificationURIComplete) {
+	if !cfg.noBrowser && openBrowser(ctx, auth.verificationURIComplete) {
 		fmt.Fprintln(stdout, "A browser should have opened there.")
 	}
 	fmt.Fprintf(stdout, "Waiting until %s; Ctrl-C gives up.\n", auth.expires.Local().Format("15:04"))
