@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"regexp"
 	"strings"
 	"testing"
@@ -228,64 +227,37 @@ func TestAuthEscapesForeignText(t *testing.T) {
 	})
 }
 
-// TestAuthOfTheProgram denies a sign-in and watches, with the stand-in in Qwen's place.
+// TestAuthOfTheProgram denies a sign-in, with the stand-in in Qwen's place. Pages of other sites neither see it nor start another.
 func TestAuthOfTheProgram(t *testing.T) {
 	t.Parallel()
-	qwen := newStandIn()
-	qwen.approveAfter = time.Hour
-	server := httptest.NewServer(qwen)
-	t.Cleanup(server.Close)
-	p := start(t, map[string]string{"QWEN_OAUTH_BASE_URL": server.URL})
-	code := p.stderr.await(t, `(?m)^([A-Z2-7]{4}-[A-Z2-7]{4})$`)
-	ask := func(method, path string) string {
+	qwen, env := qwenEnv(t)
+	env["SERVER_PORT"] = "0"
+	p := start(t, env)
+	link := p.stderr.await(t, linkLine)
+	want := func(method, path, site, part string, authorizations int) string {
 		t.Helper()
-		res, body := p.send(method, path, header("Accept", browserAccept))
-		if res.StatusCode != http.StatusOK || res.Header.Get("Content-Security-Policy") == "" || res.Header.Get("X-Frame-Options") != "DENY" {
-			t.Errorf("%s %s: %s %v", method, path, res.Status, res.Header)
-		}
-		return body
-	}
-	want := func(authorizations int, body string, parts ...string) {
-		t.Helper()
-		for _, part := range parts {
-			if !strings.Contains(body, part) {
-				t.Errorf("%q is not in the page:\n%s", part, body)
-			}
-		}
-		if got := qwen.authorizations(); got != authorizations {
-			t.Errorf("%d device authorizations, want %d", got, authorizations)
-		}
-	}
-	want(1, ask("GET", "/auth"), ">Sign in to Qwen</h1>", ">"+code+"</strong>", server.URL+"/authorize?")
-
-	res, err := http.PostForm(server.URL+"/authorize", url.Values{"user_code": {code}, "decision": {"deny"}})
-	fatalIf(t, err)
-	res.Body.Close()
-	p.stderr.await(t, "sign-in ended without success")
-	want(1, ask("GET", "/auth?watch"), ">Sign-in denied</h1>", ">Start again</a>")
-	if body := ask("HEAD", "/auth"); body != "" {
-		t.Errorf("HEAD has a body: %q", body)
-	}
-
-	for _, request := range []string{"cross-site /auth", "same-site /auth?watch", "same-origin /auth?watch", "none /auth?watch"} {
-		site, path, _ := strings.Cut(request, " ")
-		res, body := p.send("GET", path, func(r *http.Request) {
+		res, body := p.send(method, path, func(r *http.Request) {
 			r.Header.Set("Accept", browserAccept)
 			r.Header.Set("Sec-Fetch-Site", site)
 		})
-		if strings.HasSuffix(site, "-site") {
+		if part == "" {
 			wantError(t, res, body, http.StatusForbidden, typeAuthentication, "cross_origin")
-			want(1, "")
-		} else {
-			want(1, body, ">Sign-in denied</h1>")
+		} else if method == "GET" && !strings.Contains(body, part) || res.StatusCode != 200 || res.Header.Get("Content-Security-Policy") == "" || res.Header.Get("X-Frame-Options") != "DENY" {
+			t.Errorf("%s %s: %s %v, want %q in\n%s", method, path, res.Status, res.Header, part, body)
 		}
+		if n := qwen.authorizations(); n != authorizations {
+			t.Errorf("%s %s from %s: %d device authorizations, want %d", method, path, site, n, authorizations)
+		}
+		return body
 	}
-
-	var answer map[string]string
-	if _, body := p.get("/auth"); json.Unmarshal([]byte(body), &answer) != nil || answer["user_code"] == code || answer["status"] != signInPending {
-		t.Errorf("/auth after a denial: %v", answer)
-	}
-	want(2, ask("GET", "/auth"), ">"+answer["user_code"]+"</strong>")
+	want("GET", "/auth", "none", ">Sign in to Qwen</h1>", 1)
+	decideAt(t, link, "deny")
+	p.stderr.await(t, "sign-in ended without success")
+	want("GET", "/auth?watch", "same-origin", ">Start again</a>", 1)
+	want("HEAD", "/auth", "none", "(no body)", 1)
+	want("GET", "/auth", "cross-site", "", 1)
+	want("GET", "/auth?watch", "same-site", "", 1)
+	want("GET", "/auth", "none", ">Sign in to Qwen</h1>", 2)
 }
 
 // TestAuthIsAPageForBrowsers: text/html in Accept is enough.

@@ -166,54 +166,6 @@ func TestABodyOutlivesItsHandler(t *testing.T) {
 	}
 }
 
-func TestABodyGoesWhenItsAnswerBegins(t *testing.T) {
-	b := testBodies(1<<20, 1<<30)
-	for _, size := range []int{100, 10000, 1 << 20} {
-		text := strings.Repeat("x", size)
-		open := func() (*requestBody, io.ReadCloser) {
-			body, err := readBody(b, strings.NewReader(text))
-			fatalIf(t, err)
-			return body, body.open()
-		}
-		// All of it is with Qwen, but for a last Read by the transport and its Close.
-		body, r := open()
-		if _, err := io.ReadFull(r, make([]byte, size)); err != nil {
-			t.Fatal(err)
-		}
-		wantHeld(t, b, 1, 3<<20)
-		body.answerBegan()
-		wantHeld(t, b, 0, 0)
-		if n, err := r.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-			t.Errorf("after the end: %d, %v", n, err)
-		}
-		if size == 100 {
-			continue // the transport keeps a small one
-		}
-
-		// An answer may come before Qwen has it all.
-		body, r = open()
-		if _, err := io.ReadFull(r, make([]byte, size/2)); err != nil {
-			t.Fatal(err)
-		}
-		body.answerBegan()
-		wantHeld(t, b, 1, 3<<20)
-		if rest, err := io.ReadAll(r); len(rest) != size-size/2 || err != nil {
-			t.Errorf("%d bytes of the rest, %v", len(rest), err)
-		}
-		wantHeld(t, b, 0, 0)
-
-		// A request that is sent again goes by its second reader.
-		body, r = open()
-		again := body.open()
-		io.ReadAll(r)
-		r.Close()
-		body.answerBegan()
-		wantHeld(t, b, 1, 3<<20)
-		again.Close()
-		wantHeld(t, b, 0, 0)
-	}
-}
-
 // TestEveryWayOutGivesTheMemoryBack: whatever ends a request, and whoever still reads its body.
 func TestEveryWayOutGivesTheMemoryBack(t *testing.T) {
 	t.Parallel()

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -76,32 +75,6 @@ func TestLockHoldsAnIDUntilReleased(t *testing.T) {
 		l.release()
 		wantLockAlone(t, path, "")
 	}
-}
-
-func TestLockIsHeldByOneAtATime(t *testing.T) {
-	path := filepath.Join(t.TempDir(), lockFile)
-	var holders, held atomic.Int32
-	var all sync.WaitGroup
-	for range 4 {
-		all.Go(func() {
-			l, err := acquireLock(t.Context(), path, &lockWatch{}, never)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			if n := holders.Add(1); n != 1 {
-				t.Errorf("%d hold the lock", n)
-			}
-			held.Add(1)
-			holders.Add(-1)
-			l.release()
-		})
-	}
-	all.Wait()
-	if held.Load() != 4 {
-		t.Errorf("%d got the lock, want 4", held.Load())
-	}
-	wantLockAlone(t, path, "")
 }
 
 func TestLockErrorsOfTheFileSystemAreNotWaitedFor(t *testing.T) {

@@ -78,42 +78,15 @@ func TestAnnouncementsTakeNoMemory(t *testing.T) {
 	t.Parallel()
 	clients := many(300)
 	const limit = 20 << 20
-	t.Run("bodies", func(t *testing.T) {
-		p := startWith(t, nil, nil)
-		before := p.footprint()
-		atOnce(clients, func() {
-			io.WriteString(p.dial(), "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 33554432\r\n\r\n{")
-		})
-		after := p.until("all of them in flight", func(u footprint) bool { return u.inFlight == clients })
-		if grown := after.resident - before.resident; grown > limit {
-			t.Errorf("%d clients took %d bytes, want at most %d", clients, grown, limit)
-		}
+	p := startWith(t, nil, nil)
+	before := p.footprint()
+	atOnce(clients, func() {
+		io.WriteString(p.dial(), "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 33554432\r\n\r\n{")
 	})
-	t.Run("frames", func(t *testing.T) { // of HTTP/2, whose length is reserved: there is no larger one
-		p := startWith(t, nil, withTLS(t, map[string]string{}))
-		c := p.dial()
-		io.WriteString(c, helloHTTP2+"\x00\x40\x01\x00\x00\x00\x00\x00\x01{")
-		for {
-			header, _, err := readFrame(c)
-			if err != nil {
-				t.Fatalf("a frame of 16 KiB and 1 byte is not refused: %v", err)
-			}
-			if header[3] == frameGoAway {
-				break
-			}
-		}
-		c.Close()
-		before := p.footprint()
-		atOnce(clients, func() {
-			c := p.dial()
-			io.WriteString(c, helloHTTP2+"\x00\x40\x00\x00\x00\x00\x00\x00\x01{") // DATA of 16 KiB, which every server takes
-			readFrame(c)
-		})
-		after := p.until("all of them connected", func(u footprint) bool { return u.goroutines >= before.goroutines+clients })
-		if grown := after.heap - before.heap; grown > limit {
-			t.Errorf("%d clients took %d bytes, want at most %d", clients, grown, limit)
-		}
-	})
+	after := p.until("all of them in flight", func(u footprint) bool { return u.inFlight == clients })
+	if grown := after.resident - before.resident; grown > limit {
+		t.Errorf("%d clients took %d bytes, want at most %d", clients, grown, limit)
+	}
 }
 
 func TestClientsThatDoNotReadHinderNobody(t *testing.T) {
