@@ -311,79 +311,63 @@ func askAtOnce(t *testing.T, p *program, n int) (statuses []int, replays float64
 
 // The codes of errors, RFC 9113 §7.
 const (
-	codeNone     = 0x0
-	codeProtocol = 0x1
-	codeRefused  = 0x7
+	codeNone    = 0x0
+	codeRefused = 0x7
 )
 
-// TestNoReplayOverHTTP2 has the API work on each request and then reset its stream, or lose the connection: whatever the
-// reason, the request may have been executed.
-func TestNoReplayOverHTTP2(t *testing.T) {
+// TestReplaysOverHTTP2: the API resets requests that it has worked on, or loses their connection: they may have been executed. What
+// it says that it has not processed is sent again, once: "Requests that have not been processed have not been executed" (RFC 9113 §8.7).
+func TestReplaysOverHTTP2(t *testing.T) {
 	t.Parallel()
 	const requests = 20
-	for name, code := range map[string]uint32{"INTERNAL_ERROR": 0x2, "PROTOCOL_ERROR": codeProtocol, "CANCEL": codeCancel, "a GOAWAY that covers the stream": codeNone} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			var executed executions
-			p := overHTTP2(t, func(s *rawStream) {
-				if bytes.Contains(s.body, []byte("warm")) {
-					s.ok()
-					return
-				}
-				executed.count(s.body)
-				for n := 0; n < requests; n, _ = executed.most() { // all of them are in flight
-					time.Sleep(time.Millisecond)
-				}
-				if code == codeNone {
-					s.goAway(1<<31 - 1)
-					s.close()
-				} else {
-					s.reset(code)
-				}
-			})
-			warmHTTP2(t, p)
-			statuses, replays := askAtOnce(t, p, requests)
-			wantEqual(t, "statuses", []int{502}, statuses)
-			if n, most := executed.most(); n != requests || most != 1 || replays != 0 {
-				t.Errorf("%d requests, one of them executed %d times, %v replays; want %d, 1 and 0", n, most, replays, requests)
-			}
-		})
-	}
-}
-
-// TestWhatHTTP2LeavesUnprocessedIsSentAgain: "Requests that have not been processed have not been executed" (RFC 9113
-// §8.7), and the server says so.
-func TestWhatHTTP2LeavesUnprocessedIsSentAgain(t *testing.T) {
-	t.Parallel()
-	const requests = 20
-	for name, refuse := range map[string]func(s *rawStream){
-		"REFUSED_STREAM": func(s *rawStream) { s.reset(codeRefused) },
-		"GOAWAY":         func(s *rawStream) { s.goAway(1) },
+	goAway := func(last uint32) func(*rawStream) { return func(s *rawStream) { s.goAway(last) } }
+	resets := func(code uint32) func(*rawStream) { return func(s *rawStream) { s.reset(code) } }
+	for name, tt := range map[string]struct {
+		fails       func(*rawStream)
+		unprocessed bool
+	}{
+		"INTERNAL_ERROR":                  {resets(0x2), false},
+		"PROTOCOL_ERROR":                  {resets(0x1), false},
+		"CANCEL":                          {resets(codeCancel), false},
+		"a GOAWAY that covers the stream": {func(s *rawStream) { s.goAway(1<<31 - 1); s.close() }, false},
+		"REFUSED_STREAM":                  {resets(codeRefused), true},
+		"a GOAWAY before the stream":      {goAway(1), true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			var executed executions
-			var refused executions
+			var executed, failed executions
 			p := overHTTP2(t, func(s *rawStream) {
 				switch {
 				case bytes.Contains(s.body, []byte("warm")):
 					s.ok()
-				case s.conn == 0 && s.id > 1 && refused.count(s.body) == 1:
-					refuse(s)
-				default:
+				case tt.unprocessed && s.conn == 0 && failed.count(s.body) == 1:
+					tt.fails(s)
+				case tt.unprocessed:
 					executed.count(s.body)
 					s.ok()
+				default:
+					executed.count(s.body)
+					for n := 0; n < requests; n, _ = executed.most() { // all of them are in flight
+						time.Sleep(time.Millisecond)
+					}
+					tt.fails(s)
 				}
 			})
-			warmHTTP2(t, p)
+			if res, body := p.post("/v1/chat/completions", `{"messages":["warm"]}`); res.StatusCode != 200 { // so that there is a connection
+				t.Fatalf("%s %s", res.Status, body)
+			}
+			want := 502
+			if tt.unprocessed {
+				want = 200
+			}
 			statuses, replays := askAtOnce(t, p, requests)
-			wantEqual(t, "statuses", []int{200}, statuses)
-			if n, most := executed.most(); n != requests || most != 1 || replays < 1 {
-				t.Errorf("%d requests, one of them executed %d times, %v replays; want %d, 1 and some", n, most, replays, requests)
+			wantEqual(t, "statuses", []int{want}, statuses)
+			if n, most := executed.most(); n != requests || most != 1 || (replays > 0) != tt.unprocessed {
+				t.Errorf("%d requests, one of them executed %d times, %v replays; want %d and 1", n, most, replays, requests)
 			}
 		})
 	}
-	t.Run("always", func(t *testing.T) {
+	t.Run("refused each time", func(t *testing.T) {
 		t.Parallel()
 		var seen atomic.Int32
 		p := overHTTP2(t, func(s *rawStream) {
@@ -395,12 +379,4 @@ func TestWhatHTTP2LeavesUnprocessedIsSentAgain(t *testing.T) {
 			t.Errorf("%v after %d tries, %v of them replays", statuses, n, replays)
 		}
 	})
-}
-
-// warmHTTP2 has one request answered, so that there is a connection.
-func warmHTTP2(t *testing.T, p *program) {
-	t.Helper()
-	if res, body := p.post("/v1/chat/completions", `{"messages":["warm"]}`); res.StatusCode != 200 {
-		t.Fatalf("%s %s", res.Status, body)
-	}
 }
