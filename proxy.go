@@ -53,18 +53,22 @@ type proxy struct {
 	metrics   *metrics
 	buffers   copyBuffers
 	transport http.RoundTripper
-	fresh     http.RoundTripper // the same, but with a new connection for each request
 }
 
 // newProxy returns a proxy over transport, which must not follow redirects nor unpack bodies.
 func newProxy(cfg *config, tokens tokenSource, m *metrics, transport http.RoundTripper) *proxy {
-	p := &proxy{cfg: cfg, tokens: tokens, bodies: newBodyReader(cfg), metrics: m, transport: transport, fresh: transport}
-	if t, ok := transport.(*http.Transport); ok {
-		fresh := t.Clone()
-		fresh.DisableKeepAlives = true
-		p.fresh = fresh
+	return &proxy{cfg: cfg, tokens: tokens, bodies: newBodyReader(cfg), metrics: m, transport: transport}
+}
+
+// fresh returns a transport for one request, over a new connection.
+func (p *proxy) fresh() http.RoundTripper {
+	t, ok := p.transport.(*http.Transport)
+	if !ok {
+		return p.transport // of a test
 	}
-	return p
+	t = t.Clone()
+	t.DisableKeepAlives = true
+	return t
 }
 
 // newTransport returns the transport for calls to Qwen.
@@ -337,28 +341,21 @@ func (c *call) renew(req *http.Request) (*http.Response, error) {
 // replayWindow is how soon a dead kept-alive connection shows that it is dead. On one that fails later, Qwen may have worked.
 const replayWindow = time.Second
 
-// maxTries bounds how often a request looks for a connection over HTTP/2. Requests that are sent again at the same time may
-// share a new connection, which closes after the first of them.
-const maxTries = 5
-
 // send makes one round trip. If it fails and it is safe (see mayResend), send makes a second one over a new connection: others
-// that were kept alive may be dead too. A round trip that sends nothing does not count.
+// that were kept alive may be dead too.
 func (c *call) send(req *http.Request) (*http.Response, error) {
 	transport := c.transport
 	if c.x.replayed {
-		transport = c.fresh
+		transport = c.fresh()
 	}
 	c.tried.conn = nil
 	res, err := transport.RoundTrip(req)
-	for tries := 0; err != nil && c.ctx.Err() == nil && tries < maxTries && c.tried.mayResend(err); tries++ {
+	if err != nil && c.ctx.Err() == nil && !c.x.replayed && c.tried.mayResend(err) {
 		if c.tried.sent.Load() {
-			if c.x.replayed {
-				break
-			}
 			c.x.replayed = true
 			c.metrics.replays.Add(1)
 		}
-		res, err = c.fresh.RoundTrip(c.again(req))
+		res, err = c.fresh().RoundTrip(c.again(req))
 	}
 	if err == nil {
 		c.x.upstreamID = clip(c.token.redact(res.Header.Get("X-Request-Id")), 128)
