@@ -516,14 +516,9 @@ func (s *oauthSource) stored(t *token, err error) {
 	}
 }
 
-// ready returns nil again a minute after the last 401. A load balancer then sends a request, which shows whether Qwen accepts the
-// token.
 func (s *oauthSource) ready() *apiError {
 	st, now := s.state.Load(), time.Now()
-	if _, lately := s.refusing(); lately {
-		return errNotServed
-	}
-	if err := s.problem(st, now); err != nil {
+	if err := cmp.Or(s.verdict.ready(), s.problem(st, now)); err != nil {
 		return err
 	}
 	if !st.token.good(now) {
@@ -536,7 +531,7 @@ func (s *oauthSource) status() sourceStatus {
 	st := s.state.Load()
 	status := sourceStatus{method: "oauth", token: st.token, problem: s.ready(), flow: &s.flow, refreshes: &s.refreshes}
 	if status.problem == nil {
-		if long, _ := s.refusing(); long {
+		if s.refusing() {
 			status.problem = errNotServed // the server counts as ready again, but a sign-in would help
 		} else if st.final != nil {
 			status.problem = signInRefused(st.final) // the token is still good for a while
@@ -601,16 +596,26 @@ func (v *verdict) refusedLately() bool {
 	return lately
 }
 
-// refusing reports whether Qwen has refused the credentials without a success for a minute or longer, and whether also within
-// the last minute.
-func (v *verdict) refusing() (long, lately bool) {
+// refusing reports whether Qwen has refused the credentials for a minute or longer, without a success.
+func (v *verdict) refusing() bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	long = !v.fresh.IsZero() && time.Since(v.success) >= refusalTime
-	return long, long && time.Since(v.last) < refusalTime
+	return !v.fresh.IsZero() && time.Since(v.success) >= refusalTime
 }
 
-// A keySource hands out an API key.
+// ready returns nil again a minute after the last 401. A load balancer then sends a request, which shows whether Qwen accepts the
+// credentials.
+func (v *verdict) ready() *apiError {
+	refusing := v.refusing()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if refusing && time.Since(v.last) < refusalTime {
+		return v.refusal
+	}
+	return nil
+}
+
+// A keySource hands out an API key. A key that Qwen never accepted makes it not ready at the first 401.
 type keySource struct {
 	file string // QWEN_API_KEY_FILE; "" if it is not set
 	base *url.URL
@@ -629,20 +634,13 @@ func newKeySource(cfg *config, log *slog.Logger) *keySource {
 
 func (s *keySource) setKey(key string) {
 	s.key.Store(&token{access: key, authorization: "Bearer " + key, base: s.base})
+	s.reset()
 }
 
 func (s *keySource) Token(context.Context) (*token, error) { return s.key.Load(), nil }
 
 // Replace returns no token: the key can't be renewed.
 func (s *keySource) Replace(context.Context, *token) (*token, error) { return nil, s.refused() }
-
-// ready is as an oauthSource's. A key that Qwen never accepted is refused at its first 401.
-func (s *keySource) ready() *apiError {
-	if _, lately := s.refusing(); lately {
-		return s.refusal
-	}
-	return nil
-}
 
 func (s *keySource) status() sourceStatus {
 	return sourceStatus{method: "api_key", token: s.key.Load(), problem: s.ready()}
@@ -662,7 +660,6 @@ func (s *keySource) readFile() error {
 	key, err := readKeyFile(s.file)
 	if err == nil && key != s.key.Load().access {
 		s.setKey(key)
-		s.reset()
 		s.log.Info("the API key has changed")
 	}
 	return err
