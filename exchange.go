@@ -227,11 +227,8 @@ func (x *exchange) log(r *http.Request, log *slog.Logger, took time.Duration, de
 	if detail {
 		attrs = append(attrs, slog.String("proto", r.Proto), slog.Int64("request_bytes", r.ContentLength), slog.Any("headers", safeHeaders(r)))
 	}
-	log.LogAttrs(r.Context(), level, accessMessage, attrs...)
+	log.LogAttrs(r.Context(), level, "request", attrs...)
 }
-
-// accessMessage is the message of access lines.
-const accessMessage = "request"
 
 // milliseconds returns d in milliseconds, to the microsecond.
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

@@ -127,11 +127,10 @@ func (h *health) detailed(x *exchange, _ *http.Request) error {
 	if h.reason() != nil {
 		status = "degraded"
 	}
-	tokens, counted := map[string]int64{}, h.metrics.allTokens()
-	for i, kind := range tokenKinds {
-		tokens[kind] = 0
-		for _, counts := range counted {
-			tokens[kind] += counts[i].Load()
+	tokens := map[string]int64{"input": 0, "output": 0, "cached": 0}
+	for _, counts := range h.metrics.allTokens() {
+		for i, kind := range tokenKinds {
+			tokens[kind] += counts[i]
 		}
 	}
 	var mem runtime.MemStats

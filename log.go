@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -20,7 +19,9 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 	opts := &slog.HandlerOptions{Level: cfg.logLevel}
 	switch {
 	case cfg.greet:
-		return slog.New(newTerminalHandler(w, cfg.logLevel, cfg.colors))
+		attrs := &bytes.Buffer{}
+		opts.ReplaceAttr = forTerminal
+		return slog.New(terminalHandler{slog.NewTextHandler(attrs, opts), attrs, &sync.Mutex{}, w, cfg.colors})
 	case cfg.logFormat == "text":
 		return slog.New(slog.NewTextHandler(w, opts))
 	}
@@ -30,45 +31,33 @@ func newLogger(cfg *config, w io.Writer) *slog.Logger {
 // A terminalHandler writes the log for a user who reads along at a terminal.
 type terminalHandler struct {
 	slog.Handler // writes the attributes of a line to attrs
+	attrs        *bytes.Buffer
+	mu           *sync.Mutex // guards attrs
 	w            io.Writer
 	colors       bool
-	mu           *sync.Mutex // guards attrs
-	attrs        *bytes.Buffer
 }
 
-func newTerminalHandler(w io.Writer, level slog.Leveler, colors bool) terminalHandler {
-	attrs := &bytes.Buffer{}
-	return terminalHandler{w: w, colors: colors, mu: &sync.Mutex{}, attrs: attrs,
-		Handler: slog.NewTextHandler(attrs, &slog.HandlerOptions{Level: level, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
-			if len(groups) == 0 && (a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == slog.MessageKey) {
-				return slog.Attr{}
-			}
-			if a.Value.Kind() == slog.KindTime {
-				a.Value = slog.StringValue(a.Value.Time().Local().Format(time.DateTime))
-			}
-			return a
-		}})}
+// forTerminal leaves out the attributes that Handle writes, and shortens times.
+func forTerminal(groups []string, a slog.Attr) slog.Attr {
+	switch {
+	case len(groups) == 0 && (a.Key == slog.TimeKey || a.Key == slog.LevelKey || a.Key == slog.MessageKey):
+		return slog.Attr{}
+	case a.Value.Kind() == slog.KindTime:
+		a.Value = slog.StringValue(a.Value.Time().Local().Format(time.DateTime))
+	}
+	return a
 }
 
 func (h terminalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	h.Handler = h.Handler.WithAttrs(attrs)
-	return h
+	return terminalHandler{h.Handler.WithAttrs(attrs), h.attrs, h.mu, h.w, h.colors}
 }
 
 func (h terminalHandler) WithGroup(name string) slog.Handler {
-	h.Handler = h.Handler.WithGroup(name)
-	return h
+	return terminalHandler{h.Handler.WithGroup(name), h.attrs, h.mu, h.w, h.colors}
 }
 
-// Colors, as the numbers of ECMA-48's SGR.
-const (
-	dim    = 2
-	red    = 31
-	green  = 32
-	yellow = 33
-)
+const dim, red, green, yellow = 2, 31, 32, 33 // colors (ECMA-48, SGR)
 
-// paint returns s in a color.
 func (h terminalHandler) paint(color int, s string) string {
 	if !h.colors || s == "" {
 		return s
@@ -76,7 +65,7 @@ func (h terminalHandler) paint(color int, s string) string {
 	return fmt.Sprintf("\x1b[%dm%s\x1b[m", color, s)
 }
 
-// visible returns s with a question mark for each character that a terminal does not print.
+// visible returns s with a question mark for each character that can't be printed.
 func visible(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) && r != utf8.RuneError {
@@ -86,21 +75,20 @@ func visible(s string) string {
 	}, s)
 }
 
-// Handle writes a request as one line of at most terminalWidth columns. The error follows on a line of its own, and at debug
-// level so do all attributes. Any other line has its message and its attributes.
+// indent is what lines below the first begin with. It is as wide as the time.
+const indent = "\n         "
+
+// Handle writes a request as one line, with its error below and, at debug level, its attributes. Any other line has its message
+// and its attributes.
 func (h terminalHandler) Handle(ctx context.Context, r slog.Record) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.attrs.Reset()
-	if err := h.Handler.Handle(ctx, r); err != nil {
-		return err
-	}
-	attrs := h.paint(dim, visible(strings.TrimSpace(h.attrs.String())))
-	text, gap := visible(r.Message), "  "
+	h.Handler.Handle(ctx, r) // a Buffer takes everything
+	text, gap, attrs := visible(r.Message), "  ", visible(strings.TrimSpace(h.attrs.String()))
 	switch {
-	case r.Message == accessMessage:
-		text, gap = h.request(r), "\n"+indent
-		if !h.Enabled(ctx, slog.LevelDebug) {
+	case r.Message == "request":
+		if text, gap = h.request(r), indent; !h.Enabled(ctx, slog.LevelDebug) {
 			attrs = ""
 		}
 	case r.Level >= slog.LevelError:
@@ -109,99 +97,70 @@ func (h terminalHandler) Handle(ctx context.Context, r slog.Record) error {
 		text = h.paint(yellow, "warning: "+text)
 	}
 	if attrs != "" {
-		text += gap + attrs
+		text += gap + h.paint(dim, attrs)
 	}
-	_, err := fmt.Fprintf(h.w, "%s %s\n", h.paint(dim, r.Time.Format(time.TimeOnly)), text)
+	_, err := fmt.Fprintln(h.w, h.paint(dim, r.Time.Format(time.TimeOnly)), text)
 	return err
 }
 
-// terminalWidth is the width of a request's line, in columns.
-const terminalWidth = 100
-
-// indent aligns what stands below a line with the text behind its time.
-const indent = "         "
-
-// request returns the access line of r, from its status on.
+// request returns what the line of a request has behind its time. The whole line takes at most 100 columns.
 func (h terminalHandler) request(r slog.Record) string {
 	of, text := map[string]slog.Value{}, map[string]string{}
 	r.Attrs(func(a slog.Attr) bool {
 		of[a.Key], text[a.Key] = a.Value, visible(a.Value.String())
 		return true
 	})
-	status := of["status"].Int64()
 	color := green
-	switch {
-	case status >= 500 || status < 400 && text["error"] != "":
+	if status := of["status"].Int64(); status >= 500 || status < 400 && text["error"] != "" {
 		color = red
-	case status >= 400:
+	} else if status >= 400 {
 		color = yellow
 	}
-	took := time.Duration(of["duration_ms"].Float64() * float64(time.Millisecond))
 	tail := ""
-	if text["model"] != "" {
-		tail = "  " + fit(text["model"], 24)
-	}
-	if text["key"] != "" {
-		tail += "  " + fit(text["key"], 12)
-	}
-	if tokens, ok := of["input_tokens"]; ok {
-		tail += "  " + shortCount(tokens.Int64()) + " tokens in"
-		if tokens, ok := of["output_tokens"]; ok {
-			tail += ", " + shortCount(tokens.Int64()) + " out"
+	for _, part := range []string{fit(text["model"], 24), fit(text["key"], 12)} {
+		if part != "" {
+			tail += "  " + part
 		}
 	}
-	head := fmt.Sprintf(" %7s  ", shortDuration(took))
-	room := terminalWidth - len(indent) - len("200") - len(head) - columns(tail)
-	line := h.paint(color, text["status"]) + head + fit(text["method"]+" "+text["path"], room) + h.paint(dim, tail)
+	if n, ok := of["input_tokens"]; ok {
+		tail += "  " + shortCount(n.Int64()) + " tokens in"
+	}
+	if n, ok := of["output_tokens"]; ok {
+		tail += ", " + shortCount(n.Int64()) + " out"
+	}
+	took := fmt.Sprintf(" %7s  ", shortDuration(time.Duration(of["duration_ms"].Float64()*float64(time.Millisecond))))
+	room := 100 - len("15:04:05 200") - len(took) - len(tail)
+	line := h.paint(color, text["status"]) + took + fit(text["method"]+" "+text["path"], room) + h.paint(dim, tail)
 	if text["error"] != "" {
-		line += "\n" + indent + h.paint(color, text["error"])
+		line += indent + h.paint(color, text["error"])
 	}
 	return line
 }
 
-// columns returns how many columns of a terminal s takes at most. Characters from U+1100 on may take two.
-func columns(s string) (n int) {
-	for _, r := range s {
-		n++
-		if r >= 0x1100 {
-			n++
-		}
-	}
-	return n
-}
-
-// fit returns s, cut if it takes more than n columns.
+// fit returns s, cut to at most n bytes. In a terminal, no character takes more columns than bytes.
 func fit(s string, n int) string {
-	if columns(s) <= n {
+	if len(s) <= n {
 		return s
 	}
-	for columns(s) > n-len("...") {
-		_, size := utf8.DecodeLastRuneInString(s)
-		s = s[:len(s)-size]
-	}
-	return s + "..."
+	return strings.ToValidUTF8(s[:n-3], "") + "..."
 }
 
-// shortDuration returns d for a reader: 85 ms, 1.2 s, 2m5s.
+// shortDuration returns d as 85 ms, 1.2 s or 2m5s.
 func shortDuration(d time.Duration) string {
-	switch d = d.Round(time.Millisecond); {
-	case d < time.Second:
+	if d < time.Second {
 		return fmt.Sprintf("%d ms", d.Milliseconds())
-	case d < time.Minute:
+	} else if d < time.Minute {
 		return fmt.Sprintf("%.1f s", d.Seconds())
 	}
 	return d.Round(time.Second).String()
 }
 
-// shortCount returns n for a reader: 999, 1.2k, 3.4M.
+// shortCount returns n as 999 or 1.2k.
 func shortCount(n int64) string {
-	switch {
-	case n < 1000:
-		return strconv.FormatInt(n, 10)
-	case n < 999_950:
-		return fmt.Sprintf("%.1fk", float64(n)/1e3)
+	if n < 1000 {
+		return fmt.Sprint(n)
 	}
-	return fmt.Sprintf("%.1fM", float64(n)/1e6)
+	return fmt.Sprintf("%.1fk", float64(n)/1000)
 }
 
 // isTerminal reports whether w is a terminal, or another character device except the null device.

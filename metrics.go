@@ -34,11 +34,8 @@ type metrics struct {
 
 	mu     sync.Mutex // guards the maps
 	models map[string]bool
-	tokens map[[2]string]*tokenCounts // by model and name of the client's key
+	tokens map[[2]string][len(tokenKinds)]int64 // by model and name of the client's key
 }
-
-// A tokenCounts counts tokens by tokenKinds.
-type tokenCounts [len(tokenKinds)]atomic.Int64
 
 // maxModelSeries bounds the number of models in the metrics, because clients choose them. Further models count as "other".
 const maxModelSeries = 100
@@ -80,7 +77,7 @@ func (h *histogram) observe(d time.Duration) {
 // newMetrics returns the counts of a server that starts now.
 func newMetrics() *metrics {
 	return &metrics{started: time.Now(), routes: []*routeCounts{{path: "other"}},
-		models: map[string]bool{}, tokens: map[[2]string]*tokenCounts{}}
+		models: map[string]bool{}, tokens: map[[2]string][len(tokenKinds)]int64{}}
 }
 
 // register makes the counts for the route of path. It must be called before requests are served.
@@ -111,25 +108,22 @@ func (m *metrics) countTokens(x *exchange) {
 		return
 	}
 	m.mu.Lock()
-	model := x.model
+	defer m.mu.Unlock()
+	by := [2]string{visible(x.model), visible(x.key)}
 	if len(m.models) < maxModelSeries {
-		m.models[model] = true
-	} else if !m.models[model] {
-		model = "other"
+		m.models[by[0]] = true
+	} else if !m.models[by[0]] {
+		by[0] = "other"
 	}
-	counts := m.tokens[[2]string{model, x.key}]
-	if counts == nil {
-		counts = new(tokenCounts)
-		m.tokens[[2]string{model, x.key}] = counts
-	}
-	m.mu.Unlock()
+	counts := m.tokens[by]
 	for i, n := range x.usage.tokens {
-		counts[i].Add(n)
+		counts[i] += n
 	}
+	m.tokens[by] = counts
 }
 
 // allTokens returns the counts of tokens by model and name of the client's key.
-func (m *metrics) allTokens() map[[2]string]*tokenCounts {
+func (m *metrics) allTokens() map[[2]string][len(tokenKinds)]int64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return maps.Clone(m.tokens)
@@ -173,16 +167,13 @@ func (p *page) add(value float64, labels ...string) { p.sample("", value, labels
 func (p *page) sample(suffix string, value float64, labels ...string) {
 	p.WriteString(p.family + suffix)
 	for i := 0; i < len(labels); i += 2 {
-		fmt.Fprintf(p, `%c%s="%s"`, "{,"[min(i, 1)], labels[i], labelEscapes.Replace(labels[i+1]))
+		fmt.Fprintf(p, "%c%s=%q", "{,"[min(i, 1)], labels[i], labels[i+1])
 	}
 	if len(labels) > 0 {
 		p.WriteByte('}')
 	}
 	fmt.Fprintf(p, " %v\n", value)
 }
-
-// labelEscapes has all the escapes of the format. Other characters, as in a model's name, stand for themselves.
-var labelEscapes = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
 // counter and gauge write a family with one sample.
 func (p *page) counter(name, help string, value float64) {
@@ -231,7 +222,7 @@ func (p *page) counts(m *metrics) {
 	tokens := m.allTokens()
 	for _, by := range slices.SortedFunc(maps.Keys(tokens), func(a, b [2]string) int { return slices.Compare(a[:], b[:]) }) {
 		for i, kind := range tokenKinds {
-			p.add(float64(tokens[by][i].Load()), "model", by[0], "key", by[1], "kind", kind)
+			p.add(float64(tokens[by][i]), "model", by[0], "key", by[1], "kind", kind)
 		}
 	}
 }

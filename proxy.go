@@ -462,14 +462,11 @@ func (c *call) modifyResponse(res *http.Response) error {
 	if c.x.upstreamID != "" {
 		h["X-Upstream-Request-Id"] = []string{c.x.upstreamID}
 	}
-	upstream := &upstreamBody{ReadCloser: res.Body, call: c}
+	compressed := isCompressed(h) // it passes unread: its own format shows a cut
+	upstream := &upstreamBody{ReadCloser: res.Body, call: c, count: res.StatusCode == http.StatusOK && !compressed}
 	res.Body = upstream
 	if res.StatusCode != http.StatusOK {
 		return c.passError(res)
-	}
-	compressed := isCompressed(h) // it passes unread: its own format shows a cut
-	if !compressed {
-		upstream.usage = &c.x.usage
 	}
 	body := &answerBody{Closer: upstream, call: c, text: upstream, delimited: delimited}
 	res.Body = body

@@ -19,7 +19,7 @@ var errBroken = &apiError{status: http.StatusBadGateway, typ: typeStreaming, cod
 type upstreamBody struct {
 	io.ReadCloser
 	call  *call
-	usage *tokenUsage // looks for usage in what is read; nil does not
+	count bool // look for token usage in what is read
 }
 
 func (b *upstreamBody) Read(p []byte) (int, error) {
@@ -29,8 +29,8 @@ func (b *upstreamBody) Read(p []byte) (int, error) {
 	if n > 0 && b.call.x.firstByte.IsZero() {
 		b.call.x.firstByte = time.Now()
 	}
-	if b.usage != nil {
-		b.usage.look(p[:n])
+	if b.count {
+		b.call.x.usage.look(p[:n])
 	}
 	return n, err
 }

@@ -9,14 +9,11 @@ import (
 // tokenKinds are the values of the kind label. In OpenAI's shapes input includes cached, in Anthropic's it does not.
 var tokenKinds = [...]string{"input", "output", "cached"}
 
-// usageMembers are the members of a usage object that the proxy counts.
-var usageMembers = [...]struct {
-	name, inside string // inside is a member of the object name; "" if name is the number itself
-	kind         int    // an index of tokenKinds
-}{
-	{"prompt_tokens", "", 0}, {"completion_tokens", "", 1}, {"prompt_tokens_details", "cached_tokens", 2}, // OpenAI's chat and embeddings
-	{"input_tokens", "", 0}, {"output_tokens", "", 1}, {"input_tokens_details", "cached_tokens", 2}, // OpenAI's responses
-	{"cache_read_input_tokens", "", 2}, // Anthropic, which has input_tokens and output_tokens too
+// usageMembers are the members of a usage object that the proxy counts: OpenAI's, and Anthropic's.
+var usageMembers = []string{
+	"prompt_tokens", "input_tokens", // input
+	"completion_tokens", "output_tokens", // output
+	"cache_read_input_tokens", "prompt_tokens_details", "input_tokens_details", // cached: the last two are objects with cached_tokens
 }
 
 // usageMark comes before a usage object. Text that a model writes never matches it: its quotes are escaped.
@@ -39,28 +36,19 @@ func (u *tokenUsage) look(p []byte) {
 		p = append(u.rest, p...)
 		u.rest = nil
 	}
-	for {
-		i := markIn(p)
-		if i < 0 {
-			break
-		}
+	for i := markIn(p); i >= 0; i = markIn(p) {
 		start := skipSpace(p, i+len(usageMark))
-		end, whole := start, start < len(p)
+		end, err := start, error(nil)
 		if byteAt(p, start) == '{' {
-			var err error
 			end, err = skipValue(p, start)
-			whole = err == nil
 		}
-		if !whole {
-			end = len(p)
-		}
-		switch {
-		case end-i > maxUsage: // too large for a usage object
-			end = start
-		case !whole:
+		switch cut := err != nil || start == len(p); {
+		case cut && len(p)-i <= maxUsage:
 			u.rest = bytes.Clone(p[i:])
 			return
-		case end > start: // else it is no object: most events of DashScope have null
+		case cut || end-i > maxUsage: // too large for a usage object
+			end = start
+		case end > start: // most events of DashScope have null instead
 			u.take(p[start:end])
 		}
 		p = p[end:]
@@ -102,25 +90,19 @@ func markAtEnd(p []byte) int {
 
 // take replaces the numbers that object has. Anthropic's streams report the input at their beginning and the output at their end.
 func (u *tokenUsage) take(object []byte) {
-	names := make([]string, len(usageMembers))
-	for i, m := range usageMembers {
-		names[i] = m.name
-	}
-	found, err := findMembers(object, names...)
+	found, err := findMembers(object, usageMembers...)
 	if err != nil {
 		return
 	}
-	for i, m := range usageMembers {
-		value := found[i].of(object)
-		if m.inside != "" {
-			inside, err := findMembers(value, m.inside)
-			if err != nil {
-				continue
+	for i, m := range found {
+		value, kind := m.of(object), min(i/2, len(tokenKinds)-1)
+		if byteAt(value, 0) == '{' {
+			if inside, err := findMembers(value, "cached_tokens"); err == nil {
+				value = inside[0].of(value)
 			}
-			value = inside[0].of(value)
 		}
 		if n, err := strconv.ParseInt(string(value), 10, 64); err == nil && n >= 0 {
-			u.tokens[m.kind], u.known[m.kind] = n, true
+			u.tokens[kind], u.known[kind] = n, true
 		}
 	}
 }

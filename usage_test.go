@@ -232,12 +232,12 @@ func TestTokenSeriesAreBounded(t *testing.T) {
 			t.Errorf("%s is %v, want %v", series, samples[series], want)
 		}
 	}
-	spend("model 1", "a\"b\\c\x1b") // has what the format escapes, and what it does not
+	spend("model 1", "a\"b\\c\x1bé") // with what the format escapes, and what it has no escape for
 	p = page{}
 	p.counts(m)
 	got, err = parsePage(p.String())
 	fatalIf(t, err)
-	if got["qwen_proxy_tokens_total{model=\"model 1\",key=\"a\\\"b\\\\c\x1b\",kind=\"input\"}"] != 1 {
+	if got["qwen_proxy_tokens_total{model=\"model 1\",key=\"a\\\"b\\\\c?é\",kind=\"input\"}"] != 1 {
 		t.Errorf("a name with quotes and control characters:\n%s", &p)
 	}
 }
