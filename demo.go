@@ -156,7 +156,7 @@ button { font: inherit; padding: .4rem 1.2rem; margin-right: .5rem }
 <button name="decision" value="approve">Approve</button>
 <button name="decision" value="deny">Deny</button>
 </form>
-<p>Left alone, it approves itself {{.ApproveAfter}} after it began.</p>
+<p>It approves itself after {{.ApproveAfter}}.</p>
 {{end}}
 </html>
 `))

@@ -355,7 +355,7 @@ func TestDemoFromSignInToAnswer(t *testing.T) {
 	}
 	res, body := p.post("/v1/chat/completions", `{"messages":[{"role":"user","content":"too early"}]}`)
 	early := wantError(t, res, body, http.StatusUnauthorized, typeAuthentication, "not_signed_in")
-	if !strings.Contains(early.Error.Message, "approves itself 2s after it began") {
+	if !strings.Contains(early.Error.Message, "approves itself after 2s") {
 		t.Errorf("the early request is told %q, not when to try again", early.Error.Message)
 	}
 

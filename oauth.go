@@ -465,7 +465,7 @@ func printSignIn(w io.Writer, d *deviceAuth, demo bool) {
 set QWEN_API_KEY to an API key instead.
 `
 	if demo {
-		note = fmt.Sprintf("The demo's sign-in approves itself %v after it began.\n", demoApproval)
+		note = fmt.Sprintf("The demo's sign-in approves itself after %v.\n", demoApproval)
 	}
 	fmt.Fprintf(w, `
 To sign in to Qwen, open this page in a browser on any device:

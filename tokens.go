@@ -199,7 +199,7 @@ func (s *oauthSource) problem(st *authState, now time.Time) *apiError {
 	case st.token == nil:
 		message := "The proxy is not signed in to Qwen. Set QWEN_API_KEY on the proxy, or sign in: open /auth on the proxy, or follow the link in its log."
 		if s.flow.demo {
-			message = fmt.Sprintf("The demo is not signed in yet. Its sign-in approves itself %v after it began: try again then.", demoApproval)
+			message = fmt.Sprintf("The demo is not signed in yet. Its sign-in approves itself after %v. Try again then.", demoApproval)
 		}
 		return &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "not_signed_in", message: message}
 	case st.final != nil:

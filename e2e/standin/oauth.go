@@ -241,7 +241,7 @@ nothing leaves this machine.</p>
 <button name="decision" value="approve">Approve</button>
 <button name="decision" value="deny">Deny</button>
 </form>
-{{if .ApproveAfter}}<p>Left alone, it approves itself {{.ApproveAfter}} after it began.</p>{{end}}
+{{if .ApproveAfter}}<p>It approves itself after {{.ApproveAfter}}.</p>{{end}}
 {{else}}
 {{if .Unknown}}<p><strong>No sign-in has the code {{.UserCode}}.</strong> It may have expired.</p>{{end}}
 <form action="/authorize">
