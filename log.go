@@ -116,17 +116,17 @@ func (h terminalHandler) request(r slog.Record) string {
 	} else if status >= 400 {
 		color = yellow
 	}
-	tail := ""
-	for _, part := range []string{fit(text["model"], 24), fit(text["key"], 12)} {
+	tokens, tail := "", ""
+	if n, ok := of["input_tokens"]; ok {
+		tokens = shortCount(n.Int64()) + " tokens in"
+	}
+	if n, ok := of["output_tokens"]; ok {
+		tokens += ", " + shortCount(n.Int64()) + " out"
+	}
+	for _, part := range []string{fit(text["model"], 24), fit(text["key"], 12), fit(tokens, 30)} {
 		if part != "" {
 			tail += "  " + part
 		}
-	}
-	if n, ok := of["input_tokens"]; ok {
-		tail += "  " + shortCount(n.Int64()) + " tokens in"
-	}
-	if n, ok := of["output_tokens"]; ok {
-		tail += ", " + shortCount(n.Int64()) + " out"
 	}
 	took := fmt.Sprintf(" %7s  ", shortDuration(time.Duration(of["duration_ms"].Float64()*float64(time.Millisecond))))
 	room := 100 - len("15:04:05 200") - len(took) - len(tail)
@@ -142,7 +142,7 @@ func fit(s string, n int) string {
 	if len(s) <= n {
 		return s
 	}
-	return strings.ToValidUTF8(s[:n-3], "") + "..."
+	return strings.ToValidUTF8(s[:max(0, n-3)], "") + "..."
 }
 
 // shortDuration returns d as 85 ms, 1.2 s or 2m5s.

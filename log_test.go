@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"net/url"
 	"os"
@@ -146,7 +147,8 @@ func TestARequestAtATerminal(t *testing.T) {
 func TestWidthAtATerminal(t *testing.T) {
 	for _, long := range []string{strings.Repeat("x", 300), strings.Repeat("長", 300), strings.Repeat("\n", 300), strings.Repeat("\xff", 300), strings.Repeat("\u202e", 300)} {
 		for _, took := range []time.Duration{0, 999 * time.Hour} {
-			rec := record{model: long, key: long, usage: tokenUsage{tokens: [3]int64{999_900, 999_900, 999_900}, known: [3]bool{true, true, true}}}
+			const most = math.MaxInt64
+			rec := record{model: long, key: long, usage: tokenUsage{tokens: [3]int64{most, most, most}, known: [3]bool{true, true, true}}}
 			got := accessLine(false, &exchange{answerWriter{status: 200}, rec}, "/"+long, took)
 			line, rest, _ := strings.Cut(got, "\n")
 			columns := 0 // CJK characters take two

@@ -101,7 +101,7 @@ func (u *tokenUsage) take(object []byte) {
 				value = inside[0].of(value)
 			}
 		}
-		if n, err := strconv.ParseInt(string(value), 10, 64); err == nil && n >= 0 {
+		if n, err := strconv.ParseInt(string(value), 10, 40); err == nil && n >= 0 {
 			u.tokens[kind], u.known[kind] = n, true
 		}
 	}

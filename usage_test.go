@@ -59,6 +59,7 @@ var usageAnswers = map[string]struct{ answer, want string }{
 		"25 15 8"},
 	"strings with brackets and quotes": {`{"usage":{"plan":"}]\"\\","x_details":[{"y":"{"}],"prompt_tokens":4,"completion_tokens":3},"usage_2":{"prompt_tokens":9}}`, "4 3 –"},
 	"wrong types, negative figures":    {`{"usage":{"prompt_tokens":"many","completion_tokens":-3,"prompt_tokens_details":[]}}`, "– – –"},
+	"impossible figures":               {`{"usage":{"prompt_tokens":9223372036854775807,"completion_tokens":1.5,"cache_read_input_tokens":3}}`, "– – 3"},
 	"no object":                        {`{"usage":[],"usage":"x","usage":1}`, "– – –"},
 	"an object without end":            {`{"usage":{"prompt_tokens":1`, "– – –"},
 	"an object that is too large":      {`{"usage":{"x":"` + strings.Repeat("x", maxUsage) + `"}} {"usage":{"prompt_tokens":2}}`, "2 – –"},
