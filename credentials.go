@@ -245,17 +245,21 @@ func (s *credentialStore) reserve() (*newFile, error) {
 	}
 	giveToOwner(f, filepath.Dir(target))
 	n := &newFile{f: f, target: target}
-	_, err = f.Write(make([]byte, 16<<10))
-	link := f.Name() + ".tmp"
-	if linkErr := os.Link(target, link); errors.Is(linkErr, syscall.EXDEV) { // a hard link can't leave a mount
-		err = fmt.Errorf("%q is a mount point by itself and can't be replaced; mount its directory instead", target)
-	}
-	os.Remove(link)
-	if err != nil {
+	if _, err := f.Write(make([]byte, 16<<10)); err != nil {
 		n.discard()
 		return nil, err
 	}
 	return n, nil
+}
+
+// isMount reports whether the file is a mount point by itself: a hard link can't leave a mount.
+func (s *credentialStore) isMount() bool {
+	link := s.path() + ".link"
+	err := os.Link(s.path(), link)
+	if err == nil {
+		os.Remove(link)
+	}
+	return errors.Is(err, syscall.EXDEV)
 }
 
 // giveToOwner makes the owner of dir the owner of f if root writes it: after an administrator's login, a service that runs as
@@ -302,7 +306,8 @@ func (n *newFile) commit(t *token) error {
 	return n.write(content)
 }
 
-// write makes content the credential file. A crash at any instant leaves the old file or the new one, whole.
+// write makes content the credential file. A crash at any instant leaves the old file or the new one, whole, unless the file is a
+// mount point by itself: then it can't be replaced, and is overwritten.
 func (n *newFile) write(content []byte) error {
 	if n.f == nil {
 		return nil
@@ -314,7 +319,15 @@ func (n *newFile) write(content []byte) error {
 	if err := errors.Join(n.f.Truncate(int64(len(content))), n.f.Sync(), n.f.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(n.f.Name(), n.target); err != nil {
+	err := os.Rename(n.f.Name(), n.target)
+	if errors.Is(err, syscall.EBUSY) {
+		f, err := os.OpenFile(n.target, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteAt(content, 0)
+		return errors.Join(err, f.Truncate(int64(len(content))), f.Sync(), f.Close())
+	} else if err != nil {
 		return err
 	}
 	n.f = nil

@@ -121,6 +121,8 @@ func newOAuthSource(oauth *oauthClient, store *credentialStore, cfg *config, log
 	s.flow.current.Store(&signIn{changed: make(chan struct{})})
 	if err := store.check(); err != nil {
 		log.Error("the credentials can't be stored", "error", err)
+	} else if store.isMount() {
+		log.Warn("the credential file is a mount point by itself, and a crash while it is written can cut it short; mount its directory instead")
 	}
 	t, _ := store.load() // readFile tells of the error
 	s.state.Store(&authState{token: s.prepare(t), changed: make(chan struct{})})

@@ -156,7 +156,7 @@ func TestStorageThatFails(t *testing.T) {
 	}
 }
 
-// TestFileMountedByItself can't be replaced: the refresh token is not spent, and the log says what to mount.
+// TestFileMountedByItself can't be replaced, and is written in place. The log says once what to mount.
 func TestFileMountedByItself(t *testing.T) {
 	t.Parallel()
 	w := newWitness(t, filepath.Join(t.TempDir(), "qwen"), 2*time.Second)
@@ -168,13 +168,18 @@ func TestFileMountedByItself(t *testing.T) {
 	}
 	t.Cleanup(func() { syscall.Unmount(w.file(), syscall.MNT_DETACH) })
 	p := start(t, w.env())
-	p.serving(after(500*time.Millisecond), http.StatusServiceUnavailable, "Make QWEN_DIR writable")
+	p.becomes(http.StatusOK)
+	p.serving(w.refreshed(3), http.StatusOK, "")
 	p.terminate()
-	if got := p.warned(); len(got) == 0 || !strings.Contains(got[0], "mount its directory instead") {
-		t.Errorf("warnings %v, want first what to mount", got)
+	if got := p.warned(); len(got) != 1 || !strings.Contains(got[0], "mount its directory instead") {
+		t.Errorf("warnings %v, want one that says what to mount", got)
 	}
-	if c := w.counts(); c.refreshes+c.refreshesRefused != 0 {
-		t.Errorf("%+v: want no refresh token spent", c)
+	stored, err := w.load()
+	if refresh := w.settled(); err != nil || stored.Refresh != refresh {
+		t.Errorf("the file does not hold the last token, but %v, %v", stored, err)
+	}
+	if c := w.counts(); c.refreshesRefused+c.unauthorized != 0 || w.unstored != 0 {
+		t.Errorf("%+v", c)
 	}
 	w.wantFileAlone()
 }
