@@ -9,7 +9,7 @@ import (
 // tokenKinds are the values of the kind label. In OpenAI's shapes input includes cached, in Anthropic's it does not.
 var tokenKinds = [...]string{"input", "output", "cached"}
 
-// usageMembers are the members of a usage object that the proxy counts: OpenAI's, and Anthropic's.
+// usageMembers are the members of a usage object that the proxy counts, OpenAI's and Anthropic's: two for each kind, and one more.
 var usageMembers = []string{
 	"prompt_tokens", "input_tokens", // input
 	"completion_tokens", "output_tokens", // output
@@ -101,7 +101,7 @@ func (u *tokenUsage) take(object []byte) {
 				value = inside[0].of(value)
 			}
 		}
-		if n, err := strconv.ParseInt(string(value), 10, 40); err == nil && n >= 0 {
+		if n, err := strconv.ParseInt(string(value), 10, 40); err == nil && n >= 0 { // larger ones are no numbers of tokens
 			u.tokens[kind], u.known[kind] = n, true
 		}
 	}
