@@ -107,13 +107,12 @@ func (a *access) client(r *http.Request) client {
 
 // parseAddr returns the IP address in s, which may have a port. A zone is dropped: net/netip has no prefixes with one.
 func parseAddr(s string) (netip.Addr, bool) {
-	addr, err := netip.ParseAddr(s)
+	ap, err := netip.ParseAddrPort(s) // first, because each request's RemoteAddr has a port
+	addr := ap.Addr()
 	if err != nil {
-		ap, err := netip.ParseAddrPort(s)
-		if err != nil {
-			return netip.Addr{}, false
+		if addr, err = netip.ParseAddr(s); err != nil {
+			return addr, false
 		}
-		addr = ap.Addr()
 	}
 	return addr.Unmap().WithZone(""), true
 }

@@ -50,12 +50,12 @@ func newBodyReader(cfg *config) bodyReader {
 }
 
 // read reads r's body to its end. The caller releases it. The error is an *apiError.
-func (b *bodyReader) read(w http.ResponseWriter, r *http.Request) (*requestBody, error) {
+func (b *bodyReader) read(x *exchange, r *http.Request) (*requestBody, error) {
 	body := &requestBody{buffer: buffer{memory: b.memory}}
-	if err := b.fill(&body.buffer, w, r); err != nil {
+	if err := b.fill(&body.buffer, x, r); err != nil {
 		body.release()
-		if r.ProtoMajor == 1 { // the rest of the body may still come; HTTP/2 needs no new connection
-			w.Header().Set("Connection", "close")
+		if !x.http2 { // the rest of the body may still come; HTTP/2 needs no new connection
+			x.Header().Set("Connection", "close")
 		}
 		return nil, err
 	}
@@ -65,7 +65,7 @@ func (b *bodyReader) read(w http.ResponseWriter, r *http.Request) (*requestBody,
 	return body, nil
 }
 
-func (b *bodyReader) fill(buf *buffer, w http.ResponseWriter, r *http.Request) error {
+func (b *bodyReader) fill(buf *buffer, x *exchange, r *http.Request) error {
 	for _, coding := range r.Header["Content-Encoding"] {
 		if coding != "" && !strings.EqualFold(coding, "identity") {
 			return &apiError{status: http.StatusUnsupportedMediaType, typ: typeInvalidRequest, code: "compressed_body",
@@ -76,24 +76,23 @@ func (b *bodyReader) fill(buf *buffer, w http.ResponseWriter, r *http.Request) e
 	if length < 0 {
 		length = b.max
 	}
-	rc := http.NewResponseController(w)
 	due := 0 // the deadline moves when this many bytes have come
-	if r.ProtoMajor == 1 {
+	if !x.http2 {
 		due = readQuantum // track has set the first deadline
 	}
 	err := errTooLong
 	if length <= b.max {
 		err = buf.fill(r.Body, length, func(n int) {
 			if n >= due {
-				rc.SetReadDeadline(time.Now().Add(b.timeout))
+				x.rc.SetReadDeadline(time.Now().Add(b.timeout))
 				due = n + max(readQuantum, n/16)
 			}
 		})
 	}
 	// A deadline that is left would end the request while the answer streams. In HTTP/2 its timer also holds a stream that was
 	// reset. In HTTP/1 the rest of a body that failed needs it.
-	if err == nil || r.ProtoMajor == 2 {
-		rc.SetReadDeadline(time.Time{})
+	if err == nil || x.http2 {
+		x.rc.SetReadDeadline(time.Time{})
 	}
 	switch {
 	case err == nil || err == errOverloaded:

@@ -29,7 +29,8 @@ func testBodies(largest, memory int64) *bodyReader {
 
 // readBody has b read a body that comes from r.
 func readBody(b *bodyReader, r io.Reader) (*requestBody, error) {
-	return b.read(&discard{http.Header{}}, httptest.NewRequest("POST", "/", r))
+	w := &discard{http.Header{}}
+	return b.read(&exchange{answerWriter: answerWriter{w: w, rc: http.NewResponseController(w)}}, httptest.NewRequest("POST", "/", r))
 }
 
 // wantHeld checks what is charged.

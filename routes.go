@@ -121,7 +121,7 @@ var securityHeaders = http.Header{"X-Content-Type-Options": {"nosniff"}, "X-Fram
 
 // begin returns the exchange of r, and sets the headers that every answer has.
 func begin(cfg *config, w http.ResponseWriter, r *http.Request) *exchange {
-	if clean := path.Clean("/" + r.URL.Path); clean != r.URL.Path {
+	if clean := path.Clean("/" + strings.TrimPrefix(r.URL.Path, "/")); clean != r.URL.Path {
 		// A base URL that ends in a slash makes /v1//chat/completions. ServeMux would redirect, and a redirected POST arrives as a GET.
 		r.URL.Path, r.URL.RawPath = clean, ""
 	}
