@@ -306,12 +306,18 @@ func TestAChangeOfReadinessIsOneLine(t *testing.T) {
 	})
 }
 
-// noteAnswer tells tokens how Qwen has answered.
-func noteAnswer(tokens tokenSource, ok bool) {
-	if ok {
-		tokens.accepted()
-	} else {
-		tokens.refused()
+// steps returns what waits, tells h's tokens how Qwen has answered then, and adds to got how ready h is.
+func steps(t *testing.T, h *health, got *[]string) func(pause time.Duration, served ...bool) {
+	return func(pause time.Duration, served ...bool) {
+		time.Sleep(pause)
+		for _, ok := range served {
+			if ok {
+				h.tokens.accepted()
+			} else {
+				h.tokens.refused()
+			}
+		}
+		*got = append(*got, readiness(t, h))
 	}
 }
 
@@ -321,13 +327,7 @@ func TestReadinessHeals(t *testing.T) {
 		s := newSourceTest(t, fileOf(0, 24*time.Hour), nil, func(*http.Request) (int, string) { return 0, "" })
 		h := &health{tokens: s.oauthSource, metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
 		var got []string
-		step := func(pause time.Duration, served ...bool) {
-			time.Sleep(pause)
-			for _, ok := range served {
-				noteAnswer(s, ok)
-			}
-			got = append(got, readiness(t, h))
-		}
+		step := steps(t, h, &got)
 		step(0, false)
 		step(time.Minute, false)
 		step(time.Minute - time.Nanosecond)
@@ -351,13 +351,7 @@ func TestNotReadyWhileTheKeyIsRefused(t *testing.T) {
 		base := &url.URL{Scheme: "https", Host: "qwen.test"}
 		h := &health{tokens: newKeySource(&config{apiKey: "sk-test", apiBase: base}, slog.New(slog.DiscardHandler)), metrics: newMetrics(), log: slog.New(slog.DiscardHandler)}
 		got := []string{readiness(t, h)}
-		step := func(pause time.Duration, served ...bool) {
-			time.Sleep(pause)
-			for _, ok := range served {
-				noteAnswer(h.tokens, ok)
-			}
-			got = append(got, readiness(t, h))
-		}
+		step := steps(t, h, &got)
 		step(0, false)
 		step(time.Minute)
 		step(0, false)
