@@ -350,31 +350,27 @@ func TestConfigKeyFiles(t *testing.T) {
 		{"comments alone", "# one\n# two\n", "", nil},
 		{"one very long line", strings.Repeat("k", 1<<20), strings.Repeat("k", 1<<20), []string{strings.Repeat("k", 1<<20)}},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			file := filepath.Join(dir, strings.ReplaceAll(tt.name, " ", "-"))
-			writeFile(t, file, tt.content)
-			for name, good := range map[string]bool{"QWEN_API_KEY_FILE": tt.apiKey != "", "PROXY_API_KEYS_FILE": tt.proxyKeys != nil} {
-				if !good {
-					wantProblems(t, map[string]string{name: file}, fmt.Sprintf("%s=%q: want a readable file", name, file))
-					continue
-				}
-				got, err := loadConfig(lookup(map[string]string{name: " " + file + " "}))
-				fatalIf(t, err)
-				want := emptyConfig()
-				if name == "QWEN_API_KEY_FILE" {
-					want.apiKey, want.apiKeyFile = tt.apiKey, file
-				} else {
-					want.proxyKeys, want.proxyKeysFile = proxyKeys(tt.proxyKeys...), file
-				}
-				wantEqual(t, name, want, got, compareConfigs)
+		file := filepath.Join(dir, strings.ReplaceAll(tt.name, " ", "-"))
+		writeFile(t, file, tt.content)
+		for name, good := range map[string]bool{"QWEN_API_KEY_FILE": tt.apiKey != "", "PROXY_API_KEYS_FILE": tt.proxyKeys != nil} {
+			if !good {
+				wantProblems(t, map[string]string{name: file}, fmt.Sprintf("%s=%q: want a readable file", name, file))
+				continue
 			}
-		})
-	}
-	t.Run("a directory", func(t *testing.T) {
-		for _, name := range []string{"QWEN_API_KEY_FILE", "PROXY_API_KEYS_FILE"} {
-			wantProblems(t, map[string]string{name: dir}, fmt.Sprintf("%s=%q: want a readable file", name, dir))
+			got, err := loadConfig(lookup(map[string]string{name: " " + file + " "}))
+			fatalIf(t, err)
+			want := emptyConfig()
+			if name == "QWEN_API_KEY_FILE" {
+				want.apiKey, want.apiKeyFile = tt.apiKey, file
+			} else {
+				want.proxyKeys, want.proxyKeysFile = proxyKeys(tt.proxyKeys...), file
+			}
+			wantEqual(t, tt.name+": "+name, want, got, compareConfigs)
 		}
-	})
+	}
+	for _, name := range []string{"QWEN_API_KEY_FILE", "PROXY_API_KEYS_FILE"} {
+		wantProblems(t, map[string]string{name: dir}, fmt.Sprintf("%s=%q: want a readable file", name, dir))
+	}
 }
 
 func TestConfigTLSFiles(t *testing.T) {
