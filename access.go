@@ -162,7 +162,7 @@ var (
 	errOriginNotAllowed = &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "origin_not_allowed",
 		message: "Web pages of this origin may not use the proxy. To allow them, add the origin to CORS_ALLOWED_ORIGINS on the proxy."}
 	errNoKey = &apiError{status: http.StatusUnauthorized, typ: typeAuthentication, code: "invalid_api_key",
-		message: "The proxy needs one of its keys (PROXY_API_KEYS): send it as Authorization: Bearer, as x-api-key, or as the password of HTTP Basic.",
+		message: "The request has none of the proxy's keys (PROXY_API_KEYS). Send one as Authorization: Bearer, as x-api-key, or as the password of HTTP Basic.",
 		header:  http.Header{"Www-Authenticate": {`Basic realm="qwen-go-proxy", charset="UTF-8"`}}} // for browsers; RFC 7617
 	errNotLocal = &apiError{status: http.StatusForbidden, typ: typeAuthentication, code: "forbidden",
 		message: "Without PROXY_API_KEYS the proxy shows its sign-in only to loopback and private addresses. Set PROXY_API_KEYS, or open /auth from the proxy's own network."}

@@ -67,9 +67,6 @@ func newStandIn() *standIn {
 	s.HandleFunc("POST /api/v1/oauth2/token", s.token)
 	s.HandleFunc("/authorize", s.page)
 	s.HandleFunc("POST /v1/chat/completions", s.chat)
-	s.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		standInError(w, http.StatusNotFound, "not_found", "The demo has chat completions and models, not "+r.Method+" "+r.URL.Path+".")
-	})
 	return s
 }
 

@@ -191,7 +191,6 @@ func TestStandInErrors(t *testing.T) {
 		code              any
 	}{
 		{"no token", "POST /v1/chat/completions", `{}`, true, 401, "invalid_api_key"},
-		{"no models: the proxy does not ask for them under OAuth", "GET /v1/models", ``, false, 404, "not_found"},
 		{"error-400", "POST /v1/chat/completions", `{"model":"error-400"}`, false, 400, "provoked"},
 		{"error-599", "POST /v1/chat/completions", `{"model":"error-599"}`, false, 599, "provoked"},
 		{"error-600", "POST /v1/chat/completions", `{"model":"error-600"}`, false, 200, nil},

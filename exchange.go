@@ -331,7 +331,7 @@ func toAPIError(err error) *apiError {
 		return errClientLeft
 	}
 	return &apiError{status: http.StatusBadGateway, typ: typeNetwork, code: "upstream_unreachable",
-		message: "Qwen could not be reached. Try again. If that does not help, check the proxy's network and its log.", err: err}
+		message: "Qwen could not be reached, or ended the connection before it answered. Try again. If that does not help, check the proxy's network and its log.", err: err}
 }
 
 // retryAfterSeconds is the Retry-After header's value for d (RFC 9110 §10.2.3), at least 1.

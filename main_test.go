@@ -384,7 +384,8 @@ func TestDemoFromSignInToAnswer(t *testing.T) {
 		{"chat/completions", `{"stream":true,"messages":[{"role":"user","content":"Hello"}]}`, `"delta":`, "data: [DONE]\n\n"},
 		{"completions", `{"prompt":"Hello there"}`, `"text_completion"`, ""},
 		{"completions", `{"prompt":"Hello","stream":true}`, `"text_completion"`, "data: [DONE]\n\n"},
-		{"embeddings", `{"input":"Hello","model":"text-embedding-v4"}`, `"code":"not_found"`, ""},
+		{"embeddings", `{"input":"Hello","model":"text-embedding-v4"}`, `"code":"endpoint_not_found"`, ""},
+		{"responses", `{"input":"Hello"}`, `turn off \"Use Responses API\"`, ""},
 	} {
 		if _, body := p.post("/v1/"+tt.path, tt.body); !strings.Contains(body, tt.want) || !strings.HasSuffix(body, tt.suffix) {
 			t.Errorf("%s %s: %s", tt.path, tt.body, body)

@@ -241,6 +241,9 @@ func announce(out io.Writer, log *slog.Logger, cfg *config, a net.Addr, tokens t
 	if tcp, ok := a.(*net.TCPAddr); ok && len(cfg.proxyKeys) == 0 && !tcp.IP.IsLoopback() && !cfg.demo {
 		log.Warn("anyone who can reach this address can spend this account: set PROXY_API_KEYS, or SERVER_HOST=127.0.0.1", "address", a.String())
 	}
+	if strings.HasPrefix(cfg.apiKey, "sk-sp-") && cfg.apiBase == nil {
+		log.Warn("the API key is one of a Coding Plan or Token Plan: set API_BASE_URL to the plan's base URL")
+	}
 	for _, u := range []*url.URL{cfg.apiBase, cfg.oauthBase} {
 		if u != nil && u.Scheme == "http" && !isLoopback(u.Hostname()) {
 			log.Warn("credentials go over the network unencrypted: use https", "url", u.String())

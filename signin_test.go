@@ -313,6 +313,7 @@ func TestWithAnAPIKeyThereIsNoOAuth(t *testing.T) {
 	}
 	env["SERVER_PORT"] = "0"
 	server := start(t, env)
+	server.stderr.await(t, `set API_BASE_URL to the plan's base URL`)
 	if _, body := server.get("/auth"); !strings.Contains(body, "api_key") {
 		t.Errorf("/auth: %s", body)
 	}
