@@ -91,31 +91,6 @@ func (c *standInClient) signIn() (tokens object) {
 	return tokens
 }
 
-func TestStandInPage(t *testing.T) {
-	c := newStandInClient(t)
-	deviceCode, userCode := c.authorize()
-	for _, tt := range []struct{ userCode, decision, want string }{
-		{"<b>", "", "<strong>No sign-in with this code is open."},
-		{"<b>", "approve", "<strong>No sign-in with this code is open."},
-		{userCode, "", `name="decision" value="approve"`},
-		{userCode, "maybe", `name="decision" value="deny"`},
-		{userCode, "deny", "Denied."},
-		{userCode, "approve", "Denied."}, // once is for good
-	} {
-		method, path, form := "GET", "/authorize?user_code="+url.QueryEscape(tt.userCode)+"&client=qwen-code", url.Values(nil)
-		if tt.decision != "" {
-			method, path, form = "POST", "/authorize", url.Values{"user_code": {tt.userCode}, "decision": {tt.decision}}
-		}
-		status, page := c.send(method, path, form)
-		if status != http.StatusOK || !strings.Contains(page, tt.want) || !strings.Contains(page, "stand-in for Qwen") || strings.Contains(page, "<b>") {
-			t.Errorf("code %s, decision %q: %d, want %q in\n%s", tt.userCode, tt.decision, status, tt.want, page)
-		}
-	}
-	if got := c.poll(deviceCode); got["error"] != "access_denied" {
-		t.Errorf("polling what was denied: %v", got)
-	}
-}
-
 func TestStandInChat(t *testing.T) {
 	const intro = `This is qwen-go-proxy's stand-in for Qwen, not a model. `
 	const weather = `,"tools":[{"type":"function","function":{"name":"weather","parameters":{"type":"object","required":["city","unit"],

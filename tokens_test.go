@@ -458,24 +458,6 @@ func TestOAuthServerIsDown(t *testing.T) {
 	}
 }
 
-func TestExpiredTokenAndNoServer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		s := newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
-			<-r.Context().Done()
-			return 0, ""
-		})
-		s.start()
-		if err := s.ready(); err == nil || err.status != 503 {
-			t.Errorf("ready: %v, want a 503", err)
-		}
-		s.want("503 token_refresh_failed", oauthTimeout)
-		s.want("503 token_refresh_failed", 0)
-		if _, answer := s.getAuth(); answer["status"] != "signed_in" || !strings.Contains(fmt.Sprint(answer["message"]), "can't be reached") {
-			t.Errorf("/auth: %v", answer)
-		}
-	})
-}
-
 func TestRejectedTokenAndNoServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSourceTest(t, fileOf(0, time.Hour), nil, func(*http.Request) (int, string) { return 0, "" })
