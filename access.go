@@ -24,13 +24,19 @@ type proxyKey struct {
 	name   string            // for the log and the metrics; several keys may have the same
 }
 
-// newProxyKey returns the proxyKey of a key. Without a name it is named after its digest.
-func newProxyKey(key, name string) proxyKey {
+// maxKeyName bounds the name of a key, in bytes. A longer one may be another key, and names are logged.
+const maxKeyName = 32
+
+// newProxyKey returns the proxyKey of a key. Without a name it is named after its digest. The error shows neither.
+func newProxyKey(key, name string) (proxyKey, error) {
 	k := proxyKey{sha256.Sum256([]byte(key)), name}
 	if name == "" {
 		k.name = fmt.Sprintf("key-%x", k.digest[:3])
 	}
-	return k
+	if !validKey(key) || quoted(key) || !printable(name) || !utf8.ValidString(name) || len(name) > maxKeyName {
+		return k, fmt.Errorf("want keys of printable characters without quotes, and names of at most %d bytes", maxKeyName)
+	}
+	return k, nil
 }
 
 // An access decides which requests may come in, by three things: the client's key, the web page that a browser sends it for, and
@@ -284,20 +290,20 @@ func readProxyKeys(file string) ([]proxyKey, error) {
 		return nil, err
 	}
 	var keys []proxyKey
-	for line := range strings.Lines(string(b)) {
+	for i, line := range strings.Split(string(b), "\n") {
 		fields := strings.Fields(line) // the key, its name, a comment
 		if i := slices.IndexFunc(fields, func(s string) bool { return s[0] == '#' }); i >= 0 {
 			fields = fields[:i]
 		}
 		switch {
 		case len(fields) > 2:
-			return nil, errors.New("a line has more than a key, a name of one word, and a comment after #")
+			return nil, fmt.Errorf("line %d: want a key, a name of one word, and a comment after #", i+1)
 		case len(fields) > 0:
-			key, name := fields[0], strings.Join(fields[1:], "")
-			if !validKey(key) || !printable(name) || !utf8.ValidString(name) {
-				return nil, errors.New("a key or its name has unprintable characters")
+			key, err := newProxyKey(fields[0], strings.Join(fields[1:], ""))
+			if err != nil {
+				return nil, fmt.Errorf("line %d: %w", i+1, err)
 			}
-			keys = append(keys, newProxyKey(key, name))
+			keys = append(keys, key)
 		}
 	}
 	if len(keys) == 0 {

@@ -426,11 +426,13 @@ func (e *env) proxyKeys(key, fileKey string) (keys []proxyKey, file string) {
 		if len(values) == 0 {
 			e.problem(key, "", "comma-separated keys, or the variable unset to need none")
 		}
-		if slices.ContainsFunc(values, func(k string) bool { return !validKey(k) }) {
-			e.errs = append(e.errs, fmt.Errorf("%s: want keys of printable characters without blanks (the value is not shown)", key))
-		}
 		for _, value := range values {
-			keys = append(keys, newProxyKey(value, ""))
+			k, err := newProxyKey(value, "")
+			if err != nil {
+				e.errs = append(e.errs, fmt.Errorf("%s: %w (the value is not shown)", key, err))
+				break
+			}
+			keys = append(keys, k)
 		}
 	}
 	return keys, file

@@ -290,6 +290,7 @@ func TestConfigHidesSecrets(t *testing.T) {
 		{map[string]string{"QWEN_API_KEY": "s3cret", "QWEN_API_KEY_FILE": file}, "QWEN_API_KEY and QWEN_API_KEY_FILE: want one of the two"},
 		{map[string]string{"QWEN_API_KEY_FILE": file}, fmt.Sprintf("QWEN_API_KEY_FILE=%q: want", file)},
 		{map[string]string{"PROXY_API_KEYS": "good, s3cret bad"}, "PROXY_API_KEYS: want " + keys},
+		{map[string]string{"PROXY_API_KEYS": `"s3cret"`}, "PROXY_API_KEYS: want " + keys},
 		{map[string]string{"PROXY_API_KEYS": "s3cret\x7f"}, "PROXY_API_KEYS: want " + keys},
 		{map[string]string{"PROXY_API_KEYS": "s3cret", "PROXY_API_KEYS_FILE": file}, "PROXY_API_KEYS and PROXY_API_KEYS_FILE: want one of the two"},
 		{map[string]string{"PROXY_API_KEYS": "", "PROXY_API_KEYS_FILE": file}, "PROXY_API_KEYS and PROXY_API_KEYS_FILE: want one of the two"},
@@ -320,7 +321,11 @@ func TestConfigHidesSecrets(t *testing.T) {
 func proxyKeys(texts ...string) (keys []proxyKey) {
 	for _, text := range texts {
 		key, name, _ := strings.Cut(text, " ")
-		keys = append(keys, newProxyKey(key, name))
+		k, err := newProxyKey(key, name)
+		if err != nil {
+			panic(err)
+		}
+		keys = append(keys, k)
 	}
 	return keys
 }
@@ -337,7 +342,8 @@ func TestConfigKeyFiles(t *testing.T) {
 		{"several", "one\ntwo\n", "", []string{"one", "two"}},
 		{"CRLF", "one\r\ntwo\r\n", "", []string{"one", "two"}},
 		{"comments and blank lines", "# for n8n\n\none\n  # for the team\ntwo#2\n", "", []string{"one", "two#2"}},
-		{"quotes", `"sk-1"`, "", []string{`"sk-1"`}},
+		{"quotes", `"sk-1"`, "", nil},
+		{"another key in the name's place", "sk-1 sk-0123456789abcdef0123456789abcdef", "", nil},
 		{"names and comments", "sk-1 alice\nsk-2\tn8n # the server\n sk-3 # bob's\n", "", []string{"sk-1 alice", "sk-2 n8n", "sk-3"}},
 		{"two keys with a name, one without ASCII", "sk-1 Zoë\nsk-2 Zoë\n", "", []string{"sk-1 Zoë", "sk-2 Zoë"}},
 		{"a control character in a name", "sk-1 a\x1b[31m", "", nil},

@@ -189,7 +189,7 @@ func (s *credentialStore) check() error {
 	}
 	dir, uid := absolute(s.dir), os.Getuid()
 	return fmt.Errorf("user id %d can't write the directory %q, so a sign-in would be lost when the proxy stops. "+
-		"Run sudo chown -R %d %q, or set QWEN_DIR to a directory that this user can write: %w", uid, dir, uid, dir, err)
+		"Run the command as the directory's owner, or make this user its owner (sudo chown -R %d %q), or set QWEN_DIR to another directory: %w", uid, dir, uid, dir, err)
 }
 
 // parseCredentials reads the content of a credential file that was written at modified.

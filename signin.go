@@ -154,7 +154,7 @@ func statusCommand(ctx context.Context, cfg *config, stdout, _ io.Writer) int {
 	case err == nil:
 		line("server", "not ready at %s: %s", address, reason)
 	case stopped:
-		line("server", "not running at %s", address)
+		line("server", "not running at %s, the address that is set here", address)
 	default:
 		line("server", "not known: %v", err)
 	}
@@ -218,7 +218,7 @@ func askReady(ctx context.Context, cfg *config) (ready bool, reason string, err 
 	var answer struct{ Status, Reason string }
 	json.NewDecoder(io.LimitReader(res.Body, 1<<20)).Decode(&answer)
 	if answer.Status != "ready" && answer.Status != "not_ready" {
-		return false, "", errors.New("another program answers at the server's address")
+		return false, "", errors.New("another program answers at the server's address, or ENABLE_TLS is not set here as it is for the server")
 	}
 	return answer.Status == "ready", answer.Reason, nil
 }
