@@ -231,12 +231,7 @@ func TestEveryWayOutGivesTheMemoryBack(t *testing.T) {
 			}
 		}
 		clients.Wait()
-		for deadline := time.Now().Add(5 * time.Second); p.bodies.memory.held.Load() != 0; {
-			if time.Now().After(deadline) {
-				t.Fatalf("HTTP/2 %t: %d bytes are charged", http2, p.bodies.memory.held.Load())
-			}
-			time.Sleep(time.Millisecond)
-		}
+		until(t, fmt.Sprintf("nothing is charged, HTTP/2 %t", http2), func() bool { return p.bodies.memory.held.Load() == 0 })
 	}
 }
 

@@ -36,7 +36,7 @@ func (c *terminal) wait(t *testing.T) (int, string) {
 	select {
 	case status := <-c.exit:
 		return status, c.stdout.String() + c.stderr.String()
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatalf("the command did not end:\n%s%s", c.stdout, c.stderr)
 		return 0, ""
 	}

@@ -47,10 +47,10 @@ func TestA401IsNotReadToItsEnd(t *testing.T) {
 			answerJSONPart(w, "{")
 			<-r.Context().Done()
 		}
-	}, map[string]string{"UPSTREAM_TIMEOUT": "5s"})
+	}, map[string]string{"UPSTREAM_TIMEOUT": "2m"})
 	started := time.Now()
 	res, body := p.post("/v1/chat/completions", `{"messages":[]}`)
-	if took := time.Since(started); res.StatusCode != 200 || took > 2*time.Second {
+	if took := time.Since(started); res.StatusCode != 200 || took > time.Minute {
 		t.Errorf("%s %s after %v", res.Status, body, took)
 	}
 }

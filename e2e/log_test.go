@@ -141,7 +141,7 @@ func TestASecondSignalWritesTheLog(t *testing.T) {
 	for name, reads := range map[string]bool{"a reader that comes back": true, "no reader": false} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p, log := startLogging(t, map[string]string{"SHUTDOWN_DELAY": "30s"})
+			p, log := startLogging(t, map[string]string{"SHUTDOWN_DELAY": "10m"})
 			const n = 400
 			p.requests(n, nil) // more than the pipe takes
 			p.cmd.Process.Signal(syscall.SIGTERM)

@@ -199,7 +199,7 @@ func (p *program) awaitEnd() {
 	p.t.Helper()
 	select {
 	case <-p.ended:
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		p.t.Fatalf("process %d does not end", p.cmd.Process.Pid)
 	}
 }

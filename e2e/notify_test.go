@@ -47,7 +47,7 @@ func shortDir(t *testing.T) string {
 func (m *manager) next() string {
 	m.t.Helper()
 	b := make([]byte, 4096)
-	m.conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+	m.conn.SetReadDeadline(time.Now().Add(time.Minute))
 	n, err := m.conn.Read(b)
 	if err != nil {
 		m.t.Fatalf("the manager heard nothing: %v", err)
