@@ -178,7 +178,7 @@ func TestFileMountedByItself(t *testing.T) {
 	if refresh := w.settled(); err != nil || stored.Refresh != refresh {
 		t.Errorf("the file does not hold the last token, but %v, %v", stored, err)
 	}
-	if c := w.counts(); c.refreshesRefused+c.unauthorized != 0 || w.unstored != 0 {
+	if c := w.counts(); c.refreshesRefused+c.deviceAuthorizations != 0 || w.unstored != 0 { // a 401 leads to a refresh: the witness's clock is ahead
 		t.Errorf("%+v", c)
 	}
 	w.wantFileAlone()
