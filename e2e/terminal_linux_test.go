@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -161,6 +162,9 @@ func TestLogAtATerminal(t *testing.T) {
 // TestEndsWithItsTerminal closes the window that the program runs in.
 func TestEndsWithItsTerminal(t *testing.T) {
 	t.Parallel()
+	hangUp := make(chan os.Signal, 1)
+	signal.Notify(hangUp, syscall.SIGHUP) // under nohup the program would inherit that the signal is ignored
+	defer signal.Stop(hangUp)
 	terminal, user := newTerminal(t)
 	p := start(t, map[string]string{"QWEN_API_KEY": "sk-test"}, func(cmd *exec.Cmd) {
 		cmd.Stdin = terminal
