@@ -277,7 +277,7 @@ func TestASlowBodyPassesWhileItComes(t *testing.T) {
 		{"a large one that comes as slowly", slowBody{pieces: 5000, size: readQuantum, pause: 1100 * time.Millisecond}, 408, 532 * time.Second},
 		{"each piece at the last moment", slowBody{pieces: 10, size: readQuantum, pause: 29 * time.Second}, 200, 350 * time.Second},
 		{"one that stops", slowBody{pieces: 2500, size: readQuantum, end: time.Hour}, 408, 30 * time.Second},
-		{"a drip", slowBody{pieces: 1000, size: 10, pause: time.Second}, 408, 30 * time.Second},
+		{"a drip", slowBody{pieces: 1000, size: 10, pause: 700 * time.Millisecond}, 408, 30 * time.Second},
 	} {
 		testInBubble(t, tt.name, func(t *testing.T) {
 			b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) {

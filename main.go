@@ -138,7 +138,7 @@ func run(ctx context.Context, args []string, lookup func(string) (string, bool),
 	c := all[i]
 	noBrowser := false
 	for _, arg := range args {
-		switch flag := strings.Replace(arg, "--", "-", 1); {
+		switch flag := "-" + strings.TrimLeft(arg, "-"); {
 		case flag == "-h" || flag == "-help":
 			fmt.Fprintf(stdout, "usage: qwen-go-proxy %s\n\n%s.\n%s\n", c.name, strings.ToUpper(c.summary[:1])+c.summary[1:], c.help)
 			return 0

@@ -345,7 +345,7 @@ func TestMetricsOfTheProcess(t *testing.T) {
 		names = append(names, "process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds", "process_max_fds")
 	}
 	for _, name := range names {
-		if got[name] <= 0 {
+		if n, ok := got[name]; !ok || n <= 0 && name != "process_cpu_seconds_total" { // it counts in steps of 10 ms
 			t.Errorf("%s is %v", name, got[name])
 		}
 	}

@@ -241,6 +241,9 @@ func (c *oauthClient) post(ctx context.Context, path string, form url.Values, fi
 		if withURL, ok := errors.AsType[*url.Error](err); ok {
 			e.cause = withURL.Err
 		}
+		if strings.Contains(e.cause.Error(), "malformed") { // net/http quotes the line, which may hold a token
+			e.cause = errors.New("the answer is not HTTP")
+		}
 		return nil, e
 	}
 
@@ -453,10 +456,10 @@ func (f *deviceFlow) run(ctx context.Context) {
 	default:
 		status = signInFailed
 	}
+	f.set(ctx, &signIn{status: status, err: err, ended: time.Now()})
 	if err != nil {
 		f.log.Warn("sign-in ended without success; open /auth on the proxy to start again", "status", status, "error", err)
 	}
-	f.set(ctx, &signIn{status: status, err: err, ended: time.Now()})
 }
 
 // printSignIn tells people how to sign in. Link and code stand alone on their lines, to be copied.

@@ -476,10 +476,12 @@ func (c *call) modifyResponse(res *http.Response) error {
 	case stream && !compressed:
 		c.passStream(res, body)
 		return nil
-	case c.completion || delimited && !compressed:
+	case c.completion:
 		return c.readWhole(res, delimited)
 	case compressed:
 		return nil
+	case delimited || 0 < res.ContentLength && res.ContentLength <= shortAnswer:
+		return c.readWhole(res, delimited)
 	}
 	return body.checkBegin(res.StatusCode)
 }
@@ -504,18 +506,28 @@ func (c *call) passStream(res *http.Response, body *answerBody) {
 	c.metrics.streams.Add(1)
 }
 
-// readWhole reads a JSON answer before any of it passes: one that is translated, or one that only the connection's end delimits
-// and that is whole if it is valid.
+// shortAnswer is the size of a JSON answer, in bytes, up to which it is read whole before any of it passes. net/http would hold
+// back about as much anyway, and drop it with the connection if the answer breaks off.
+const shortAnswer = 4 << 10
+
+// readWhole reads a JSON answer before any of it passes: one that is translated, a short one, or one that only the connection's end
+// delimits and that is whole if it is valid.
 func (c *call) readWhole(res *http.Response, delimited bool) error {
 	// An answer that drips is never silent. Silence comes first, for it has a message of its own.
 	defer time.AfterFunc(c.cfg.upstreamTimeout+c.cfg.idleTimeout, func() { c.cancel(errUpstreamTimeout) }).Stop()
-	err := c.whole.fill(res.Body, c.bodies.max, func(int) {})
+	length := c.bodies.max
+	if res.ContentLength >= 0 {
+		length = min(length, res.ContentLength)
+	}
+	err := c.whole.fill(res.Body, length, func(int) {})
 	text := net.Buffers{c.whole.data}
 	switch {
 	case err == errTooLong || err == nil && !mayBeJSON(c.whole.data):
 		return notAnAnswer(res.StatusCode, err)
-	case err != nil:
+	case err == errOverloaded:
 		return err
+	case err != nil:
+		return c.brokenBy(err)
 	case delimited && !json.Valid(c.whole.data):
 		return c.brokenBy(io.EOF)
 	case c.completion:

@@ -107,7 +107,8 @@ type streamWriter struct {
 	beat     *time.Timer // writes a comment; nil for none
 	line     []byte      // the beginning of the line under way
 	blank    bool        // the last line was blank, or there was none
-	complete bool        // the last event of the stream has passed
+	last     bool        // the last event of the stream has begun
+	complete bool        // it has passed
 }
 
 // start says that the answer is an event stream, and that a comment is due when the client has got nothing for every; 0 for none.
@@ -196,9 +197,11 @@ func (s *streamWriter) follow(p []byte) {
 	for len(p) > 0 {
 		line, rest, ended := bytes.Cut(p, []byte("\n"))
 		s.line = append(s.line, line[:min(len(line), enough-len(s.line))]...)
-		s.complete = s.complete || endsStream(s.line)
+		s.last = s.last || endsStream(s.line)
+		s.complete = s.complete || s.last && string(s.line[:min(len(s.line), 4)]) == "data" && endsStream(s.line)
 		if ended {
 			s.blank = len(bytes.TrimSuffix(s.line, []byte("\r"))) == 0
+			s.complete = s.complete || s.last && s.blank
 			s.line = s.line[:0]
 		}
 		p = rest

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -144,4 +145,29 @@ func answerJSONPart(w http.ResponseWriter, s string) {
 	w.Header().Set("Content-Type", "application/json")
 	io.WriteString(w, s)
 	http.NewResponseController(w).Flush()
+}
+
+// TestAnAnswerCutInItsMiddle: a short JSON answer gets a 502, and a stream an error event, also in the data of its last event.
+func TestAnAnswerCutInItsMiddle(t *testing.T) {
+	last := "event: response.completed\ndata: {\"response\":{\"output\":[{\"te"
+	for _, tt := range []struct{ name, header, body, want string }{
+		{"JSON of a length", "Content-Type: application/json\r\nContent-Length: 500", `{"a":1`, `"code":"upstream_broken"`},
+		{"a stream in chunks", "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked", fmt.Sprintf("%x\r\n%s\r\n", len(last), last), "\n\ndata: {\"error\":"},
+		{"a stream without a length", "Content-Type: text/event-stream\r\nConnection: close", last, "\n\ndata: {\"error\":"},
+	} {
+		testInBubble(t, tt.name, func(t *testing.T) {
+			b := inBubble(t, nil, func(w http.ResponseWriter, r *http.Request) {
+				io.Copy(io.Discard, r.Body)
+				conn, _, err := http.NewResponseController(w).Hijack()
+				fatalIf(t, err)
+				fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\n%s\r\n\r\n%s", tt.header, tt.body)
+				conn.Close()
+			})
+			res := b.post(t, "/v1/responses", `{"stream":true,"input":"x"}`)
+			body, err := io.ReadAll(res.Body)
+			if !strings.Contains(string(body), tt.want) || (res.StatusCode == 502) != (err == nil) {
+				t.Errorf("%s %q, %v; want %q in it", res.Status, body, err, tt.want)
+			}
+		})
+	}
 }

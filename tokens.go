@@ -502,10 +502,14 @@ func (s *oauthSource) redeem(ctx, abort context.Context, current *token) (*token
 		s.log.Warn("the refreshed token is only kept in memory", "file", s.store.path(), "error", noRoom)
 		return fresh, nil
 	}
-	if _, err := s.newest(current); errors.Is(err, errSignedOut) {
+	_, err = s.newest(current)
+	switch {
+	case errors.Is(err, errSignedOut):
 		return nil, err // a logout that waited for the lock has given up waiting
-	}
-	s.stored(fresh, file.commit(fresh))
+	case err == nil:
+		err = file.commit(fresh)
+	} // else another program's file has come into its place, and stays
+	s.stored(fresh, err)
 	return fresh, nil
 }
 

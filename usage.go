@@ -16,7 +16,8 @@ var usageMembers = []string{
 	"cache_read_input_tokens", "prompt_tokens_details", "input_tokens_details", // cached: the last two are objects with cached_tokens
 }
 
-// usageMark comes before a usage object. Text that a model writes never matches it: its quotes are escaped.
+// usageMark comes before a usage object. A string never holds it: its quotes are escaped. Only the
+// arguments of a tool call on /v1/messages, which are an object there, can hold a usage object that is not the answer's own.
 const usageMark = `"usage":`
 
 // maxUsage bounds usageMark with its object, in bytes. They take about 300.
