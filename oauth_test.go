@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -579,4 +580,29 @@ func TestRequestsWithoutCredentialsOnlyRead(t *testing.T) {
 			t.Error("the request replaced the state, which wakes everybody who waits for a change")
 		}
 	})
+}
+
+// TestAnAnswerThatIsNotHTTPIsNotQuoted: net/http quotes the first line, and it may hold tokens.
+func TestAnAnswerThatIsNotHTTPIsNotQuoted(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	fatalIf(t, err)
+	defer ln.Close()
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			conn.Read(make([]byte, 4096))
+			io.WriteString(conn, `{"access_token":"s3cret"}`+"\r\n\r\n")
+			conn.Close()
+		}
+	}()
+	cfg, err := loadConfig(lookup(map[string]string{"QWEN_OAUTH_BASE_URL": "http://" + ln.Addr().String()}))
+	fatalIf(t, err)
+	_, err = newOAuthClient(cfg).refresh(t.Context(), "old")
+	e, ok := errors.AsType[*oauthError](err)
+	if !ok || e.cause == nil || strings.Contains(fmt.Sprint(err, e.cause), "s3cret") {
+		t.Errorf("%v: %v", err, e)
+	}
 }

@@ -401,6 +401,21 @@ func TestALogoutWinsOverARefreshUnderWay(t *testing.T) {
 	})
 }
 
+// TestAForeignFileComesDuringARefresh: it stays, and the new token is used from memory.
+func TestAForeignFileComesDuringARefresh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var s *sourceTest
+		s = newSourceTest(t, fileOf(0, -time.Hour), nil, func(r *http.Request) (int, string) {
+			s.write(`{"hello":"world"}`)
+			return 200, tokenAnswer(1, 3600)
+		})
+		s.start()
+		s.want("access-1", 0)
+		wantEqual(t, "the file", map[string]any{"hello": "world"}, s.read())
+		s.wantAsked("refresh-0")
+	})
+}
+
 // TestOAuthServerIsDown goes from the first failure through expiry to the server's return.
 func TestOAuthServerIsDown(t *testing.T) {
 	for name, answer := range map[string]oauthFunc{
